@@ -1,0 +1,113 @@
+"""`ddq export`: a finished run as one safetensors file, read back and compared with what was trained."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ddqcli.artifact import decoder
+from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, Sizes, write_artifact
+from ddqcli.engine.runs import Run
+from ddqcli.errors import DDQError, VerificationError
+
+ARTIFACT = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A written and verified file."""
+
+    run_dir: Path
+    path: Path
+    sizes: Sizes
+    float_bytes: int
+    tensors: int  # compared bit for bit
+    values: int
+
+    def data(self) -> dict[str, Any]:
+        sizes = {**asdict(self.sizes), "payload": self.sizes.payload, "file": self.sizes.file}
+        return {
+            "run_dir": str(self.run_dir), "path": str(self.path), "float_bytes": self.float_bytes, "sizes": sizes,
+            "verified": {"tensors": self.tensors, "values": self.values},
+        }  # fmt: skip
+
+
+def export(run_dir: Path | None = None, out: Path | None = None) -> ExportResult:
+    """Write the run's model to `out` (default: model.safetensors in the run folder) and verify it.
+
+    Raises UsageError, and VerificationError if the file, read back by the numpy-only decoder in another process, differs
+    in any bit from what was trained; the file is then removed.
+    """
+    run = Run.open(run_dir)
+    frozen, report = run.load("final.pt"), run.report()
+    path = out or run.path / ARTIFACT
+    floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
+    meta = {"report": report, "recipe": yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8"))}
+    sizes = write_artifact(
+        path, [_quantized(entry) for entry in frozen["quantized"]], [_activation(a) for a in frozen["activations"]],
+        floats, frozen["aliases"], meta,
+    )  # fmt: skip
+    expected = {name: value.numpy() for name, value in frozen["trained"].items()} | floats
+    expected |= {alias: expected[name] for alias, name in frozen["aliases"].items()}
+    try:
+        _verify(path, expected)
+    except VerificationError:
+        path.unlink(missing_ok=True)
+        raise
+    values = sum(array.size for array in expected.values())
+    return ExportResult(run.path, path, sizes, report["totals"]["float_bytes"], len(expected), values)
+
+
+def _verify(path: Path, expected: dict[str, np.ndarray]) -> None:
+    """Decode the file in a fresh process that knows nothing but numpy, and compare every bit."""
+    decoded = path.with_name(f".{path.name}.decoded.npz")
+    program = (
+        "import runpy, sys, numpy; decode = runpy.run_path(sys.argv[1])['decode']; "
+        "numpy.savez(sys.argv[3], **{k: v.reshape(-1).view('u1') for k, v in decode(sys.argv[2])[0].items()})"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", program, decoder.__file__, str(path), str(decoded)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise VerificationError(f"{path} cannot be decoded: {done.stderr.strip().splitlines()[-1]}.")
+        with np.load(decoded) as found:
+            if set(found.files) != set(expected):
+                raise VerificationError(f"{path} does not hold the tensors that were trained.")
+            for name, array in expected.items():
+                if found[name].tobytes() != array.tobytes():
+                    raise VerificationError(f"{path}: {name} differs from what was trained.")
+    finally:
+        decoded.unlink(missing_ok=True)
+
+
+def _quantized(entry: dict[str, Any]) -> QuantizedTensor:
+    return QuantizedTensor(
+        entry["name"], tuple(entry["shape"]), entry["axis"], entry["indices"].numpy().reshape(-1),
+        tuple(level.numpy() for level in entry["levels"]), entry["scale"].numpy(), entry["zero_point"].numpy(),
+    )  # fmt: skip
+
+
+def _activation(entry: dict[str, Any]) -> ActivationTable:
+    return ActivationTable(f"{entry['name']} (input)", entry["levels"].numpy(), entry["scale"], entry["zero_point"])
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array of the same bits; numpy has no bfloat16 of its own."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(BFLOAT16)
+    try:
+        return tensor.numpy()
+    except TypeError as error:
+        raise DDQError(
+            f"A tensor of {tensor.dtype} cannot be stored; keep it out of the model's state dict."
+        ) from error

@@ -1,0 +1,200 @@
+"""Batches of an epoch, from memory, from processes that read samples, or from an iterable that is already batched.
+
+All kinds give the same batches for the same (seed, epoch), and from batch `start` on the same ones as an epoch run
+from its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from ddqcli.engine.augment import generator, seeded, to_device
+from ddqcli.errors import DataError
+
+
+class Batches(Protocol):
+    """What training and evaluation run through."""
+
+    samples: int  # in the set
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches `start`, `start` + 1, ... of epoch `epoch` as (input, target) on the device."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples make which batch; without a seed all of them, in order."""
+
+    samples: int
+    batch_size: int
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        if self.seed is None or self.samples < self.batch_size:
+            return -(-self.samples // self.batch_size)
+        return self.samples // self.batch_size  # training drops the last incomplete batch, unless it is the only one
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        """The sample indices of each batch of the epoch."""
+        if self.seed is None:
+            indices = torch.arange(self.samples)
+        else:
+            indices = torch.randperm(self.samples, generator=generator("order", self.seed, epoch))
+        return list(indices.split(self.batch_size))[: len(self)]
+
+
+class MemoryBatches:
+    """Batches of tensors that lie in memory: inputs [N,...] and targets [N,...]."""
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        order: Order,
+        device: torch.device,
+        prepare: Callable[[Tensor, int, int], Tensor] | None = None,
+    ) -> None:
+        self.inputs, self.targets, self.order, self.device, self.prepare = inputs, targets, order, device, prepare
+        self.samples = order.samples
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, indices in enumerate(self.order.batches(epoch)[start:], start):
+            inputs = self.inputs[indices]
+            inputs = self.prepare(inputs, epoch, number) if self.prepare else to_device(inputs, self.device)
+            yield inputs, to_device(self.targets[indices], self.device)
+
+
+class _Keyed:
+    """Samples by (epoch, index), each read under its own seed; one that cannot be read becomes its message.
+
+    A message, because an error raised in a DataLoader's process reaches the user as a page of traceback.
+    """
+
+    def __init__(self, samples: Any, seed: int) -> None:
+        self.samples, self.seed = samples, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        try:
+            with seeded("sample", self.seed, epoch, index):
+                return self.samples[index]
+        except DataError as error:
+            return str(error)
+        except Exception as error:
+            return f"Sample {index} of the data cannot be read: {type(error).__name__}: {error}"
+
+
+def _collated(samples: list[Any]) -> Any:
+    """A batch of samples, or the message of what is wrong with it."""
+    message = next((sample for sample in samples if isinstance(sample, str)), None)
+    if message is not None:
+        return message
+    try:
+        return default_collate(samples)
+    except Exception as error:
+        return f"The samples of a batch do not fit together: {' '.join(str(error).split())[:200]}"
+
+
+class LoadedBatches:
+    """Batches of a map-style set of (input, target) that is read while training, by `workers` processes."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        order: Order,
+        device: torch.device,
+        *,
+        seed: int,
+        workers: int,
+        prepare: Callable[[Tensor, int, int], Tensor] | None = None,
+    ) -> None:
+        self.dataset, self.order, self.device, self.prepare = _Keyed(dataset, seed), order, device, prepare
+        self.samples, self.workers = order.samples, workers
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        keys = ([(epoch, index) for index in indices.tolist()] for indices in self.order.batches(epoch)[start:])
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,  # type: ignore[arg-type]
+            batch_sampler=keys,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            collate_fn=_collated,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        for number, batch in enumerate(self._read(loader), start):
+            inputs, targets = _pair(batch)
+            inputs = self.prepare(inputs, epoch, number) if self.prepare else to_device(inputs, self.device)
+            yield inputs, to_device(targets, self.device)
+
+    def _read(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        try:
+            yield from loader
+        except Exception as error:  # samples report their own faults, so this is one of the processes
+            detail = f"data.workers={self.workers} failed: {' '.join(str(error).split())[:200]}"
+            raise DataError(f"Reading with {detail}; try data.workers=0.") from error
+
+
+class ReadyBatches:
+    """A re-iterable of ready batches, such as a DataLoader; made repeatable by seeding the fetch of each batch.
+
+    Starting in the midst of an epoch fetches the batches before `start` and drops them.
+    """
+
+    def __init__(self, batches: Any, device: torch.device, *, seed: int) -> None:
+        self.batches, self.device, self.seed = batches, device, seed
+        if isinstance(batches, DataLoader) and batches.batch_size and hasattr(batches.sampler, "__len__"):
+            self._length = len(batches)
+            self.samples = len(batches.sampler)
+            if batches.drop_last:
+                self.samples = self._length * batches.batch_size
+        else:  # nothing but a pass over them tells
+            sizes = [len(target) for _, target in self._fetched(0)]
+            self._length, self.samples = len(sizes), sum(sizes)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, (inputs, targets) in enumerate(self._fetched(epoch)):
+            if number >= start:
+                yield to_device(inputs, self.device), to_device(targets, self.device)
+
+    def _fetched(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        iterator, number = None, 0
+        while True:
+            try:
+                with seeded("batch", self.seed, epoch, number):
+                    iterator = iter(self.batches) if iterator is None else iterator
+                    batch = next(iterator, None)
+            except Exception as error:
+                detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise DataError(f"Batch {number} of the data cannot be read: {detail}") from error
+            if batch is None:
+                return
+            yield _pair(batch)
+            number += 1
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """A batch as (input, target). Raises DataError where it is not two tensors."""
+    if isinstance(batch, str):
+        raise DataError(batch)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1]
+    parts = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, (tuple, list)) else ""
+    raise DataError(f"A batch of the data is a {type(batch).__name__} ({parts}); give two tensors, (input, target).")

@@ -1,0 +1,191 @@
+"""Training and evaluation data as batches on the device, and how their outcome is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from ddqcli.engine.augment import Prepare
+from ddqcli.engine.batches import Batches, LoadedBatches, MemoryBatches, Order, ReadyBatches
+from ddqcli.engine.images import ImageFormat, Reader, choose_format, decode
+from ddqcli.engine.sources import Source, call_factory, is_torchvision, open_folder, open_npz, open_torchvision
+from ddqcli.errors import DataError, UsageError
+from ddqcli.recipe import DataSection
+
+MEMORY_LIMIT = 2**30  # bytes, decoded, up to which a split is kept in memory
+SMALL_VAL_BATCH = 500
+
+Score = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What `load_data` gives."""
+
+    train: Batches  # shuffled, augmented; drops the last incomplete batch unless it is the only one
+    val: Batches  # in order, whole, no augmentation
+    loss: Score  # (output, target) -> mean loss
+    metric: Score  # (output, target) -> [B] scores in 0..1; a hit of the first class by default
+    classes: tuple[str, ...] | None
+    note: str  # one line: what was found, and the preprocessing in force
+
+
+def load_data(section: DataSection, *, seed: int, device: torch.device) -> Data:
+    """The data that `section` names, deterministic in `seed`. Raises DataError, UsageError."""
+    source = section.source
+    if not source:
+        raise UsageError("No data are named; set data.source to a folder, a .npz file, DATASET:ROOT or module:factory.")
+    head, colon, tail = source.partition(":")
+    path = Path(source).expanduser()
+    if path.is_dir() or path.suffix == ".npz":
+        try:
+            found = open_folder(path) if path.is_dir() else open_npz(path)
+        except OSError as error:
+            raise DataError(f"{error.filename or path} cannot be read: {error.strerror}.") from error
+    elif colon and is_torchvision(head, tail):
+        found = open_torchvision(head, str(Path(tail).expanduser()), section.kwargs)
+    elif colon:
+        return _from_factory(source, section, seed, device)
+    else:
+        raise DataError(f"The data {source} do not exist; give a folder, a .npz file, DATASET:ROOT or module:factory.")
+    loss, metric = classification(found.count, exact=found.classes is not None)
+    make = _from_tensors if isinstance(found.train, TensorDataset) else _from_images
+    train, val, note = make(found, section, seed, device)
+    return Data(train, val, loss, metric, found.classes, note)
+
+
+def _from_images(
+    source: Source, section: DataSection, seed: int, device: torch.device
+) -> tuple[Batches, Batches, str]:
+    """Images: small ones with crops after padding, large ones with crops of random size; in memory if they fit."""
+    form = choose_format(source, section)
+    pad = section.pad if form.small else 0
+    augment = Prepare(form.mean, form.std, device, seed=seed, pad=pad, flip=section.flip)
+    plain = Prepare(form.mean, form.std, device)
+    val_size = max(SMALL_VAL_BATCH, section.batch_size) if form.small else section.batch_size
+
+    def batches(items: Any, order: Order, prepare: Prepare, random_crop: bool) -> Batches:
+        reader = Reader(items, form, random_crop=random_crop)
+        if random_crop or len(items) * form.bytes > MEMORY_LIMIT:
+            return LoadedBatches(reader, order, device, seed=seed, workers=section.workers, prepare=prepare)
+        return MemoryBatches(*decode(reader), order, device, prepare)
+
+    train = batches(source.train, Order(len(source.train), section.batch_size, seed), augment, not form.small)
+    val = batches(source.val, Order(len(source.val), val_size), plain, False)
+    return train, val, _note(source, form, section, train, val)
+
+
+def _from_tensors(
+    source: Source, section: DataSection, seed: int, device: torch.device
+) -> tuple[Batches, Batches, str]:
+    """Inputs that are ready for the model: passed on as they are."""
+    (inputs, targets), (val_inputs, val_targets) = source.train.tensors, source.val.tensors
+    train = MemoryBatches(inputs, targets, Order(len(inputs), section.batch_size, seed), device)
+    val = MemoryBatches(val_inputs, val_targets, Order(len(val_inputs), section.batch_size), device)
+    shape = "x".join(str(side) for side in inputs.shape[1:])
+    if val_inputs.shape[1:] != inputs.shape[1:]:
+        raise DataError(f"{source.place}: training and evaluation images differ in shape; make them equal.")
+    note = f"{_counts(source, train, val)}, float {shape}, passed on as they are: not normalised, not augmented"
+    return train, val, note
+
+
+def _from_factory(spec: str, section: DataSection, seed: int, device: torch.device) -> Data:
+    """A user's own data, with their own loss and metric where given."""
+    made = call_factory(spec, section.kwargs)
+    size, workers = section.batch_size, section.workers
+
+    def batches(part: Any, name: str, order_seed: int | None) -> Batches:
+        ready: Batches
+        if isinstance(part, torch.utils.data.IterableDataset) or not hasattr(part, "__getitem__"):
+            if not hasattr(part, "__iter__") or iter(part) is part:
+                kind = f"{name} of {spec} is a {type(part).__name__}"
+                raise DataError(f"{kind}; give a data set, or batches that can be run through again.")
+            ready = ReadyBatches(part, device, seed=seed)
+        elif not hasattr(part, "__len__"):
+            raise DataError(f"{name} of {spec} has no length; give its class a __len__.")
+        elif isinstance(part, TensorDataset) and len(part.tensors) == 2:
+            ready = MemoryBatches(*part.tensors, Order(len(part), size, order_seed), device)
+        else:
+            ready = LoadedBatches(part, Order(len(part), size, order_seed), device, seed=seed, workers=workers)
+        if ready.samples == 0:
+            raise DataError(f"{name} of {spec} holds no samples.")
+        return ready
+
+    train, val = batches(made["train"], "train", seed), batches(made["val"], "val", None)
+    loss, metric = classification(None, exact=False)
+    counts = f"{train.samples:,} train and {val.samples:,} evaluation samples"
+    own = [name for name in ("loss", "metric") if made[name] is not None]
+    note = f"{counts} from {spec}, prepared by it" + (f"; its own {' and '.join(own)}" if own else "")
+    metric = _one_a_sample(made["metric"], spec) if made["metric"] else metric
+    return Data(train, val, made["loss"] or loss, metric, None, note)
+
+
+def _one_a_sample(metric: Score, spec: str) -> Score:
+    def checked(output: Any, target: Tensor) -> Tensor:
+        scores = metric(output, target)
+        if not isinstance(scores, Tensor) or scores.shape != target.shape[:1]:
+            kind = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise DataError(f"The metric of {spec} returned {kind}; {len(target)} scores are needed, one a sample.")
+        return scores
+
+    return checked
+
+
+def classification(count: int | None, *, exact: bool) -> tuple[Score, Score]:
+    """Cross entropy and top-1 hits for `count` classes, where known; a model may give more scores unless `exact`.
+
+    Both raise DataError where output [B,K] and target [B] do not fit together.
+    """
+
+    def check(output: Any, target: Tensor) -> None:
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            kind = f"of shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            raise DataError(f"The model's output is {kind}, not scores [B,K]; give a data factory with its own loss.")
+        if target.dim() != 1 or target.is_floating_point():
+            kind = f"{target.dtype} {list(target.shape)}"
+            raise DataError(f"Targets are {kind}, not whole numbers [B]; give a data factory with loss and metric.")
+        scores = output.shape[1]
+        if count is not None and (scores < count or (exact and scores != count)):
+            raise DataError(f"The model gives {scores} scores but the data have {count} classes; they must agree.")
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        check(output, target)
+        try:
+            return F.cross_entropy(output.float(), target.long())
+        except IndexError as error:
+            raise DataError(f"A label lies beyond the model's {output.shape[1]} scores: {error}") from error
+
+    def metric(output: Any, target: Tensor) -> Tensor:
+        check(output, target)
+        return (output.argmax(1) == target).float()
+
+    return loss, metric
+
+
+def _counts(source: Source, train: Batches, val: Batches) -> str:
+    classes = f" of {source.count:,} classes" if source.count else ""
+    return f"{train.samples:,} train and {val.samples:,} evaluation images{classes} from {source.place}"
+
+
+def _note(source: Source, form: ImageFormat, section: DataSection, train: Batches, val: Batches) -> str:
+    height, width = form.shape
+    size = f"{width}x{height}" + (", grey" if form.mode == "L" else ", grey read as RGB" if form.widened else "")
+    if form.resize:
+        size = f"resized to {form.resize}, {size}"
+    kept = {MemoryBatches: "kept in memory", LoadedBatches: f"read by {section.workers} processes as needed"}
+    kinds = list(dict.fromkeys(kept[type(part)] for part in (train, val)))  # type: ignore[index]
+    values = [" ".join(f"{value:g}" for value in part) for part in (form.mean, form.std)]
+    steps = [f"crops after padding by {section.pad}"] if form.small and section.pad else []
+    steps += [] if form.small else ["crops of random size and place"]
+    steps += ["flips"] if section.flip else []
+    return (
+        f"{_counts(source, train, val)}, {size}, {' and '.join(kinds)}; mean {values[0]}, std {values[1]}; "
+        f"training with {' and '.join(steps) or 'no augmentation'}"
+    )

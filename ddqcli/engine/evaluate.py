@@ -1,0 +1,80 @@
+"""Passes over data that change no weight: accuracy, BatchNorm statistics, what activations and gradients look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddqcli.engine.convert import Converted
+from ddqcli.engine.data import Data
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+OnProgress = Callable[[str, int, int], None]  # what is going on, done, total
+
+
+def output_of(result: Any) -> Any:
+    """The main output of a model that returns several while training (torchvision's GoogLeNet and Inception)."""
+    return result.logits if hasattr(result, "logits") else result
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, *, autocast: bool = False, on_progress: OnProgress | None = None) -> float:
+    """Mean of the metric over every held-out sample once, in percent."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for done, (x, y) in enumerate(data.val.epoch(0)):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            scores = data.metric(output_of(model(x)), y)
+        total += scores.double().sum().cpu()
+        if on_progress:
+            on_progress("evaluate", done + 1, len(data.val))
+    return 100 * float(total) / data.val.samples
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set BatchNorm's running statistics to the plain mean over `batches`, with the weights as they now are."""
+    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    for x, _ in batches:
+        model(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+@contextmanager
+def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Within: the model is in eval mode, so that looking at it changes no statistics."""
+    was = model.training
+    model.eval()
+    yield
+    model.train(was)
+
+
+def calibrate(converted: Converted, data: Data, batches: int, watch: Callable[[], None]) -> None:
+    """Fit the activations' quantizers to a batch and let `watch` see the weights' gradients of `batches` batches."""
+    activations = converted.activations
+    for quantizer in activations.values():
+        quantizer.observing = True
+    model = converted.model
+    with frozen_batch_norm(model):
+        for x, y in islice(data.train.epoch(0), batches):
+            data.loss(output_of(model(x)), y).backward()
+            watch()
+            model.zero_grad(set_to_none=True)
+    unreached = [name for name, quantizer in activations.items() if not quantizer.fit()]
+    for name in unreached:
+        del activations[name]
+        converted.kept[f"{name} (input)"] = "the layer's own forward is never called, so its input is not seen"

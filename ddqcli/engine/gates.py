@@ -1,0 +1,267 @@
+"""The gates' three rules, and the budget that all of them keep.
+
+`fisher` (ours): a gate is worth the loss that closing it would cost, lambda / 2 * (error at s - 1 bits - error at s bits), where
+lambda, the empirical Fisher of the tensor, is measured while training (batch size times the mean square of the weight gradient).
+At a few moments of the run the bits of all tensors are traded anew against each other so that the total damage is least
+within the budget; a tensor whose bits change is re-centred on its weights. Then the gates freeze.
+`paper`: Sec. 4.2 to the letter, SGD on the gate logits under Eqn (7); what is still over the budget at the freeze is closed.
+`fixed`: one allocation before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddqcli.artifact.format import tensor_bytes
+from ddqcli.engine.convert import Converted, ConvertedTensor
+from ddqcli.quant.budget import Choice, allocate, check_feasible
+from ddqcli.quant.fit import Distribution
+from ddqcli.quant.quantizer import error_curve
+from ddqcli.recipe import Recipe, parse_size
+
+_STAY = 0.95  # the damage of the bits in force counts a little less, so that near-ties do not swap back and forth
+_FISHER_EVERY = 4  # steps between two looks at the gradients; their mean square changes slowly
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the quantized tensors may cost, and what the file holds beside them.
+
+    Attributes:
+        limit: cost allowed for all quantized tensors together (bytes, or Eqn 6's count); None without a budget.
+        beside: bytes of what stays float and of the activations' tables.
+        float_bytes: bytes of the float model's tensors.
+        weights: number of quantized values.
+    """
+
+    limit: int | None
+    beside: int
+    float_bytes: int
+    weights: int
+    eqn6: bool = False
+
+    @property
+    def file_limit(self) -> int | None:
+        """The budget as bytes of all the file's tensors."""
+        return None if self.limit is None or self.eqn6 else self.limit + self.beside
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that dense tensors take."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def stored_bytes(tensor: ConvertedTensor, bits: tuple[int, ...] | int | None = None) -> int:
+    """Bytes of a quantized tensor in the file: indices, levels and gates, at `bits` or at the bits in force."""
+    in_force = tensor.quantizer.bits
+    at = (bits,) * len(in_force) if isinstance(bits, int) else bits or in_force
+    each = tensor.parameter.numel() // len(at)
+    return tensor_bytes([each] * len(at), list(at))
+
+
+def activation_bytes(bits: int) -> int:
+    """Bytes of one activation quantizer's table in the file."""
+    return tensor_bytes([0], [bits])
+
+
+def make_budget(converted: Converted, recipe: Recipe) -> Budget:
+    """The recipe's target in bytes; raises BudgetError before any training if it cannot be met."""
+    weights = sum(t.parameter.numel() for t in converted.tensors)
+    kept = nbytes(converted.float_tensors().values())
+    beside = kept + sum(activation_bytes(a.bits) for a in converted.activations.values())
+    float_bytes = kept + nbytes(t.parameter for t in converted.tensors)
+    target, eqn6 = recipe.budget, recipe.budget.count == "eqn6"
+    limit = None
+    if target.target_bits is not None:
+        limit = int(weights * 2**target.target_bits if eqn6 else weights * target.target_bits / 8)
+    elif target.target_size is not None:
+        limit = parse_size(target.target_size, float_bytes) - beside
+    if limit is not None:
+        choices = [Choice(t.name, _costs(t, eqn6), {}) for t in converted.tensors]
+        check_feasible(choices, limit, beside if recipe.budget.target_size else 0)
+    return Budget(limit, beside, float_bytes, weights, eqn6)
+
+
+def _costs(tensor: ConvertedTensor, eqn6: bool) -> dict[int, int]:
+    """Cost at every bit-width on offer: stored bytes, or N * 2^s (Eqn 6)."""
+    offered = range(tensor.min_bits, tensor.max_bits + 1)
+    return {s: tensor.parameter.numel() * 2**s if eqn6 else stored_bytes(tensor, s) for s in offered}
+
+
+@dataclass
+class Gates:
+    """Moves the bits of all tensors while a run goes on."""
+
+    converted: Converted
+    recipe: Recipe
+    budget: Budget
+    steps: int  # of the whole run
+    batch_size: int
+    fisher: dict[str, float] = field(default_factory=dict)  # running mean of the gradient's mean square, by tensor
+    seen: int = 0  # how many gradients that mean holds
+
+    def __post_init__(self) -> None:
+        rule = self.recipe.gates
+        self.frozen_from = 0 if rule.rule == "fixed" else int(rule.freeze * self.steps)
+        span = max(1, self.frozen_from // max(1, rule.looks))
+        self.looks_at = set(range(span, self.frozen_from, span)) | {self.frozen_from}
+        self.quantizers = [t.quantizer for t in self.converted.tensors]
+        if self.budget.limit is not None and rule.rule == "paper":
+            for tensor in self.converted.tensors:
+                gates = tensor.quantizer.gate_logits
+                gates.requires_grad_(not tensor.fixed)
+                gates.data.fill_(rule.init)
+
+    @property
+    def moving(self) -> bool:
+        return self.budget.limit is not None
+
+    def watch(self) -> None:
+        """Take the weights' gradients of one step into the Fisher's running mean."""
+        grads = [(t, t.parameter.grad) for t in self.converted.tensors if t.parameter.grad is not None]
+        norms = torch._foreach_norm([g for _, g in grads])
+        squares = torch.stack(norms).square().tolist() if norms else []
+        self.seen += 1
+        weight = max(1 / self.seen, 0.02)
+        for (tensor, _), square in zip(grads, squares, strict=True):
+            old = self.fisher.get(tensor.name, 0.0)
+            self.fisher[tensor.name] = old + weight * (square / tensor.parameter.numel() - old)
+
+    def start(self) -> None:
+        """The first bits: where the budget stands at step 0, or everything at its maximum (the paper's rule)."""
+        if self.moving and self.recipe.gates.rule != "paper":
+            self._trade(self.limit(0), first=True)
+        self._set_corrections()
+
+    def before_step(self, step: int) -> None:
+        """Trade bits if this is one of the moments for it."""
+        if not self.moving or step > self.frozen_from or self.recipe.gates.rule == "fixed":
+            return
+        if self.recipe.gates.rule == "fisher":
+            if step in self.looks_at:
+                self._trade(self.limit(step))
+                self._set_corrections()
+        elif step == self.frozen_from:
+            self._close_what_is_over()
+
+    def after_backward(self, step: int, loss: float) -> None:
+        """Read the gradients: into the Fisher, and under the paper's rule into the gates."""
+        if step % _FISHER_EVERY == 0 and step <= self.frozen_from:
+            self.watch()
+        if self.recipe.gates.rule == "paper" and self.moving and step < self.frozen_from:
+            self._paper_step(loss)
+
+    def finish(self) -> None:
+        """The promise: whatever the run did, the result fits."""
+        if self.moving and self.cost() > (self.budget.limit or 0):
+            self._close_what_is_over()
+
+    def penalty(self) -> float:
+        """Eqn (7)'s factor (desired / practical memory)^alpha, with alpha = 0 where the constraint holds."""
+        if not self.moving or self.budget.limit is None:
+            return 1.0
+        cost = self.cost()
+        return (self.budget.limit / cost) ** self.recipe.gates.alpha if cost > self.budget.limit else 1.0
+
+    def cost(self) -> int:
+        """What the bits in force cost, in the budget's own measure."""
+        if self.budget.eqn6:
+            return sum(
+                t.parameter.numel() // len(t.quantizer.bits) * 2**s
+                for t in self.converted.tensors
+                for s in t.quantizer.bits
+            )
+        return sum(stored_bytes(t) for t in self.converted.tensors)
+
+    def limit(self, step: int) -> int:
+        """The budget in force at a step: falls along a cubic from everything at its maximum to the target."""
+        assert self.budget.limit is not None
+        span = self.recipe.gates.descent * self.steps
+        left = max(0.0, 1 - step / span) ** 3 if span else 0.0
+        top = sum(_costs(t, self.budget.eqn6)[t.max_bits] for t in self.converted.tensors)
+        return int(self.budget.limit + left * max(0, top - self.budget.limit))
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's own state."""
+        return {
+            "fisher": dict(self.fisher),
+            "seen": self.seen,
+            "bits": {t.name: t.quantizer.bits for t in self.converted.tensors},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self.fisher, self.seen = dict(state["fisher"]), state["seen"]
+        for tensor in self.converted.tensors:
+            tensor.quantizer.bits = tuple(state["bits"][tensor.name])
+        self._set_corrections()
+
+    def _choices(self, ceiling: bool = False) -> list[Choice]:
+        return [self._choice(t, ceiling) for t in self.converted.tensors]
+
+    def _choice(self, tensor: ConvertedTensor, ceiling: bool) -> Choice:
+        costs = _costs(tensor, self.budget.eqn6)
+        now = max(tensor.quantizer.bits)
+        if ceiling:
+            costs = {s: c for s, c in costs.items() if s <= now}
+        if len(costs) == 1:
+            return Choice(tensor.name, costs, dict.fromkeys(costs, 0.0))
+        distribution = Distribution.of(tensor.parameter.detach().float().cpu().numpy())
+        errors = error_curve(distribution, range(min(costs), max(costs) + 1), tensor.quantizer.kind)
+        weight = self._lambda(tensor) / 2
+        return Choice(tensor.name, costs, {s: weight * e * (_STAY if s == now else 1) for s, e in errors.items()})
+
+    def _lambda(self, tensor: ConvertedTensor) -> float:
+        """The tensor's empirical Fisher: loss per squared unit of weight error, twice."""
+        return self.batch_size * self.fisher.get(tensor.name, 0.0)
+
+    def _trade(self, limit: int, *, first: bool = False) -> None:
+        bits = allocate(self._choices(), limit)
+        for tensor in self.converted.tensors:
+            if first or set(tensor.quantizer.bits) != {bits[tensor.name]}:
+                tensor.quantizer.refit(
+                    tensor.parameter, bits[tensor.name], uniform=self.recipe.weights.init == "uniform"
+                )
+
+    def _close_what_is_over(self) -> None:
+        """Close the gates of least damage per byte until the budget is met; none opens."""
+        assert self.budget.limit is not None
+        if self.cost() <= self.budget.limit:
+            return
+        bits = allocate(self._choices(ceiling=True), self.budget.limit)
+        for tensor in self.converted.tensors:
+            if max(tensor.quantizer.bits) > bits[tensor.name]:
+                tensor.quantizer.refit(tensor.parameter, bits[tensor.name])
+
+    def _set_corrections(self) -> None:
+        """Eqn (9)'s lambda in units of loss, so that one number serves every layer."""
+        for tensor in self.converted.tensors:
+            tensor.quantizer.correction = self.recipe.train.correction * self._lambda(tensor)
+
+    @torch.no_grad()
+    def _paper_step(self, loss: float) -> None:
+        """Plain SGD on the gate logits: the task's gradient, and Eqn (7)'s while the budget is exceeded."""
+        assert self.budget.limit is not None
+        cost, rule = self.cost(), self.recipe.gates
+        for tensor in self.converted.tensors:
+            quantizer = tensor.quantizer
+            if tensor.fixed or quantizer.gate_logits.grad is None:
+                continue
+            grad = quantizer.gate_logits.grad
+            if cost > self.budget.limit:
+                for g, s in enumerate(quantizer.bits):
+                    if s > tensor.min_bits:
+                        closed = (*quantizer.bits[:g], s - 1, *quantizer.bits[g + 1 :])
+                        saved = stored_bytes(tensor) - stored_bytes(tensor, closed)
+                        grad[g, s - 1] += -rule.alpha * loss * saved / cost
+            step = rule.lr * grad * (quantizer.gate_logits.abs() <= 1)
+            moved = quantizer.gate_logits - step
+            moved[:, : tensor.min_bits].clamp_(min=0)
+            quantizer.gate_logits.copy_(moved.sort(dim=1, descending=True).values)
+            quantizer.gate_logits.grad = None
+            quantizer.read_gates()

@@ -1,0 +1,98 @@
+"""What a finished run holds: the frozen model as plain tensors, and the report as plain JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ddqcli.engine.convert import Converted, ConvertedTensor
+from ddqcli.engine.gates import Budget, activation_bytes, stored_bytes
+
+REPORT_VERSION = 1
+
+
+@torch.no_grad()
+def freeze(converted: Converted) -> dict[str, Any]:
+    """Everything the exported file needs, in plain tensors, and beside it the trained values that it must reproduce."""
+    return {
+        "quantized": [_frozen(t) for t in converted.tensors],
+        "trained": {t.name: t.quantizer(t.parameter).detach().cpu().contiguous() for t in converted.tensors},
+        "activations": [{"name": name, **a.table()} for name, a in converted.activations.items()],
+        "floats": {name: value.detach().cpu().contiguous() for name, value in converted.float_tensors().items()},
+        "aliases": dict(converted.aliases),
+    }
+
+
+def _frozen(tensor: ConvertedTensor) -> dict[str, Any]:
+    levels, scale, zero_point = tensor.quantizer.effective_levels()
+    return {
+        "name": tensor.name,
+        "shape": tensor.shape,
+        "axis": tensor.quantizer.axis if len(tensor.quantizer.bits) > 1 else None,
+        "indices": tensor.quantizer.indices(tensor.parameter).cpu().contiguous(),
+        "levels": [level.to(torch.uint8).cpu() for level in levels],
+        "scale": scale.cpu(),
+        "zero_point": zero_point.to(torch.uint8).cpu(),
+    }
+
+
+@torch.no_grad()
+def make_report(
+    converted: Converted,
+    budget: Budget,
+    *,
+    accuracy: tuple[float, float] | None,
+    source: dict[str, str],
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    """The report's `data`. `accuracy` is (float, quantized) in percent; None if nothing was evaluated."""
+    quantized = sum(stored_bytes(t) for t in converted.tensors)
+    limit = budget.file_limit
+    return {
+        "version": REPORT_VERSION,
+        "layers": [_row(t) for t in converted.tensors],
+        "totals": {
+            "bytes": quantized + budget.beside,
+            "float_bytes": budget.float_bytes,
+            "budget_bytes": limit,
+            "average_bits": round(8 * quantized / max(1, budget.weights), 4),
+            "quantized_bytes": quantized,
+            "kept_bytes": budget.beside,
+            "weights": budget.weights,
+        },
+        "accuracy": _accuracy(*accuracy) if accuracy else None,
+        "activations": [
+            {
+                "name": name,
+                "bits": a.bits,
+                "levels": "learned" if a.learned else "uniform",
+                "bytes": activation_bytes(a.bits),
+            }
+            for name, a in converted.activations.items()
+        ],
+        "kept_float": dict(converted.kept),
+        "source": source,
+        "run": run,
+    }
+
+
+def _accuracy(before: float, after: float) -> dict[str, float]:
+    return {"float": round(before, 4), "quantized": round(after, 4), "drop": round(before - after, 4)}
+
+
+def _row(tensor: ConvertedTensor) -> dict[str, Any]:
+    quantizer, x = tensor.quantizer, tensor.parameter.detach().double()
+    bits = quantizer.bits
+    error = float((quantizer(tensor.parameter).double() - x).square().sum() / x.square().sum().clamp_min(1e-300))
+    levels, _, _ = quantizer.effective_levels()
+    return {
+        "name": tensor.name,
+        "kind": tensor.kind,
+        "shape": list(tensor.shape),
+        "bits": bits[0] if len(set(bits)) == 1 else round(sum(bits) / len(bits), 4),
+        "levels": max(len(level.unique()) for level in levels),
+        "bytes": stored_bytes(tensor),
+        "float_bytes": tensor.parameter.numel() * tensor.parameter.element_size(),
+        "error": float(f"{error:.6g}"),
+    }

@@ -1,0 +1,177 @@
+"""Algorithm 1's loop: quantize, forward, backward with gradient correction, update weights, levels and gates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddqcli.engine.convert import Converted, quantizers
+from ddqcli.engine.data import Data
+from ddqcli.engine.evaluate import output_of
+from ddqcli.engine.gates import Gates
+from ddqcli.errors import DDQError
+from ddqcli.recipe import Recipe, TrainSection
+
+_STEP_LR = 0.05  # log2 of a learned step or clip moves by this share of levels_lr
+_REPORT_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a run says of itself every few steps."""
+
+    step: int  # steps done
+    steps: int
+    epoch: int
+    loss: float  # mean since the last report
+    train_accuracy: float  # percent, mean since the last report
+    lr: float
+    average_bits: float  # s, weighted by the number of values
+    seconds: float  # since this process began to train
+    bits: dict[str, float]  # by tensor
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left at the pace so far."""
+        return self.seconds / max(1, self.step) * (self.steps - self.step)
+
+
+class Trainer:
+    """One finetuning run: all of its state, and the loop."""
+
+    def __init__(
+        self, converted: Converted, teacher: nn.Module | None, data: Data, gates: Gates, recipe: Recipe, steps: int
+    ) -> None:
+        self.converted, self.teacher, self.data, self.gates, self.recipe = converted, teacher, data, gates, recipe
+        self.model, self.steps, self.step = converted.model, steps, 0
+        self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
+
+    def run(self, on_step: Callable[[StepMetrics], None], on_save: Callable[[], None]) -> None:
+        """Train from `self.step` to the end. `on_save` is called where the state is worth keeping."""
+        began, first = time.monotonic(), self.step
+        loss_sum, hits, count = 0.0, 0.0, 0
+        self.model.train()
+        for x, y in self._batches():
+            self.gates.before_step(self.step)
+            loss, score = self._train_step(x, y)
+            loss_sum, hits, count = loss_sum + loss, hits + score, count + 1
+            self.step += 1
+            if self.step % _REPORT_EVERY == 0 or self.step == self.steps:
+                on_step(self._metrics(loss_sum / count, 100 * hits / count, (time.monotonic() - began), first))
+                loss_sum, hits, count = 0.0, 0.0, 0
+            if self.step % self.recipe.train.save_every == 0 or self.step % len(self.data.train) == 0:
+                on_save()
+        self.gates.finish()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: random numbers follow from seed, epoch and step, so none are stored."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "weights_optimizer": self.weights_optimizer.state_dict(),
+            "levels_optimizer": self.levels_optimizer.state_dict() if self.levels_optimizer else None,
+            "gates": self.gates.state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.weights_optimizer.load_state_dict(state["weights_optimizer"])
+        if self.levels_optimizer:
+            self.levels_optimizer.load_state_dict(state["levels_optimizer"])
+        self.gates.load(state["gates"])
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        per_epoch = len(self.data.train)
+        while self.step < self.steps:
+            epoch, start = divmod(self.step, per_epoch)
+            for number, batch in enumerate(self.data.train.epoch(epoch, start)):
+                yield batch
+                if self.step >= self.steps or number + start + 1 >= per_epoch:
+                    break
+
+    def _train_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        train = self.recipe.train
+        factor = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        torch.manual_seed(train.seed * 1_000_003 + self.step)  # dropout and the like: a function of the step alone
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+            output = output_of(self.model(x))
+            loss = self._loss(x, y, output)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DDQError(
+                f"The loss became {value} at step {self.step + 1} of {self.steps}. "
+                f"The last good state is kept; try a smaller --set train.lr (now {train.lr})."
+            )
+        penalty = self.gates.penalty()
+        (loss * penalty if penalty != 1 else loss).backward()
+        self.gates.after_backward(self.step, value)
+        for optimizer in self._optimizers():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return value, float(self.data.metric(output.detach().float(), y).float().mean())
+
+    def _loss(self, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
+        distill = self.recipe.train.distill
+        if self.teacher is None:
+            return self.data.loss(output, y)
+        with torch.no_grad():
+            target = self.teacher(x)
+        t = distill.temperature
+        divergence = F.kl_div(
+            F.log_softmax(output / t, -1), F.log_softmax(target / t, -1), reduction="batchmean", log_target=True
+        ) * (t * t)
+        if distill.weight == 1:
+            return divergence
+        return distill.weight * divergence + (1 - distill.weight) * self.data.loss(output, y)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [o for o in (self.weights_optimizer, self.levels_optimizer) if o]
+
+    def _metrics(self, loss: float, accuracy: float, seconds: float, first: int) -> StepMetrics:
+        bits = {t.name: sum(t.quantizer.bits) / len(t.quantizer.bits) for t in self.converted.tensors}
+        sizes = {t.name: t.parameter.numel() for t in self.converted.tensors}
+        average = sum(bits[n] * sizes[n] for n in bits) / max(1, sum(sizes.values()))
+        pace = seconds / max(1, self.step - first)
+        return StepMetrics(
+            self.step, self.steps, (self.step - 1) // len(self.data.train) + 1, loss, accuracy,
+            self.weights_optimizer.param_groups[0]["lr"], average, pace * self.step, bits,
+        )  # fmt: skip
+
+
+def _optimizers(
+    converted: Converted, train: TrainSection
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
+    """One for the network's own parameters, one (Adam: its steps are in units of the level grid) for the quantizers'."""
+    of_quantizers = {id(p) for q in quantizers(converted) for p in q.parameters()}
+    own = [p for p in converted.model.parameters() if id(p) not in of_quantizers and p.requires_grad]
+    groups = [
+        {"params": [p for p in own if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if train.optimizer == "sgd":
+        first: torch.optim.Optimizer = torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=True)
+    else:
+        first = torch.optim.AdamW(groups, lr=train.lr, fused=True)
+    learned = {id(p): (n, p) for q in quantizers(converted) for n, p in q.named_parameters() if p.requires_grad}
+    levels = [p for n, p in learned.values() if n.endswith("levels")]
+    scales = [p for n, p in learned.values() if "log2" in n]
+    groups = [{"params": levels, "lr": train.levels_lr}, {"params": scales, "lr": train.levels_lr * _STEP_LR}]
+    groups = [g for g in groups if g["params"]]
+    second = torch.optim.Adam(groups, fused=True) if groups else None
+    for optimizer in (first, second):
+        for group in optimizer.param_groups if optimizer else ():
+            group["initial_lr"] = group["lr"]
+    return first, second

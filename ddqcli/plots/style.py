@@ -1,0 +1,114 @@
+"""What all pictures share: colours safe for colour-blind eyes, sizes in inches, and files that come out the same."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette.
+BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+SKY, PURPLE, YELLOW = "#56b4e9", "#cc79a7", "#f0e442"
+GREY = "#8c8c8c"
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+
+INK, PAPER = "#1b1c1d", "#fefefe"  # used for nothing else, so that a page can swap them for its own
+
+KIND_COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN, "embedding": PURPLE}
+KIND_HATCHES = {"depthwise": "////", "linear": "....", "embedding": "xxxx"}
+
+_SETTINGS: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.35,
+    "grid.color": GREY,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ddq",
+    "path.simplify": True,
+}
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Matplotlib's settings for our pictures, whatever the user's own are."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    return Figure(figsize=(width, height))
+
+
+def place(figure: Figure, left: float, bottom: float, width: float, height: float, **kwargs: Any) -> Axes:
+    """Axes at a place given in inches from the figure's lower left corner."""
+    w, h = figure.get_size_inches()
+    return figure.add_axes((left / w, bottom / h, width / w, height / h), **kwargs)
+
+
+def save(figure: Figure, stem: Path, dpi: int = 144) -> tuple[Path, Path]:
+    """Write `stem`.png and `stem`.svg, the same bytes for the same picture."""
+    png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
+    with settings():
+        figure.savefig(png, dpi=dpi, metadata={"Software": None})
+    svg.write_text(svg_of(figure), encoding="utf-8", newline="\n")
+    return png, svg
+
+
+def svg_of(figure: Figure) -> str:
+    """The figure as an SVG document."""
+    buffer = io.StringIO()
+    with settings():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def for_page(svg: str) -> str:
+    """An SVG document as an element of a page: no background, and ink in the page's own text colour."""
+    element = svg[svg.index("<svg") :].replace(PAPER, "none").replace(INK, "currentColor")
+    width, height = re.findall(r'(?:width|height)="([\d.]+)pt"', element)[:2]
+    element = re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2)
+    return element.replace("<svg ", f'<svg style="width:{float(width):.0f}pt;aspect-ratio:{width}/{height}" ', 1)
+
+
+def shorten(name: str, length: int) -> str:
+    """`name` in at most `length` characters, cut in the middle; more is kept of the end, which tells layers apart."""
+    if len(name) <= length:
+        return name
+    tail = (length - 1) * 2 // 3
+    return f"{name[: length - 1 - tail]}…{name[len(name) - tail :]}"

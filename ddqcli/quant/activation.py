@@ -1,0 +1,163 @@
+"""Quantization of a layer's input: a learned uniform step above 4 bits, learned levels (Eqn 3) at 4 bits and below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddqcli.quant.fit import Distribution, lloyd_max, squared_error
+from ddqcli.quant.functional import LEVEL_BITS, representable
+from ddqcli.quant.quantizer import DDQuantizer, _Exactly, fitting_grid, spread_runs
+
+_RESIDUALS = 250  # one byte holds x/step - round(x/step) in 1/250 steps; two more codes mark the clipped values
+_BELOW, _ABOVE = 254, 255
+
+
+def _forward(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """x on the grid, and the byte that the backward needs: the rounding residual, or on which side x was clipped."""
+    steps = x.float() / scale
+    code = torch.clamp(torch.round(steps), low, high)
+    residual = (steps - code + 0.5) * _RESIDUALS
+    side = torch.where(steps < low, float(_BELOW), torch.where(steps > high, float(_ABOVE), residual))
+    return (code * scale).to(x.dtype), side.to(torch.uint8)
+
+
+def _backward(grad: Tensor, byte: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Straight through where x was inside the range; the step's gradient is LSQ's (Esser et al. 2020, Eqn 3)."""
+    side = byte.float()
+    inside = side <= _RESIDUALS
+    slope = torch.where(inside, 0.5 - side / _RESIDUALS, torch.where(side == _BELOW, float(low), float(high)))
+    return torch.where(inside, grad, 0.0), (grad.float() * slope).sum()
+
+
+class _UniformFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, fused: bool) -> Tensor:
+        quantized, byte = _kernel(_forward, fused)(x, scale, low, high)
+        ctx.save_for_backward(byte)
+        ctx.constants = (low, high, fused)
+        return quantized  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        low, high, fused = ctx.constants
+        grad_x, grad_scale = _kernel(_backward, fused)(grads[0], *ctx.saved_tensors, low, high)
+        return grad_x, grad_scale, None, None, None
+
+
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _kernel(function: Callable[..., Any], fused: bool) -> Callable[..., Any]:
+    """`function`, compiled into one pass over memory if `fused`."""
+    if not fused:
+        return function
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, dynamic=True)
+    return _compiled[function]
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether torch.compile works here: tried once on a few values, since a missing compiler shows only then."""
+    try:
+        x = torch.zeros(8, device=device)
+        quantized, byte = _kernel(_forward, True)(x, torch.ones((), device=device), 0, 255)
+        _kernel(_backward, True)(quantized, byte, 0, 255)
+    except Exception:  # whatever a missing or broken compiler raises: the eager path is always right
+        return False
+    return True
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes activations at a fixed bit-width; passes them through, and looks at them, until `fit` is called.
+
+    Attributes:
+        bits: bit-width a.
+        log2_scale: learned; the step is 2^log2_scale rounded to 12 bits, so equal learning rates fit every layer.
+        zero_point: whole number; codes run from -zero_point to 2^a - 1 - zero_point (0 for what follows a ReLU).
+        learned: the DDQuantizer that takes the step's place where levels are learned.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, bits: int, levels: Literal["auto", "learned", "uniform"] = "auto") -> None:
+        super().__init__()
+        self.bits = bits
+        self.fused = False
+        self.log2_scale = nn.Parameter(torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.low = 0
+        use_levels = levels == "learned" or (levels == "auto" and bits <= 4)
+        self.learned = DDQuantizer(1, bits) if use_levels and bits < LEVEL_BITS else None
+        self.seen: Distribution | None = None
+        self.observing = False
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits, {'learned levels' if self.learned else 'learned step'}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observing:
+            if self.seen is None:  # one batch says enough
+                self.seen = Distribution.of(x.detach().float().cpu().numpy())
+            return x
+        if self.learned is not None:
+            return self.learned(x)  # type: ignore[no-any-return]
+        low = -self.low
+        quantized: Tensor = _UniformFakeQuantize.apply(x, self.scale(), low, low + 2**self.bits - 1, self.fused)  # type: ignore[no-untyped-call]
+        return quantized
+
+    def scale(self) -> Tensor:
+        """The step size in force, a scalar."""
+        raw = torch.exp2(self.log2_scale)
+        scale: Tensor = _Exactly.apply(raw, representable(raw.detach()))  # type: ignore[no-untyped-call]
+        return scale
+
+    @torch.no_grad()
+    def table(self) -> dict[str, Any]:
+        """Levels in force (uint8 [2^a], grid positions), scale and zero point, as the file stores them."""
+        if self.learned is not None:
+            levels, scales, zero_points = self.learned.effective_levels()
+            return {
+                "levels": levels[0].to(torch.uint8).cpu(),
+                "scale": float(scales[0]),
+                "zero_point": int(zero_points[0]),
+            }
+        levels = torch.arange(2**self.bits, dtype=torch.int32).to(torch.uint8)
+        return {"levels": levels, "scale": float(self.scale()), "zero_point": self.low}
+
+    @torch.no_grad()
+    def fit(self) -> bool:
+        """Start from what was seen: the step, or the levels, of least squared error. False if nothing was seen."""
+        seen, self.seen = self.seen, None
+        if seen is None:
+            return False  # never reached: goes on passing through
+        self.observing = False
+        if self.learned is not None:
+            scale, zero_point = fitting_grid(seen)
+            fitted = lloyd_max(seen, 2**self.bits) / scale + zero_point
+            self.learned.scale.fill_(scale)
+            self.learned.zero_point.fill_(zero_point)
+            self.learned.levels.copy_(torch.from_numpy(spread_runs(fitted, 2**self.bits))[None])
+            return True
+        low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+        best, best_error = (1.0, 0), math.inf
+        for share in np.linspace(0.1, 1.0, 46):
+            scale = float(representable(torch.tensor(max(share * (high - low), 1e-30) / (2**self.bits - 1))))
+            zero_point = min(round(-share * low / scale), 2**self.bits - 1)
+            error = squared_error(seen, (np.arange(2**self.bits) - zero_point) * scale)
+            if error < best_error:
+                best, best_error = (scale, zero_point), error
+        self.log2_scale.fill_(math.log2(best[0]))
+        self.zero_point.fill_(best[1])
+        self.low = best[1]
+        return True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.low = int(self.zero_point)
+        self.observing = False

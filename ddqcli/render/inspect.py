@@ -1,0 +1,184 @@
+"""The result of `ddq inspect` as a table for the terminal: 80 columns show the gist, wider ones show everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ddqcli.commands.inspect import ERROR_BITS, TOTAL_BITS, InspectResult, LayerRow
+
+NAME_WIDTH = 22  # columns the names keep before further columns are shown
+BLOCKS, ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
+KINDS = {"depthwise": "dw conv", "embedding": "embed"}
+STYLES = {"heavy-tailed": "yellow", "multi-peaked": "magenta", "flat": "cyan"}
+LEVELS = {"uniform": "unif", "power_of_two": "pow2", "best": "best"}
+
+
+@dataclass(frozen=True)
+class _Column:
+    header: str
+    width: int
+    cell: Callable[[LayerRow], str | Text]
+    urgency: int  # columns of low urgency wait for a wider terminal
+    right: bool = True
+
+
+def show(result: InspectResult, console: Console) -> None:
+    """Print the layers, the sizes at each bit-width, where the pictures are, and what to type next."""
+    columns = _columns(console)
+    shown = _fitting(columns, console.width, max((len(_bare(row.name)) for row in result.layers), default=0))
+    console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False)
+    if result.layers:
+        console.print()
+        console.print(_layers(result, shown, console))
+        console.print()
+        note = "Bits: squared error in % of the squares, by uniform, power-of-two and best (Lloyd-Max) levels."
+        tails = "Tail: reach of the outer 1 %; a Gaussian has 1." if any(c.header == "tail" for c in shown) else ""
+        more = "A wider terminal shows more columns, --json all." if len(shown) < len(columns) else ""
+        console.print(Text(" ".join(filter(None, [note, tails, more])), style="dim"))
+    console.print()
+    console.print(_totals(result, console))
+    console.print()
+    for line in _closing(result):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def size(number: float) -> str:
+    """Bytes with three digits: 512 B, 17.9 kB, 1.08 MB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= 0.9995 * factor:
+            return f"{_digits(number / factor)} {unit}"
+    return f"{number:.0f} B"
+
+
+def count(number: float) -> str:
+    """Parameters with three digits: 864, 2.30k, 1.28M."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * factor:
+            return _digits(number / factor) + unit
+    return f"{number:.0f}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent in up to five columns: 12, 3.5, 0.94, 0.004, <.001."""
+    value = 100 * share
+    if 0 < value < 0.0005:
+        return "<.001"
+    places = 0 if value >= 9.95 or not value else 1 if value >= 0.995 else 2 if value >= 0.0995 else 3
+    return f"{value:.{places}f}"
+
+
+def shorten(name: str, width: int, dots: str = "…") -> str:
+    """`name` in at most `width` columns, cut in the middle; more is kept of the end, which tells layers apart."""
+    if len(name) <= width:
+        return name
+    tail = (width - 1) * 2 // 3
+    return name[: width - 1 - tail] + dots + name[len(name) - tail :]
+
+
+def spark(histogram: tuple[int, ...], width: int, blocks: str = BLOCKS) -> str:
+    """A histogram in `width` block characters; a blank holds no value at all, so single outliers stay visible."""
+    counts = np.array([part.sum() for part in np.array_split(np.array(histogram), width)])
+    return "".join(blocks[k] for k in np.ceil(counts / max(counts.max(), 1) * (len(blocks) - 1)).astype(int))
+
+
+def _digits(value: float) -> str:
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def _bare(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _is_utf(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
+
+
+def _columns(console: Console) -> list[_Column]:
+    blocks = BLOCKS if _is_utf(console) else ASCII_BLOCKS
+    columns = [
+        _Column("kind", 7, lambda row: KINDS.get(row.kind, row.kind), 0, right=False),
+        _Column("shape", 16, lambda row: "x".join(map(str, row.shape)), 6, right=False),
+        _Column("params", 6, lambda row: count(row.parameters), 0),
+        _Column("bytes", 8, lambda row: size(row.bytes), 7),
+        _Column("min", 7, lambda row: f"{row.min:.2g}", 5),
+        _Column("max", 7, lambda row: f"{row.max:.2g}", 5),
+        _Column("std", 7, lambda row: f"{row.std:.2g}", 5),
+        _Column("histogram", 10, lambda row: spark(row.histogram, 10, blocks), 0, right=False),
+        _Column("distribution", 13, _distribution, 0, right=False),
+        _Column("tail", 4, lambda row: f"{row.tail_weight:.{1 if row.tail_weight < 99 else 0}f}", 1),
+    ]
+    for bits, urgency in zip(ERROR_BITS, (2, 4, 0, 3), strict=True):
+        for kind, label in LEVELS.items():
+            error = lambda row, bits=bits, kind=kind: percent(row.error[bits][kind])  # noqa: E731 - one a column
+            columns.append(_Column(f"{bits} bit\n{label}", 5, error, urgency))
+    return columns
+
+
+def _distribution(row: LayerRow) -> Text:
+    return Text(row.distribution, STYLES.get(row.distribution, ""))
+
+
+def _fitting(columns: list[_Column], width: int, longest: int) -> list[_Column]:
+    """The columns that fit beside the names, the most urgent ones first."""
+    shown: list[_Column] = []
+    for urgency in sorted({column.urgency for column in columns}):
+        more = [column for column in columns if column.urgency <= urgency]
+        if urgency and min(longest, NAME_WIDTH) + sum(column.width + 1 for column in more) > width:
+            break
+        shown = more
+    return shown
+
+
+def _layers(result: InspectResult, columns: list[_Column], console: Console) -> Table:
+    room = max(console.width - sum(column.width + 1 for column in columns), 8)
+    dots = "…" if _is_utf(console) else "~"
+    table = _table(console)
+    table.add_column("layer", no_wrap=True)
+    for column in columns:
+        justify = "right" if column.right else "left"
+        table.add_column(column.header, justify=justify, min_width=column.width, no_wrap=True)
+    for row in result.layers:
+        table.add_row(Text(shorten(_bare(row.name), room, dots)), *(column.cell(row) for column in columns))
+    return table
+
+
+def _totals(result: InspectResult, console: Console) -> Table:
+    table = _table(console)
+    table.add_column("all tensors", no_wrap=True)
+    table.add_column("stored", justify="right", no_wrap=True)
+    for bits in TOTAL_BITS:
+        table.add_column(f"{bits} bits", justify="right", no_wrap=True)
+    sizes = [result.bytes, *(result.bytes_at[bits] for bits in TOTAL_BITS)]
+    table.add_row(f"{count(result.parameters)} parameters", *map(size, sizes))
+    table.add_row("of stored", *(f"{100 * part / max(result.bytes, 1):.1f}%" for part in sizes))
+    return table
+
+
+def _table(console: Console) -> Table:
+    """Without lines where the output is no terminal, so that other programs can read it."""
+    if console.is_terminal and _is_utf(console):
+        return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _closing(result: InspectResult) -> list[str]:
+    rest = result.rest
+    lines = []
+    if rest["tensors"]:
+        what = f"{rest['tensors']} tensors, {count(rest['parameters'])} values, {size(rest['bytes'])}"
+        lines.append(f"Stays as stored, and is counted in every size: biases, norms and counters ({what}).")
+    if result.tied:
+        name, first = next(iter(result.tied.items()))
+        more = f", and {len(result.tied) - 1} more" if len(result.tied) > 1 else ""
+        lines.append(f"Counted once because they share memory: {name} with {first}{more}.")
+    if result.pictures:
+        lines.append(f"Pictures: {result.pictures[0]} shows them all ({len(result.pictures)} files).")
+    lines.append(f"Next: ddq finetune {result.path} --data FOLDER --target-bits 4")
+    return lines

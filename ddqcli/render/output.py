@@ -1,0 +1,41 @@
+"""The two consoles, and the JSON envelope: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+ENVELOPE_VERSION = 1
+
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+
+
+def envelope(command: str, data: Any = None, *, exit_code: int = 0, errors: list[str] | None = None) -> str:
+    """The one JSON object that `--json` prints, on success and on failure."""
+    return json.dumps(
+        {
+            "version": ENVELOPE_VERSION,
+            "command": command,
+            "status": "ok" if exit_code == 0 else "error",
+            "exit_code": exit_code,
+            "data": data,
+            "errors": errors or [],
+        },
+        indent=2,
+    )
+
+
+def plain(text: str) -> None:
+    """Text on stdout as it is: no wrapping, no colour, no markup."""
+    sys.stdout.write(text + "\n")
+
+
+def size(count: float) -> str:
+    """Bytes for a reader: 134,173 B, 1.8 MB."""
+    if count < 1e6:
+        return f"{count / 1000:.1f} kB" if count >= 1000 else f"{count:.0f} B"
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
