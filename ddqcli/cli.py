@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help and report answer 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ddqcli import __version__
-from ddqcli.errors import DDQError
+from ddqcli.errors import DDQError, Interrupted
 
 app = typer.Typer(
     name="ddq",
@@ -56,7 +57,9 @@ def _example(*lines: str) -> str:
     )
 )
 def finetune(
-    model: Annotated[Path, typer.Argument(help="State dict: .pt, .pth, .th or .safetensors.", show_default=False)],
+    model: Annotated[
+        Path | None, typer.Argument(help="State dict: .pt, .pth, .th or .safetensors.", show_default=False)
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe (YAML); ./ddq.yaml or the one beside MODEL if not given.")
     ] = None,
@@ -88,6 +91,9 @@ def finetune(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Load a pickled module; this runs code from the file.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest unfinished run, or with the one in --run-dir.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check model, recipe and budget; train nothing.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -99,17 +105,35 @@ def finetune(
         "train.epochs": epochs, "train.max_steps": max_steps, "train.seed": seed, "model.pickle": allow_pickle or None,
     }  # fmt: skip
 
-    def work() -> dict[str, Any]:
-        from ddqcli.recipe import find_recipe, load_recipe, parse_assignment
+    def work() -> Any:
+        from ddqcli.errors import UsageError
+        from ddqcli.recipe import differences, find_recipe, load_recipe, parse_assignment
 
         if target_bits is not None and target_size is not None:
-            from ddqcli.errors import UsageError
-
             raise UsageError("--target-bits and --target-size are both given; give one.")
         given = {key: value for key, value in flags.items() if value is not None}
         given |= dict(parse_assignment(text) for text in assign or ())
-        path = recipe or find_recipe(model)
+        path = recipe or (None if resume and model is None else find_recipe(model))
         loaded = load_recipe(path, given)
+        run = None
+        if resume:
+            from ddqcli.engine.runs import Run
+
+            run = Run.unfinished(run_dir)
+            stored = run.recipe()
+            if model is not None or given:
+                asked = loaded.model_copy(update={"model": loaded.model.model_copy(update={"checkpoint": str(model)})})
+                changed = differences(
+                    stored, asked if model is not None else load_recipe(run.path / "recipe.yaml", given)
+                )
+                if changed:
+                    raise UsageError(
+                        f"{run.path} was begun with another recipe ({'; '.join(changed)}); begin a new run."
+                    )
+            loaded = stored
+        checkpoint = model or (Path(loaded.model.checkpoint) if loaded.model.checkpoint else None)
+        if checkpoint is None:
+            raise UsageError("No model is named; write `ddq finetune MODEL`, or model.checkpoint in the recipe.")
         from ddqcli.render.progress import Live
 
         with Live(quiet=quiet) as live:
@@ -117,9 +141,15 @@ def finetune(
                 live.note(f"recipe: {path}")
             from ddqcli.commands.finetune import finetune as command
 
-            return command(model, loaded, run_dir=run_dir, dry_run=dry_run, listener=live).data()
+            return command(checkpoint, loaded, run=run, run_dir=run_dir, dry_run=dry_run, listener=live)
 
-    _run("finetune", work, _finetuned, as_json)
+    def show(result: Any) -> None:
+        from ddqcli.render import output
+        from ddqcli.render import report as render
+
+        render.finetuned(result.data(), output.out)
+
+    _run("finetune", work, show, as_json)
 
 
 @app.command(epilog=_example("ddq report", "ddq report runs/20260131-142310-model --md >> $GITHUB_STEP_SUMMARY"))
@@ -138,23 +168,23 @@ def report(
 ) -> None:
     """Show each tensor's bits, levels, bytes and error, and the totals."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         from ddqcli.errors import UsageError
 
         if as_json + as_csv + as_md > 1:
             raise UsageError("--json, --csv and --md exclude each other; give one.")
         from ddqcli.commands.report import report as command
 
-        return command(target).data()
+        return command(target)
 
-    def show(data: dict[str, Any]) -> None:
+    def show(result: Any) -> None:
         from ddqcli.render import output
         from ddqcli.render import report as render
 
         if as_csv or as_md:
-            output.plain(render.as_csv(data) if as_csv else render.as_markdown(data))
+            output.plain(render.as_csv(result.report) if as_csv else render.as_markdown(result.report))
         else:
-            render.table(data, output.out)
+            render.table(result.report, output.out)
 
     _run("report", work, show, as_json)
 
@@ -174,39 +204,67 @@ def export(
 ) -> None:
     """Write the newest run's model as one safetensors file, and prove that it holds what was trained."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         from ddqcli.commands.export import export as command
 
-        return command(run, out).data()
+        return command(run, out)
 
-    def show(data: dict[str, Any]) -> None:
+    def show(result: Any) -> None:
         from ddqcli.render import output
         from ddqcli.render import report as render
 
-        render.exported(data, output.out)
+        render.exported(result.data(), output.out)
 
     _run("export", work, show, as_json)
 
 
-def _finetuned(data: dict[str, Any]) -> None:
-    from ddqcli.render import output
-    from ddqcli.render import report as render
-
-    render.finetuned(data, output.out)
-
-
-def _run(
-    command: str, work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool
+@app.command(epilog=_example("ddq inspect model.pt", "ddq inspect model.safetensors -o pictures"))
+def inspect(
+    model: Annotated[Path, typer.Argument(help="State dict: .pt, .pth, .th or .safetensors.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder for the pictures.  [default: inspect/<model>]", show_default=False),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load a pickled module; this runs code from the file.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
+    """Show each layer's weight distribution and what fewer bits would cost it: table, pictures and a page."""
+
+    def work() -> Any:
+        from ddqcli.commands.inspect import inspect as command
+        from ddqcli.render.progress import Live
+
+        with Live(quiet=quiet) as live:
+            return command(
+                model,
+                out=out or Path("inspect") / model.stem,
+                pickle=allow_pickle,
+                on_progress=lambda done, total, name: live.progress(f"inspect {name}", done, total),
+            )
+
+    def show(result: Any) -> None:
+        from ddqcli.render import inspect as render
+        from ddqcli.render import output
+
+        render.show(result, output.out)
+
+    _run("inspect", work, show, as_json)
+
+
+def _run(command: str, work: Callable[[], Any], show: Callable[[Any], None], as_json: bool) -> None:
     """Do the work and show its result; turn an error into one message and its exit code."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
-        data = work()
+        result = work()
         if as_json:
             from ddqcli.render.output import envelope, plain
 
-            plain(envelope(command, data))
+            plain(envelope(command, result.data()))
         else:
-            show(data)
+            show(result)
         sys.stdout.flush()
     except DDQError as error:
         _fail(command, str(error), error.exit_code, as_json)
@@ -214,6 +272,10 @@ def _run(
         _fail(command, "Interrupted.", 130, as_json)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Interrupted("Terminated.", number)
 
 
 def _fail(command: str, message: str, code: int, as_json: bool) -> None:

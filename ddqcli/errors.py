@@ -49,3 +49,11 @@ class VerificationError(DDQError):
     """A file does not hold what it should (exit code 4)."""
 
     exit_code = 4
+
+
+class Interrupted(DDQError):
+    """A signal ended the run; what was reached is kept (exit code 128 + signal: 130 on Ctrl-C, 143 on SIGTERM)."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(message)

@@ -204,8 +204,26 @@ def parse_size(text: str, float_bytes: int) -> int:
 
 def find_recipe(checkpoint: Path | None) -> Path | None:
     """`ddq.yaml` in the working folder or beside the checkpoint, if there is one."""
-    folders = [Path.cwd(), *([checkpoint.parent] if checkpoint else [])]
+    folders = [Path(), *([checkpoint.parent] if checkpoint else [])]
     return next((folder / RECIPE_NAME for folder in folders if (folder / RECIPE_NAME).is_file()), None)
+
+
+def differences(first: Recipe, second: Recipe) -> list[str]:
+    """The fields in which two recipes differ, as `train.lr: 0.01, now 0.02`."""
+    before, after = _flattened(first.model_dump()), _flattened(second.model_dump())
+    return [
+        f"{key}: {before.get(key)}, now {after.get(key)}"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flattened(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        nested = isinstance(value, dict) and value and key != "kwargs"
+        flat |= _flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def load_recipe(path: Path | None, flags: dict[str, Any] | None = None) -> Recipe:

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint as flat float32 pieces, read one after the other so that memory stays bounded.
 
-A safetensors file is read with numpy alone; anything else goes through PyTorch, which maps it from the file.
+Safetensors files and state dicts of torch.save are read with numpy alone; whatever else there is goes through PyTorch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddqcli.errors import CheckpointError
+from ddqcli.torchfile import ITEMSIZE, Place, tensor_places
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +28,9 @@ Piece = NDArray[np.float32]
 PIECE = 1 << 20  # values in memory at a time
 MAX_HEADER = 100_000_000  # bytes; the limit safetensors itself sets
 
-_READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_FLOATS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}  # numpy has no bfloat16
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and torch.compile
+WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and torch.compile
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,19 @@ class StoredTensor:
 def stored_tensors(path: Path, *, pickle: bool = False) -> tuple[list[StoredTensor], str]:
     """The tensors in the checkpoint `path` and one line on how they were found. Raises CheckpointError."""
     if is_safetensors(path):
-        return _safetensors(path), "safetensors"
-    from ddqcli.engine.checkpoint import load_checkpoint
+        tensors, note = _safetensors(path), "safetensors"
+    elif found := tensor_places(path):
+        tensors, note = _of_places(path, found[0]), found[1]
+    else:
+        from ddqcli.engine.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(path, pickle=pickle)
-    return _torch_tensors(checkpoint.tensors), checkpoint.note
+        checkpoint = load_checkpoint(path, pickle=pickle)
+        return _torch_tensors(checkpoint.tensors), checkpoint.note
+    prefix = ""
+    while step := next((w for w in WRAPPERS if tensors and all(t.name.startswith(prefix + w) for t in tensors)), ""):
+        prefix += step
+    bare = [replace(t, name=t.name.removeprefix(prefix), same_as=t.same_as and t.same_as.removeprefix(prefix)) for t in tensors]
+    return bare, note + (f", prefix '{prefix}' stripped" if prefix else "")
 
 
 def is_safetensors(path: Path) -> bool:
@@ -73,23 +82,19 @@ def is_safetensors(path: Path) -> bool:
 def _safetensors(path: Path) -> list[StoredTensor]:
     header, start = _header(path)
     room = path.stat().st_size - start
-    prefix = ""
-    while step := next((s for s in _WRAPPERS if header and all(n.startswith(prefix + s) for n in header)), ""):
-        prefix += step
     found = []
     for name in sorted(header, key=_numbers_in_order):
         (first, last), shape, code = header[name]["data_offsets"], tuple(header[name]["shape"]), header[name]["dtype"]
+        dtype, floating = _NAMES.get(code, code), code.startswith(("F", "BF"))
         if not first <= last <= room:
             size = f"{start + room} of {start + last} bytes"
             raise CheckpointError(f"Cannot read {path}: it ends after {size}; download it again.")
-        dtype, floating = np.dtype(_READABLE.get(code, "u1")), code.startswith(("F", "BF"))
-        if floating and code not in _READABLE:
+        if floating and dtype not in _FLOATS:
             raise CheckpointError(f"{path}: {name} is stored as {code}; save it in float32, float16 or bfloat16.")
-        if floating and last - first != math.prod(shape) * dtype.itemsize:
+        if floating and last - first != math.prod(shape) * np.dtype(_FLOATS[dtype]).itemsize:
             raise CheckpointError(f"Cannot read {path}: {name} has {last - first} bytes for {shape}; save it again.")
         read = partial(_read_pieces, path, start + first, math.prod(shape), dtype)
-        dtype_name = _NAMES.get(code, code)
-        found.append(StoredTensor(name.removeprefix(prefix), shape, dtype_name, last - first, floating, read))
+        found.append(StoredTensor(name, shape, dtype, last - first, floating, read))
     return found
 
 
@@ -119,17 +124,46 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _read_pieces(path: Path, start: int, size: int, dtype: np.dtype[Any]) -> Iterator[Piece]:
+def _read_pieces(path: Path, start: int, size: int, dtype: str) -> Iterator[Piece]:
     # Read, not mapped: the pages of a map count as this process's memory for as long as it lives.
     with path.open("rb") as file:
         file.seek(start)
         for done in range(0, size, PIECE):
-            raw = np.fromfile(file, dtype, min(PIECE, size - done))
-            if dtype == np.dtype("<u2"):  # bfloat16 is the upper half of a float32
-                yield (raw.astype(np.uint32) << 16).view(np.float32)
-            else:
-                with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which is refused by name
-                    yield raw.astype(np.float32, copy=False)
+            yield _as_float32(np.fromfile(file, _FLOATS[dtype], min(PIECE, size - done)), dtype)
+
+
+def _as_float32(raw: NDArray[Any], dtype: str) -> Piece:
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which is refused by name
+        return raw.astype(np.float32, copy=False)
+
+
+def _of_places(path: Path, places: dict[str, Place]) -> list[StoredTensor]:
+    first: dict[Place, str] = {}
+    found = []
+    for name, place in places.items():
+        size = math.prod(place.shape)
+        earlier = first.setdefault(place, name) if size else name
+        read = partial(_place_pieces, path, place)
+        nbytes, shared = size * ITEMSIZE.get(place.dtype, 1), earlier if earlier != name else None
+        found.append(StoredTensor(name, place.shape, place.dtype, nbytes, place.dtype in _FLOATS, read, shared))
+    return found
+
+
+def _place_pieces(path: Path, place: Place) -> Iterator[Piece]:
+    """The values in the order of the tensor's axes; one that does not lie in that order is read whole."""
+    size = math.prod(place.shape)
+    contiguous = np.cumprod([1, *place.shape[:0:-1]])[::-1]
+    if all(n == 1 or step == dense for n, step, dense in zip(place.shape, place.strides, contiguous, strict=False)):
+        yield from _read_pieces(path, place.start, size, place.dtype)
+        return
+    reach = 1 + sum((n - 1) * step for n, step in zip(place.shape, place.strides, strict=True))
+    raw = np.fromfile(path, _FLOATS[place.dtype], reach, offset=place.start)
+    byte_strides = [step * raw.itemsize for step in place.strides]
+    flat = np.lib.stride_tricks.as_strided(raw, place.shape, byte_strides).reshape(-1)
+    for done in range(0, size, PIECE):
+        yield _as_float32(flat[done : done + PIECE], place.dtype)
 
 
 def _torch_tensors(tensors: dict[str, torch.Tensor]) -> list[StoredTensor]:

@@ -76,7 +76,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = json.loads(raw[8 : (end := 8 + int.from_bytes(raw[:8], "little"))])
         if (version := header.pop("__metadata__")["version"]) != "1":
             raise NotAnArtifact(f"{path} is a ddq file of version {version}; this reader knows version 1 only")
-        return _contents({name: _entry(raw, end, **entry) for name, entry in header.items()})
+        entries = {name: _entry(raw, end, **entry) for name, entry in header.items()}
+        _require(end + sum(entry.nbytes for entry in entries.values()) == len(raw), "the entries do not fill the file")
+        return _contents(entries)
     except NotAnArtifact:
         raise
     except Exception as error:  # whatever a file made on purpose to mislead leads to
@@ -84,7 +86,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _entry(raw: bytes, header_end: int, data_offsets: list[int], dtype: str, shape: list[int]) -> Array:
-    return np.ndarray(tuple(shape), DTYPES[dtype], raw, header_end + data_offsets[0])
+    entry: Array = np.ndarray(tuple(shape), DTYPES[dtype], raw, header_end + data_offsets[0])
+    _require(data_offsets[1] - data_offsets[0] == entry.nbytes, "an entry has not the bytes of its shape")
+    return entry
 
 
 def _contents(entries: dict[str, Array]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,10 +144,12 @@ def dequantize(stored: Stored) -> NDArray[np.float32]:
         if len(groups) == 1:
             pieces.append(unpack(packed, bits, count, table[0]))
         else:
-            pieces.append(np.empty(count, np.float32))
             rows = unpack(packed, bits, count).reshape(len(groups), each)
-            for values, row, out in zip(table, rows, pieces[-1].reshape(rows.shape), strict=True):
-                np.take(values, row, out=out, mode="clip")
+            starts, block = np.arange(len(groups))[:, None] << bits, max(1, CHUNK // max(1, each))
+            out = np.empty(rows.shape, np.float32)
+            for i in range(0, len(groups), block):
+                np.take(table, rows[i : i + block] + starts[i : i + block], out=out[i : i + block], mode="clip")
+            pieces.append(out.reshape(-1))
     flat = pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
     if not stored.axis:
         return flat.reshape(stored.shape)
@@ -157,6 +163,8 @@ def unpack(packed: Array, bits: int, count: int, table: Array | None = None) -> 
     For speed, `per` neighbours, together a code of at most 12 bits, are looked up at once. As 8 indices fill `bits`
     bytes, a 64-bit word read at every `bits`-th byte holds 8 of them.
     """
+    if bits == 8 and table is None:
+        return packed[:count]
     lookup = _indices_of_codes(bits) if table is None else table[_indices_of_codes(bits)]
     per, words = lookup.shape[1], (count + 7) // 8
     width = bits * per
@@ -168,9 +176,11 @@ def unpack(packed: Array, bits: int, count: int, table: Array | None = None) -> 
         if width == 8:
             codes: Array = padded[start * bits : stop * bits]
         else:
-            word: Array = np.ndarray((stop - start, 1), "<u8", padded.data, start * bits, (bits, 0))
-            codes = (word >> np.arange(0, bits * 8, width, dtype=np.uint64) & np.uint64(2**width - 1)).reshape(-1)
-        np.take(lookup, codes.astype(np.intp), axis=0, out=out[start * 8 // per : stop * 8 // per], mode="clip")
+            word: Array = np.ndarray(stop - start, "<i8", padded.data, start * bits, (bits,)).copy()
+            codes = np.empty((stop - start, 8 // per), np.int64)
+            for place in range(8 // per):
+                np.bitwise_and(word >> width * place, 2**width - 1, out=codes[:, place])
+        np.take(lookup, codes.reshape(-1), axis=0, out=out[start * 8 // per : stop * 8 // per], mode="clip")
     return out.reshape(-1)[:count]
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from ddqcli.artifact import decoder
 from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, Sizes, write_artifact
+from ddqcli.commands.report import travelling
 from ddqcli.engine.runs import Run
 from ddqcli.errors import DDQError, VerificationError
+from ddqcli.recipe import Recipe
 
 ARTIFACT = "model.safetensors"
 
@@ -49,7 +50,7 @@ def export(run_dir: Path | None = None, out: Path | None = None) -> ExportResult
     frozen, report = run.load("final.pt"), run.report()
     path = out or run.path / ARTIFACT
     floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
-    meta = {"report": report, "recipe": yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8"))}
+    meta = {"report": travelling(report), "recipe": _portable(run.recipe())}
     sizes = write_artifact(
         path, [_quantized(entry) for entry in frozen["quantized"]], [_activation(a) for a in frozen["activations"]],
         floats, frozen["aliases"], meta,
@@ -63,6 +64,15 @@ def export(run_dir: Path | None = None, out: Path | None = None) -> ExportResult
         raise
     values = sum(array.size for array in expected.values())
     return ExportResult(run.path, path, sizes, report["totals"]["float_bytes"], len(expected), values)
+
+
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says beyond its defaults, files by name alone: where they lie is no property of the model."""
+    said = recipe.model_dump(exclude_defaults=True)
+    for section, field in (("model", "checkpoint"), ("model", "arch"), ("data", "source")):
+        if value := said.get(section, {}).get(field):
+            said[section][field] = Path(value).name
+    return said
 
 
 def _verify(path: Path, expected: dict[str, np.ndarray]) -> None:

@@ -18,7 +18,7 @@ from ddqcli.engine.evaluate import calibrate, evaluate, reestimate_batch_norm
 from ddqcli.engine.gates import Budget, Gates, make_budget
 from ddqcli.engine.models import build_model
 from ddqcli.engine.results import freeze, make_report
-from ddqcli.engine.runs import Run
+from ddqcli.engine.runs import LAST, Run
 from ddqcli.engine.train import StepMetrics, Trainer
 from ddqcli.errors import UsageError
 from ddqcli.quant.activation import can_fuse
@@ -56,13 +56,15 @@ def finetune(
     checkpoint_path: Path,
     recipe: Recipe,
     *,
+    run: Run | None = None,
     run_dir: Path | None = None,
     dry_run: bool = False,
     listener: Listener | None = None,
 ) -> FinetuneResult:
     """Finetune a checkpoint as the recipe says. Raises DDQError and its children.
 
-    With `dry_run`, stop where training would begin; data are then looked at only if they are there.
+    `run` is an unfinished run to go on with; otherwise a new one is made at `run_dir`. With `dry_run`, stop where data
+    would be read.
     """
     listener = listener or Listener()
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpoint": str(checkpoint_path)})})
@@ -82,18 +84,19 @@ def finetune(
     data = load_data(recipe.data, seed=recipe.train.seed, device=device)
     listener.note(f"data: {data.note}")
     steps = _steps(recipe, data)
-    run = Run.create(run_dir, recipe.name or Path(checkpoint_path).stem)
-    run.write_recipe(recipe)
-    before = evaluate(teacher, data, on_progress=listener.progress)
+    saved = run.saved(checkpoint.sha256) if run else None
+    if run is None:
+        run = Run.create(run_dir, recipe.name or checkpoint_path.stem)
+        run.write_recipe(recipe)
+    before = saved["float_accuracy"] if saved else evaluate(teacher, data, on_progress=listener.progress)
     listener.note(f"float accuracy: {before:.2f} %")
-    trainer = _trainer(converted, teacher, data, budget, recipe, steps)
-
-    def on_step(metrics: StepMetrics) -> None:
-        run.add_metrics(metrics)
-        listener.step(metrics)
-
-    trainer.run(on_step, lambda: run.save("last.pt", trainer.state()))
+    trainer = _trainer(converted, teacher, data, budget, recipe, steps, saved)
+    if saved:
+        listener.note(f"resumed {run.path} at step {trainer.step} of {steps}")
+        run.cut_metrics(trainer.step)
+    _train(trainer, run, {"float_accuracy": before, "sha256": checkpoint.sha256}, listener)
     if recipe.train.bn_batches and steps:
+        torch.manual_seed(recipe.train.seed)
         reestimate_batch_norm(converted.model, islice(data.train.epoch(recipe.train.epochs), recipe.train.bn_batches))
     after = evaluate(converted.model, data, on_progress=listener.progress)
     report = make_report(
@@ -104,16 +107,36 @@ def finetune(
     return FinetuneResult(run.path, report)
 
 
+def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener) -> None:
+    """The loop, with its metrics and checkpoints in the run folder."""
+
+    def on_step(metrics: StepMetrics) -> None:
+        run.add_metrics(metrics)
+        listener.step(metrics)
+
+    trainer.run(on_step, lambda: run.save(LAST, {**trainer.state(), **facts}))
+
+
 def _trainer(
-    converted: Converted, teacher: torch.nn.Module, data: Data, budget: Budget, recipe: Recipe, steps: int
+    converted: Converted,
+    teacher: torch.nn.Module,
+    data: Data,
+    budget: Budget,
+    recipe: Recipe,
+    steps: int,
+    saved: dict[str, Any] | None,
 ) -> Trainer:
+    """A trainer at its first step, or where `saved` left off."""
     gates = Gates(converted, recipe, budget, steps, recipe.data.batch_size)
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch)
     gates.start()
     fused = bool(converted.activations) and steps >= _FUSE_FROM_STEPS and can_fuse(_device(recipe.train.device))
     for activation in converted.activations.values():
         activation.fused = fused
-    return Trainer(converted, teacher if recipe.train.distill.weight else None, data, gates, recipe, steps)
+    trainer = Trainer(converted, teacher if recipe.train.distill.weight else None, data, gates, recipe, steps)
+    if saved:
+        trainer.load(saved)
+    return trainer
 
 
 def _device(name: str) -> torch.device:

@@ -104,6 +104,9 @@ def inspect(
         raise CheckpointError(f"{path} holds no tensors; save the model's state_dict() in it.")
     weights = [tensor for tensor in tensors if _is_weight(tensor)]
     others = [tensor for tensor in tensors if not _is_weight(tensor) and not tensor.same_as]
+    for tensor in others:
+        if tensor.floating:
+            _range(tensor, path)
     rest = {
         "tensors": len(others),
         "parameters": sum(tensor.parameters for tensor in others),
@@ -179,7 +182,16 @@ def _row(tensor: StoredTensor, kind: str, path: Path) -> LayerRow:
 
 def summarise(tensor: StoredTensor, path: Path) -> Distribution:
     """A tensor's distribution in two passes over its pieces, the first for its range. Raises CheckpointError."""
-    low, high, kept = np.inf, -np.inf, None
+    low, high = _range(tensor, path)
+    parts = (Distribution.of(piece, BINS, low, high) for piece in tensor.pieces())
+    whole = next(parts)
+    for part in parts:
+        whole = whole + part
+    return whole
+
+
+def _range(tensor: StoredTensor, path: Path) -> tuple[float, float]:
+    low, high = np.inf, -np.inf
     for piece in tensor.pieces():
         bounds = float(piece.min()), float(piece.max())
         if not np.isfinite(bounds).all():  # NaN anywhere makes both bounds NaN
@@ -187,13 +199,8 @@ def summarise(tensor: StoredTensor, path: Path) -> Distribution:
                 f"{path}: {tensor.name} holds NaN or infinite values; the training that saved it had diverged: take an "
                 "earlier checkpoint."
             )
-        low, high, kept = min(low, bounds[0]), max(high, bounds[1]), piece
-    pieces = [kept] if kept is not None and kept.size == tensor.parameters else tensor.pieces()
-    parts = (Distribution.of(piece, BINS, low, high) for piece in pieces)
-    whole = next(parts)
-    for part in parts:
-        whole = whole + part
-    return whole
+        low, high = min(low, bounds[0]), max(high, bounds[1])
+    return low, high
 
 
 def _errors(distribution: Distribution) -> tuple[dict[int, dict[str, float]], tuple[float, ...]]:

@@ -2,33 +2,28 @@
 
 A layer keeps its class and its forward; only what `layer.weight` and `layer.bias` return changes, through
 torch.nn.utils.parametrize. So nothing is traced, and code that reads a weight past its layer's forward (attention does)
-sees the quantized one too.
+sees the quantized one too. A tensor that several layers share has one quantizer and is stored once.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from ddqcli.engine.plan import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, AttentionOutput, Plan, make_plans, weights_of
 from ddqcli.errors import UsageError
 from ddqcli.quant.activation import ActivationQuantizer
-from ddqcli.quant.quantizer import DDQuantizer, Kind
-from ddqcli.recipe import Override, Recipe
+from ddqcli.quant.quantizer import DDQuantizer
+from ddqcli.recipe import Recipe
 
-# What is quantized in a module of each type: weights by Eqn (3), biases by Eqn (5).
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WEIGHTS: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
-    ((*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, nn.Embedding, nn.EmbeddingBag), ("weight",)),
-    ((nn.MultiheadAttention,), ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
-)
-_BIASES = ("bias", "in_proj_bias")
+_BIASES = ("bias", "in_proj_bias")  # of the layers that have weights; quantized by Eqn (5)
+_REPARAMETRIZED = ("weight_orig", "bias_orig", "weight_g", "weight_v")  # as torch's older hooks name what they keep
 
 
 @dataclass(frozen=True)
@@ -54,170 +49,94 @@ class ConvertedTensor:
 
 @dataclass
 class Converted:
-    """A model with its quantizers attached."""
+    """A model with its quantizers attached. `tensors`, `aliases` and `kept` name every entry of the float state dict."""
 
     model: nn.Module
     tensors: list[ConvertedTensor] = field(default_factory=list)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)  # by layer name
     aliases: dict[str, str] = field(default_factory=dict)  # shared tensors: name -> the name that is stored
-    kept: dict[str, str] = field(default_factory=dict)  # what stays float: name -> reason
+    kept: dict[str, str] = field(default_factory=dict)  # what stays float: name, or "layer (input)" -> reason
 
     def float_tensors(self) -> dict[str, Tensor]:
-        """Everything of the float state dict that is not quantized, by its float name."""
-        quantized = {t.name for t in self.tensors}
-        return {
-            name: value
-            for name, value in float_state(self.model).items()
-            if name not in quantized and name not in self.aliases
-        }
+        """Everything of the float state dict that is not quantized, by its float name, shared tensors once."""
+        elsewhere = {t.name for t in self.tensors} | self.aliases.keys()
+        return {name: value for name, value in float_state(self.model).items() if name not in elsewhere}
+
+    def keep_input(self, name: str, reason: str) -> None:
+        """Leave the layer's input in float after all."""
+        self.model.get_submodule(name).input_quantizer = None
+        del self.activations[name]
+        self.kept[f"{name} (input)"] = reason
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What the recipe says of one layer."""
+class _Place:
+    """One place where a parameter is found."""
 
-    skip: bool
-    levels: Kind
-    granularity: str
-    min_bits: int
-    max_bits: int
-    act_bits: int
+    layer: str
+    module: nn.Module
+    local: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.local}" if self.layer else self.local
 
 
 def convert(model: nn.Module, recipe: Recipe) -> Converted:
-    """Attach a quantizer to every weight and bias that can have one, in place. Raises UsageError for stray overrides."""
-    result = Converted(model)
-    seen: dict[int, tuple[str, DDQuantizer]] = {}
-    matched: set[int] = set()
-    for name, module in list(model.named_modules()):
-        weights = next((w for types, w in _WEIGHTS if isinstance(module, types)), ())
-        plan = _plan(recipe, name, module, matched)
-        for local, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            full = f"{name}.{local}" if name else local
-            is_bias = local in _BIASES and bool(weights)
-            reason = _reason_to_keep(module, local, parameter, weights, is_bias, plan, recipe)
-            if reason:
-                result.kept[full] = reason
-                continue
-            if id(parameter) in seen:
-                target, quantizer = seen[id(parameter)]
-                result.aliases[full] = target
-            else:
-                quantizer = (
-                    _bias_quantizer(parameter, recipe)
-                    if is_bias
-                    else _weight_quantizer(module, parameter, plan, recipe)
-                )
-                seen[id(parameter)] = (full, quantizer)
-                bits = (recipe.weights.bias_bits or 8,) * 2 if is_bias else (plan.min_bits, plan.max_bits)
-                kind = "bias" if is_bias else kind_of(module)
-                start = parameter.detach().clone()
-                result.tensors.append(ConvertedTensor(full, kind, parameter, quantizer, *bits, start))
-            parametrize.register_parametrization(module, local, quantizer, unsafe=True)
-        if weights and plan.act_bits and not plan.skip and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            activation = ActivationQuantizer(plan.act_bits, recipe.activations.levels)
-            module.register_module("input_quantizer", activation)
-            module.register_forward_pre_hook(_quantize_inputs)
-            result.activations[name] = activation
-    _check_overrides(recipe.overrides, matched)
+    """Attach a quantizer to every weight, bias and layer input that can have one, in place.
+
+    Raises UsageError for a model that cannot be converted and for overrides that match nothing or contradict each other.
+    """
+    result = Converted(model, aliases=_aliases(model))
+    plans = make_plans(model, recipe)
+    layers: dict[int, _Place] = {}  # whose weight is quantized
+    for parameter, places in _places(model):
+        reasons = {p.name: _reason_to_keep(p, parameter, plans.get(p.layer), recipe) for p in places}
+        name, reason = next(((name, why) for name, why in reasons.items() if why), (None, None))
+        if reason is not None:
+            first = places[0].name
+            result.kept[first] = reason if name == first else f"shared with {name}: {reason}"
+            continue
+        tensor = _quantized(parameter, places, plans, recipe)
+        for place in places:
+            if not parametrize.is_parametrized(place.module, place.local):  # a layer may have two names
+                parametrize.register_parametrization(place.module, place.local, tensor.quantizer, unsafe=True)
+            if place.local not in _BIASES:
+                layers.setdefault(id(place.module), place)
+        result.tensors.append(tensor)
+    if not result.tensors:
+        reasons = list(result.kept.values())
+        most = max(reasons, key=reasons.count, default="it has no parameters")
+        raise UsageError(f"Nothing in this {kind_of(model)} can be quantized: {most}.")
+    for place in layers.values():
+        _quantize_input(result, place.layer, place.module, plans[place.layer].act_bits, recipe)
+    for name in result.float_tensors():
+        result.kept.setdefault(name, "a buffer: no gradient trains it")
+    if result.activations:
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False  # only its fast path takes those, and hooks rule that out
     return result
 
 
 def kind_of(module: nn.Module) -> str:
     """The module's type as a reader would name it."""
-    name = next(cls.__name__ for cls in type(module).__mro__ if not cls.__name__.startswith("Parametrized"))
-    depthwise = isinstance(module, _CONVOLUTIONS) and module.groups > 1 and module.groups == module.in_channels
+    name = parametrize.type_before_parametrizations(module).__name__
+    depthwise = isinstance(module, CONVOLUTIONS) and module.groups > 1 and module.groups == module.in_channels
     return f"depthwise {name}" if depthwise else name
 
 
 def float_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the float model's names: originals in place of parametrizations, without quantizers."""
-    state = {}
-    for name, value in model.state_dict().items():
-        if name.endswith(".original"):
-            name = name.replace("parametrizations.", "").removesuffix(".original")
-        elif ".parametrizations." in f".{name}" or ".input_quantizer." in f".{name}":
-            continue
-        state[name] = value
-    return state
-
-
-def _quantize_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pre-hook: quantize the layer's floating-point inputs, each tensor once (attention gets the same one three times)."""
-    done: dict[int, Any] = {}
-    for x in inputs:
-        if id(x) not in done:
-            quantizes = isinstance(x, Tensor) and x.is_floating_point()
-            done[id(x)] = module.input_quantizer(x) if quantizes else x
-    return tuple(done[id(x)] for x in inputs)
-
-
-def _plan(recipe: Recipe, name: str, module: nn.Module, matched: set[int]) -> _Plan:
-    weights = recipe.weights
-    found: dict[str, Any] = {
-        "skip": False, "levels": weights.levels, "granularity": weights.granularity,
-        "min_bits": weights.min_bits, "max_bits": weights.max_bits, "act_bits": recipe.activations.bits or 0,
-    }  # fmt: skip
-    for number, override in enumerate(recipe.overrides):
-        if override.match is not None and not fnmatch.fnmatchcase(name, override.match):
-            continue
-        if override.type is not None and override.type not in {cls.__name__ for cls in type(module).__mro__}:
-            continue
-        matched.add(number)
-        given = override.model_dump(exclude={"match", "type", "bits"}, exclude_none=True)
-        found |= given
-        if override.bits is not None:
-            found |= {"min_bits": override.bits, "max_bits": override.bits}
-    found["min_bits"] = min(found["min_bits"], found["max_bits"])
-    return _Plan(**found)
-
-
-def _reason_to_keep(
-    module: nn.Module,
-    local: str,
-    parameter: Tensor,
-    weights: tuple[str, ...],
-    is_bias: bool,
-    plan: _Plan,
-    recipe: Recipe,
-) -> str | None:
-    """Why a parameter stays float, or None if it is to be quantized."""
-    if not weights:
-        return f"{kind_of(module)} {local}: no quantizer for this kind of parameter"
-    if plan.skip:
-        return "an override says skip"
-    if is_bias:
-        return "biases are kept in float (weights.bias_bits)" if recipe.weights.bias_bits is None else None
-    if local not in weights:
-        return f"{kind_of(module)} {local}: no quantizer for this kind of parameter"
-    if not parameter.is_floating_point():
-        return f"holds {parameter.dtype}, not floating-point values"
-    if not parameter.numel():
-        return "holds no values"
-    return None
-
-
-def _weight_quantizer(module: nn.Module, parameter: Tensor, plan: _Plan, recipe: Recipe) -> DDQuantizer:
-    axis = None
-    if plan.granularity == "channel":
-        axis = 1 if isinstance(module, _TRANSPOSED) else 0
-    return DDQuantizer.from_tensor(
-        parameter, plan.max_bits, kind=plan.levels, channel_axis=axis, init=recipe.weights.init
-    )
-
-
-def _bias_quantizer(parameter: Tensor, recipe: Recipe) -> DDQuantizer:
-    bits = recipe.weights.bias_bits or 8
-    return DDQuantizer.from_tensor(parameter, bits, kind="uniform")
-
-
-def _check_overrides(overrides: list[Override], matched: set[int]) -> None:
-    stray = [o.match or o.type for number, o in enumerate(overrides) if number not in matched]
-    if stray:
-        raise UsageError(
-            f"No layer matches the override{'s' * (len(stray) > 1)} {', '.join(map(str, stray))}; "
-            "`ddq inspect MODEL` lists the layers' names."
-        )
+    """The state dict under the float model's names: trained values in place of parametrizations, without quantizers."""
+    renamed, of_quantizers = {}, set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (DDQuantizer, ActivationQuantizer)):
+            of_quantizers.add(name)
+        elif isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], DDQuantizer):
+            layer, _, local = name.rpartition("parametrizations.")
+            renamed[f"{name}.original"] = layer + local
+    state = model.state_dict()
+    return {renamed.get(n, n): value for n, value in state.items() if n.rpartition(".")[0] not in of_quantizers}
 
 
 def quantizers(result: Converted) -> Iterator[nn.Module]:
@@ -232,6 +151,117 @@ def quantized_state(result: Converted) -> dict[str, Tensor]:
     state = float_state(result.model)
     for tensor in result.tensors:
         state[tensor.name] = tensor.quantizer(tensor.parameter).detach()
-    for name, target in result.aliases.items():
-        state[name] = state[target]
-    return state
+    return state | {name: state[target] for name, target in result.aliases.items()}
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Names of the state dict that mean the tensor of an earlier name. Raises UsageError for what cannot be stored."""
+    if any(isinstance(m, (DDQuantizer, ActivationQuantizer)) for m in model.modules()):
+        raise UsageError("The model is converted already; convert the float model.")
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} of the model's state is a {type(value).__name__}; only tensors can be stored.")
+        if is_lazy(value):
+            raise UsageError(f"{name} has no shape yet; run the model on a batch before it is quantized.")
+        if first.setdefault(id(value), name) != name:
+            aliases[name] = first[id(value)]
+    return aliases
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Parameter, list[_Place]]]:
+    """Every parameter with all places where it is found."""
+    found: dict[int, tuple[nn.Parameter, list[_Place]]] = {}
+    for layer, module in model.named_modules(remove_duplicate=False):
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            found.setdefault(id(parameter), (parameter, []))[1].append(_Place(layer, module, local))
+    return list(found.values())
+
+
+def _reason_to_keep(place: _Place, parameter: Tensor, plan: Plan | None, recipe: Recipe) -> str | None:
+    """Why a parameter stays float at this place, or None if it can be quantized."""
+    module, local, weights = place.module, place.local, weights_of(place.module)
+    if isinstance(module, parametrize.ParametrizationList):
+        return "parametrized by the model itself; torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
+    if local in _REPARAMETRIZED:
+        return "the layer's weight is computed from it (pruning, weight_norm, spectral_norm); make it a weight again"
+    if plan and plan.skip:
+        return "an override says skip"
+    if plan is None or local not in (*weights, *_BIASES):
+        return f"{kind_of(module)} {local}: no quantizer for this kind of parameter"
+    if not parameter.numel():
+        return "holds no values"
+    if parameter.dtype != torch.float32:
+        return f"holds {parameter.dtype}; only float32 is quantized, which model.float() makes of other floating types"
+    if local in _BIASES:
+        return "biases are kept in float (weights.bias_bits)" if recipe.weights.bias_bits is None else None
+    if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
+        return "max_norm changes it in place"
+    if isinstance(module, EMBEDDINGS) and module.sparse:
+        return "its gradients are sparse"
+    return None
+
+
+def _quantized(
+    parameter: nn.Parameter, places: list[_Place], plans: dict[str, Plan], recipe: Recipe
+) -> ConvertedTensor:
+    """A parameter with its quantizer. Raises UsageError where its values, or the plans of its places, do not allow one."""
+    first, plan = places[0], plans[places[0].layer]
+    if not parameter.isfinite().all():
+        raise UsageError(f"{first.name} holds NaN or infinite values; take a checkpoint from before training diverged.")
+    start = parameter.detach().clone()
+    if first.local in _BIASES:
+        bits = recipe.weights.bias_bits or 8
+        quantizer = DDQuantizer.from_tensor(parameter, bits, kind="uniform")
+        return ConvertedTensor(first.name, "bias", parameter, quantizer, bits, bits, start)
+    for place in places:
+        if plans[place.layer] != plan:
+            raise UsageError(f"{first.name} and {place.name} are one tensor: give both layers the same overrides.")
+    axis = None
+    if plan.granularity == "channel":
+        axis = 1 if isinstance(first.module, TRANSPOSED) else 0
+    quantizer = DDQuantizer.from_tensor(
+        parameter, plan.max_bits, kind=plan.levels, channel_axis=axis, init=recipe.weights.init
+    )
+    return ConvertedTensor(first.name, kind_of(first.module), parameter, quantizer, plan.min_bits, plan.max_bits, start)
+
+
+def _quantize_input(result: Converted, name: str, module: nn.Module, bits: int, recipe: Recipe) -> None:
+    """Attach an activation quantizer to a layer."""
+    if not bits or isinstance(module, EMBEDDINGS):
+        return
+    if isinstance(module, AttentionOutput):
+        result.kept[f"{name} (input)"] = "attention reads this layer's weight past its forward"
+        return
+    activation = ActivationQuantizer(bits, recipe.activations.levels)
+    module.register_module("input_quantizer", activation.to(next(module.parameters()).device))
+    of_attention = type(module).forward is nn.MultiheadAttention.forward
+    module.register_forward_pre_hook(_attention_hook if of_attention else _layer_hook, with_kwargs=True)
+    result.activations[name] = activation
+
+
+def _layer_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Quantize the first argument, whether it has a name or not."""
+    if args:
+        return (_quantize(module, args[0]), *args[1:]), kwargs
+    return args, {name: x if n else _quantize(module, x) for n, (name, x) in enumerate(kwargs.items())}
+
+
+def _attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Quantize query, key and value, each tensor once (self-attention gets the same one three times), and no mask."""
+    names = ("query", "key", "value")
+    given = {**kwargs, **dict(zip(names, args, strict=False))}
+    query, key, value = (given.pop(name) for name in names)
+    quantizer = module.input_quantizer
+    if quantizer is not None and quantizer.observing:  # the first tensor that it sees sets its range
+        quantizer(torch.cat([x.flatten() for x in (query, key, value)]))
+    q = _quantize(module, query)
+    k = q if key is query else _quantize(module, key)
+    v = q if value is query else k if value is key else _quantize(module, value)
+    return (q, k, v, *args[3:]), given
+
+
+def _quantize(module: nn.Module, x: Any) -> Any:
+    quantizes = module.input_quantizer is not None and isinstance(x, Tensor) and x.is_floating_point()
+    return module.input_quantizer(x) if quantizes else x

@@ -61,9 +61,7 @@ def load_data(section: DataSection, *, seed: int, device: torch.device) -> Data:
     return Data(train, val, loss, metric, found.classes, note)
 
 
-def _from_images(
-    source: Source, section: DataSection, seed: int, device: torch.device
-) -> tuple[Batches, Batches, str]:
+def _from_images(source: Source, section: DataSection, seed: int, device: torch.device) -> tuple[Batches, Batches, str]:
     """Images: small ones with crops after padding, large ones with crops of random size; in memory if they fit."""
     form = choose_format(source, section)
     pad = section.pad if form.small else 0

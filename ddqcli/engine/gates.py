@@ -192,6 +192,7 @@ class Gates:
             "fisher": dict(self.fisher),
             "seen": self.seen,
             "bits": {t.name: t.quantizer.bits for t in self.converted.tensors},
+            "correction": {t.name: t.quantizer.correction for t in self.converted.tensors},
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -199,7 +200,7 @@ class Gates:
         self.fisher, self.seen = dict(state["fisher"]), state["seen"]
         for tensor in self.converted.tensors:
             tensor.quantizer.bits = tuple(state["bits"][tensor.name])
-        self._set_corrections()
+            tensor.quantizer.correction = state["correction"][tensor.name]
 
     def _choices(self, ceiling: bool = False) -> list[Choice]:
         return [self._choice(t, ceiling) for t in self.converted.tensors]

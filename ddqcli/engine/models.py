@@ -250,7 +250,7 @@ def _few(names: list[str]) -> str:
 
 def _build_torchvision(checkpoint: Checkpoint, name: str | None, kwargs: dict[str, Any]) -> Built:
     if name is not None and name not in _names():
-        near = difflib.get_close_matches(name, _names(), n=3)
+        near = difflib.get_close_matches(name, _names(), n=3, cutoff=0.75)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise UsageError(f"torchvision has no classification network {name!r}{hint}; one of your own, {_SPEC}.")
     tensors = _current(checkpoint.tensors, keep_aux=bool(kwargs.get("aux_logits")))
@@ -342,7 +342,7 @@ def _discover(path: Path, tensors: Tensors, kwargs: dict[str, Any]) -> tuple[str
         fits[name] = fit
     name, fit = max(fits.items(), key=lambda item: (item[1].same, -len(item[1].missing)))
     raise UsageError(
-        f"{path} is no classification network of torchvision: of the {fit.common + len(fit.missing)} keys of the closest, "
-        f"{name}, it has {fit.common}, {fit.same} of them in the same shape; say how to build it with --arch NAME or "
+        f"{path} is no classification network of torchvision: the closest, {name}, has {fit.common + len(fit.missing)} "
+        f"tensors, of which it has {fit.common}, {fit.same} in the same shape; say how to build it with --arch NAME or "
         "--arch path/to/file.py:factory."
     )

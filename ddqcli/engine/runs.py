@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli.errors import DDQError, UsageError
-from ddqcli.recipe import Recipe
+from ddqcli.recipe import Recipe, load_recipe
 
 RUNS = "runs"
 REPORT = "report.json"
+RECIPE = "recipe.yaml"
+LAST = "last.pt"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Run:
         if path is None:
             stem = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
             path = next(p for n in range(1000) if not (p := stem if not n else Path(f"{stem}-{n}")).exists())
-        elif (path / "recipe.yaml").exists():
+        elif (path / RECIPE).exists():
             raise UsageError(f"{path} already holds a run; give another --run-dir or remove it.")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -56,8 +58,47 @@ class Run:
             raise UsageError(f"{path} holds no finished run: {REPORT} is missing.")
         return cls(path)
 
+    @classmethod
+    def unfinished(cls, path: Path | None) -> Run:
+        """The run to go on with: at `path`, or the newest unfinished one under runs/; raises UsageError if there is none."""
+        if path is None:
+            begun = [p.parent for p in Path(RUNS).glob(f"*/{RECIPE}") if not (p.parent / REPORT).exists()]
+            if not begun:
+                raise UsageError(f"There is no unfinished run under {Path(RUNS).resolve()}; name one with --run-dir.")
+            return cls(max(begun, key=lambda p: (p / RECIPE).stat().st_mtime_ns))
+        if not (path / RECIPE).is_file():
+            raise UsageError(f"{path} holds no run to resume: {RECIPE} is missing.")
+        return cls(path)
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / REPORT).exists()
+
+    def saved(self, sha256: str) -> dict[str, Any] | None:
+        """The last training state; None if the run ended before the first. Raises UsageError for another checkpoint's."""
+        if not (self.path / LAST).exists():
+            return None
+        state = self.load(LAST)
+        if state["sha256"] != sha256:
+            raise UsageError(
+                f"The checkpoint is not the one that {self.path} was begun with (SHA-256 {sha256[:12]}…, "
+                f"then {state['sha256'][:12]}…); begin a new run."
+            )
+        return state
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop what was reported after `step`, which a resumed run reports again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            self._write(path.name, "".join(f"{line}\n" for line in lines).encode())
+
     def write_recipe(self, recipe: Recipe) -> None:
-        self._write("recipe.yaml", recipe.dump().encode())
+        self._write(RECIPE, recipe.dump().encode())
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of this run; raises RecipeError if it is damaged."""
+        return load_recipe(self.path / RECIPE)
 
     def add_metrics(self, metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -133,10 +174,18 @@ class _disk:
             ) from error
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for one that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return float("inf")
+
+
 def _newest(folder: Path) -> Path:
     runs = sorted(p.parent for p in folder.glob(f"*/{REPORT}")) if folder.is_dir() else []
     if runs:
         return max(runs, key=lambda p: (p / REPORT).stat().st_mtime_ns)
-    begun = len(list(folder.glob("*/recipe.yaml"))) if folder.is_dir() else 0
+    begun = len(list(folder.glob(f"*/{RECIPE}"))) if folder.is_dir() else 0
     what = f"{begun} unfinished and no finished run" if begun else "no run"
     raise UsageError(f"There is {what} under {folder.resolve()}; `ddq finetune MODEL` makes one, or name a run folder.")

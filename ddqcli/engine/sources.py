@@ -180,7 +180,7 @@ def is_torchvision(name: str, root: str) -> bool:
     """Whether NAME:ROOT means a data set of torchvision. Raises UsageError on a near miss."""
     if name in torchvision.datasets.__all__:
         return True
-    if "/" in root or Path(root).is_dir():  # a root, not the name of a factory
+    if not all(part.isidentifier() for part in root.split(".")):  # a folder, then, not the name of a factory
         near = difflib.get_close_matches(name, torchvision.datasets.__all__, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise UsageError(f"torchvision has no data set {name}{hint}")

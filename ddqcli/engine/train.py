@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,7 @@ from ddqcli.engine.convert import Converted, quantizers
 from ddqcli.engine.data import Data
 from ddqcli.engine.evaluate import output_of
 from ddqcli.engine.gates import Gates
-from ddqcli.errors import DDQError
+from ddqcli.errors import DDQError, Interrupted
 from ddqcli.recipe import Recipe, TrainSection
 
 _STEP_LR = 0.05  # log2 of a learned step or clip moves by this share of levels_lr
@@ -54,20 +57,29 @@ class Trainer:
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
 
     def run(self, on_step: Callable[[StepMetrics], None], on_save: Callable[[], None]) -> None:
-        """Train from `self.step` to the end. `on_save` is called where the state is worth keeping."""
+        """Train from `self.step` to the end. `on_save` is called where the state is worth keeping.
+
+        Ctrl-C and SIGTERM wait for the step's end, save, and raise Interrupted.
+        """
         began, first = time.monotonic(), self.step
         loss_sum, hits, count = 0.0, 0.0, 0
         self.model.train()
-        for x, y in self._batches():
-            self.gates.before_step(self.step)
-            loss, score = self._train_step(x, y)
-            loss_sum, hits, count = loss_sum + loss, hits + score, count + 1
-            self.step += 1
-            if self.step % _REPORT_EVERY == 0 or self.step == self.steps:
-                on_step(self._metrics(loss_sum / count, 100 * hits / count, (time.monotonic() - began), first))
-                loss_sum, hits, count = 0.0, 0.0, 0
-            if self.step % self.recipe.train.save_every == 0 or self.step % len(self.data.train) == 0:
-                on_save()
+        with _signals_held() as caught:
+            for x, y in self._batches():
+                self.gates.before_step(self.step)
+                loss, score = self._train_step(x, y)
+                loss_sum, hits, count = loss_sum + loss, hits + score, count + 1
+                self.step += 1
+                if self.step % _REPORT_EVERY == 0 or self.step == self.steps:
+                    on_step(self._metrics(loss_sum / count, 100 * hits / count, (time.monotonic() - began), first))
+                    loss_sum, hits, count = 0.0, 0.0, 0
+                if caught or self._worth_keeping():
+                    on_save()
+                if caught:
+                    raise Interrupted(
+                        f"Stopped at step {self.step} of {self.steps}; `ddq finetune --resume` goes on from here.",
+                        caught[0],
+                    )
         self.gates.finish()
 
     def state(self) -> dict[str, Any]:
@@ -88,6 +100,11 @@ class Trainer:
         if self.levels_optimizer:
             self.levels_optimizer.load_state_dict(state["levels_optimizer"])
         self.gates.load(state["gates"])
+
+    def _worth_keeping(self) -> bool:
+        """Whether this step is one to save at: every so many, at each epoch's end, and the last."""
+        ends = (self.recipe.train.save_every, len(self.data.train), self.steps)
+        return any(self.step % end == 0 for end in ends)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         per_epoch = len(self.data.train)
@@ -148,6 +165,22 @@ class Trainer:
             self.step, self.steps, (self.step - 1) // len(self.data.train) + 1, loss, accuracy,
             self.weights_optimizer.param_groups[0]["lr"], average, pace * self.step, bits,
         )  # fmt: skip
+
+
+@contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Within: SIGINT and SIGTERM are only noted, in the list, so that a step is never cut in two."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield caught
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda n, _: caught.append(n)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _optimizers(

@@ -10,7 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ddqcli.plots.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, new_figure, place, settings, shorten
+from ddqcli.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    new_figure,
+    place,
+    settings,
+    squares,
+    write,
+)
+from ddqcli.text import count, shorten
 
 WORD_COLOURS = {"Gaussian-like": BLUE, "heavy-tailed": ORANGE, "multi-peaked": GREEN, "flat": PURPLE}
 PER_SHEET = (5, 8)  # panels across and down
@@ -31,20 +44,19 @@ class Layer:
 
 
 def layer_figure(layer: Layer) -> Figure:
-    """One layer's histogram with its levels over it, 4.4 by 2.9 inches."""
+    """One layer's histogram with its levels over it, 4.4 by 2.75 inches."""
     with settings():
-        figure = new_figure(4.4, 2.9)
-        axes = place(figure, 0.62, 0.82, 3.64, 1.6)
+        figure = new_figure(4.4, 2.75)
+        axes = place(figure, 0.62, 0.72, 3.64, 1.55)
         _histogram(axes, layer)
         axes.set_xlabel("weight")
         axes.set_ylabel("weights per bin" + (" (log)" if axes.get_yscale() == "log" else ""))
         axes.grid(axis="y")
-        total = sum(layer.counts)
-        figure.text(0.12 / 4.4, 2.7 / 2.9, shorten(layer.name, 52), fontsize=9, fontweight="bold", va="center")
-        figure.text(0.12 / 4.4, 2.53 / 2.9, f"{layer.kind}, {total:,} weights, {layer.word}", fontsize=7.5, va="center")
+        write(figure, 0.12, 2.57, shorten(layer.name, 52), size=9, bold=True)
+        write(figure, 0.12, 2.39, f"{layer.kind}, {sum(layer.counts):,} weights, {layer.word}")
         if len(layer.levels):
-            figure.text(0.12 / 4.4, 0.16 / 2.9, "|", color=VERMILLION, fontsize=10, fontweight="bold", va="center")
-            figure.text(0.24 / 4.4, 0.15 / 2.9, layer.levels_name, fontsize=7.5, va="center")
+            write(figure, 0.12, 0.15, "|", size=10, bold=True)
+            write(figure, 0.24, 0.14, layer.levels_name)
     return figure
 
 
@@ -63,32 +75,27 @@ def _sheet(layers: Sequence[Layer], across: int, number: int, sheets: int) -> Fi
     width, height = 0.15 + across * panel_width, top + down * panel_height + bottom
     figure = new_figure(width, height)
     page = f", sheet {number} of {sheets}" if sheets > 1 else ""
-    figure.text(0.15 / width, 1 - 0.18 / height, f"Weights by layer{page}", fontsize=11, fontweight="bold", va="center")
-    for k, (word, colour) in enumerate(WORD_COLOURS.items()):
-        x = (0.15 + 1.05 * k) / width
-        figure.text(x, 1 - 0.41 / height, "■", color=colour, fontsize=8, va="center")
-        figure.text(x + 0.13 / width, 1 - 0.41 / height, word, fontsize=7.5, va="center")
+    write(figure, 0.15, height - 0.18, f"Weights by layer{page}", size=11, bold=True)
+    legend = {f"{word} (log height)" if word == "heavy-tailed" else word: c for word, c in WORD_COLOURS.items()}
+    squares(figure, 0.15, height - 0.41, legend)
     for k, layer in enumerate(layers):
         row, column = divmod(k, across)
         left, floor = 0.15 + column * panel_width, height - top - (row + 1) * panel_height
         axes = place(figure, left, floor + 0.28, panel_width - 0.2, 0.68)
         _histogram(axes, layer, small=True)
         axes.set_yticks([], [])
-        axes.minorticks_off()
         axes.spines["left"].set_visible(False)
         axes.tick_params(labelsize=6, length=2, pad=1.5)
-        name = shorten(layer.name.removesuffix(".weight"), 34)
-        figure.text(left / width, (floor + 1.19) / height, name, fontsize=7, fontweight="bold", va="center")
-        what = f"{layer.kind}, {_short(sum(layer.counts))}, {layer.word}"
-        figure.text(left / width, (floor + 1.06) / height, what, fontsize=6, va="center")
+        write(figure, left, floor + 1.19, shorten(layer.name.removesuffix(".weight"), 33), size=7, bold=True)
+        write(figure, left, floor + 1.06, f"{layer.kind}, {count(sum(layer.counts))}, {layer.word}", size=6)
     return figure
 
 
 def channels_figure(name: str, ranges: np.ndarray) -> Figure:
     """Ranges by output channel of a depthwise layer; `ranges` [C, 5]: min, quartiles and median ascending, max."""
     with settings():
-        figure = new_figure(6.4, 2.9)
-        axes = place(figure, 0.68, 0.82, 5.55, 1.6)
+        figure = new_figure(6.4, 2.75)
+        axes = place(figure, 0.68, 0.72, 5.55, 1.55)
         low, lower, median, upper, high = np.asarray(ranges, float).T
         channel = np.arange(len(low))
         if len(low) <= 128:
@@ -107,13 +114,11 @@ def channels_figure(name: str, ranges: np.ndarray) -> Figure:
         axes.set_xlabel("output channel")
         axes.set_ylabel("weight")
         axes.grid(axis="y")
-        figure.text(0.12 / 6.4, 2.7 / 2.9, shorten(name, 72), fontsize=9, fontweight="bold", va="center")
+        write(figure, 0.12, 2.57, shorten(name, 72), size=9, bold=True)
         reach = high - low
         spread = f"; widest over median range: {reach.max() / np.median(reach):.1f}" if np.median(reach) > 0 else ""
-        figure.text(0.12 / 6.4, 2.53 / 2.9, f"depthwise, {len(low)} channels{spread}", fontsize=7.5, va="center")
-        for k, (mark, text) in enumerate({ORANGE: "min to max", BLUE: "middle half", INK: "median"}.items()):
-            figure.text((0.12 + 1.1 * k) / 6.4, 0.15 / 2.9, "■", color=mark, fontsize=8, va="center")
-            figure.text((0.26 + 1.1 * k) / 6.4, 0.15 / 2.9, text, fontsize=7.5, va="center")
+        write(figure, 0.12, 2.39, f"depthwise, {len(low)} channels{spread}")
+        squares(figure, 0.12, 0.14, {"min to max": ORANGE, "middle half": BLUE, "median": INK})
     return figure
 
 
@@ -124,30 +129,27 @@ def _histogram(axes: Axes, layer: Layer, small: bool = False) -> None:
     edges = np.linspace(low, high, len(counts) + 1)
     colour = WORD_COLOURS.get(layer.word, GREY)
     log = layer.word == "heavy-tailed" and counts.max() > 20
-    axes.stairs(counts, edges, fill=True, color=colour, alpha=0.55, lw=0, baseline=0.5 if log else 0)
+    axes.stairs(counts, edges, fill=True, color=colour, alpha=0.65, lw=0, baseline=0.5 if log else 0)
     axes.stairs(counts, edges, color=colour, lw=0.7, baseline=0.5 if log else 0)
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e3 else f"{value / 1e3:g}k")
+        axes.minorticks_off()
     axes.set_ylim(0.5 if log else 0, counts.max() * (1.6 if log else 1.06))
     margin = (high - low) * 0.02
     axes.set_xlim(low - margin, high + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(4 if small else 7))
+    ticks = MaxNLocator(4 if small else 7).tick_values(low, high)
+    inset = (high - low) * (0.1 if small else 0)  # room for the labels of the panel beside
+    axes.set_xticks(ticks[(ticks >= low + inset) & (ticks <= high - inset)])
     if len(layer.levels) and not small:
         across = axes.get_xaxis_transform()
-        axes.vlines(layer.levels, 0, 1, color=VERMILLION, lw=0.7, alpha=0.6, transform=across)
-        axes.vlines(layer.levels, -0.06, 0, color=VERMILLION, lw=1.2, transform=across, clip_on=False)
+        axes.vlines(layer.levels, 0, 1, color=INK, lw=0.6, alpha=0.55, transform=across)
+        axes.vlines(layer.levels, -0.06, 0, color=INK, lw=1.2, transform=across, clip_on=False)
         axes.tick_params(axis="x", length=6)
 
 
 def _coarser(counts: np.ndarray, most: int) -> np.ndarray:
-    """Counts in fewer bins: about 2 n^(1/3) (Rice's rule), at most `most`; a divisor of the bins there are."""
-    wanted = min(most, max(8.0, 2 * counts.sum() ** (1 / 3)))
+    """Counts in fewer bins, a divisor of those there are: about 2 n^(1/3) (Rice's rule), at most `most`."""
+    wanted = min(most, max(16.0, 2.8 * counts.sum() ** (1 / 3)))  # up to 1.4 times, as divisors are rare
     bins = next((b for b in range(len(counts), 1, -1) if len(counts) % b == 0 and b <= wanted), len(counts))
     return counts.reshape(bins, -1).sum(1)
-
-
-def _short(count: float) -> str:
-    for unit, factor in (("M", 1e6), ("k", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g}{unit}"
-    return f"{count:.0f}"

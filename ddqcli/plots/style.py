@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ GREY = "#8c8c8c"
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 
 INK, PAPER = "#1b1c1d", "#fefefe"  # used for nothing else, so that a page can swap them for its own
+WIDE = 330  # points; a wider picture is scrolled on a phone rather than shrunk until nobody can read it
 
 KIND_COLOURS = {"conv": BLUE, "depthwise": ORANGE, "linear": GREEN, "embedding": PURPLE}
 KIND_HATCHES = {"depthwise": "////", "linear": "....", "embedding": "xxxx"}
@@ -81,6 +82,21 @@ def place(figure: Figure, left: float, bottom: float, width: float, height: floa
     return figure.add_axes((left / w, bottom / h, width / w, height / h), **kwargs)
 
 
+def write(figure: Figure, x: float, y: float, text: str, size: float = 7.5, bold: bool = False, color: str = INK) -> None:
+    """Text that starts at x and is centred on y, in inches from the lower left corner."""
+    width, height = figure.get_size_inches()
+    weight = "bold" if bold else "normal"
+    figure.text(x / width, y / height, text, fontsize=size, fontweight=weight, color=color, va="center")
+
+
+def squares(figure: Figure, x: float, y: float, colours: Mapping[str, str]) -> None:
+    """A legend in one line: a coloured square before each word."""
+    for word, colour in colours.items():
+        write(figure, x, y, "■", size=8, color=colour)
+        write(figure, x + 0.13, y, word)
+        x += 0.36 + 0.065 * len(word)
+
+
 def save(figure: Figure, stem: Path, dpi: int = 144) -> tuple[Path, Path]:
     """Write `stem`.png and `stem`.svg, the same bytes for the same picture."""
     png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
@@ -99,16 +115,12 @@ def svg_of(figure: Figure) -> str:
 
 
 def for_page(svg: str) -> str:
-    """An SVG document as an element of a page: no background, and ink in the page's own text colour."""
+    """An SVG document as an element of a page: no background, ink in the page's text colour, nothing superfluous."""
     element = svg[svg.index("<svg") :].replace(PAPER, "none").replace(INK, "currentColor")
-    width, height = re.findall(r'(?:width|height)="([\d.]+)pt"', element)[:2]
-    element = re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2)
-    return element.replace("<svg ", f'<svg style="width:{float(width):.0f}pt;aspect-ratio:{width}/{height}" ', 1)
-
-
-def shorten(name: str, length: int) -> str:
-    """`name` in at most `length` characters, cut in the middle; more is kept of the end, which tells layers apart."""
-    if len(name) <= length:
-        return name
-    tail = (length - 1) * 2 // 3
-    return f"{name[: length - 1 - tail]}…{name[len(name) - tail :]}"
+    element = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:xlink)?=\"[^\"]*\"", "", element, flags=re.DOTALL)
+    used = set(re.findall(r"#([\w-]+)", element))
+    element = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", element)
+    element = re.sub(r"\s*\n\s*", " ", element).strip()
+    width = re.findall(r' width="([\d.]+)pt"', element)[0]
+    size = f'<svg class="{"wide" if float(width) > WIDE else "small"}" style="width:{width}pt" '
+    return re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2).replace("<svg ", size, 1)

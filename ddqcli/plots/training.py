@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -10,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import Normal, Stroke
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ddqcli.plots.style import (
     BLUE,
@@ -19,15 +22,18 @@ from ddqcli.plots.style import (
     INK,
     KIND_COLOURS,
     KIND_HATCHES,
+    PAPER,
     VERMILLION,
     new_figure,
     place,
     settings,
-    shorten,
+    write,
 )
+from ddqcli.text import shorten
 
 MAX_BITS = 8
 BARS_A_ROW = 40
+DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
 
 
 def bits_by_layer_figure(names: Sequence[str], kinds: Sequence[str], bits: Sequence[float]) -> Figure:
@@ -35,19 +41,22 @@ def bits_by_layer_figure(names: Sequence[str], kinds: Sequence[str], bits: Seque
     rows = max(1, -(-len(names) // BARS_A_ROW))
     across = -(-len(names) // rows)
     with settings():
-        labels = [shorten(name.removesuffix(".weight"), 26) for name in names]
-        below = 0.15 + 0.062 * max(map(len, labels), default=0)
-        width, panel = max(4.4, 0.75 + 0.2 * across), 1.5 + below
-        height = 0.75 + rows * panel
+        labels = [shorten(name.removesuffix(".weight"), 32) for name in names]
+        below = 0.15 + 0.05 * max(map(len, labels), default=0)
+        width, panel = max(4.4, 0.75 + 0.2 * across), 1.55 + below
+        height = 0.5 + rows * panel
         figure = new_figure(width, height)
         for row in range(rows):
             part = slice(row * across, (row + 1) * across)
-            axes = place(figure, 0.55, height - 0.6 - (row + 1) * panel + below + 0.1, width - 0.7, 1.3)
+            axes = place(figure, 0.55, height - 0.5 - (row + 1) * panel + below, width - 0.7, 1.35)
             _bars(axes, labels[part], kinds[part], bits[part], across)
         _title(figure, "Bits by layer")
-        shown = [kind for kind in KIND_COLOURS if kind in kinds]
-        patches = [Patch(fc=KIND_COLOURS[k], hatch=KIND_HATCHES.get(k, ""), ec="white", lw=0, label=k) for k in shown]
-        figure.legend(handles=patches, loc="upper left", bbox_to_anchor=(0, 1 - 0.3 / height), ncols=4, handlelength=1.8)
+        patches = [
+            Patch(fc=colour, hatch=KIND_HATCHES.get(kind), ec="white", lw=0, label=kind)
+            for kind, colour in KIND_COLOURS.items()
+            if kind in kinds
+        ]
+        _legend(figure, 1 - 0.28 / height, loc="upper left", handles=patches)
     return figure
 
 
@@ -70,11 +79,11 @@ def bits_over_time_figure(
     bits = np.asarray(bits, float)
     with settings():
         labels = [shorten(name.removesuffix(".weight"), 30) for name in names]
-        left, line = 0.35 + 0.062 * max(map(len, labels), default=0), max(0.12, min(0.3, 2.4 / len(labels)))
+        left, line = 0.25 + 0.052 * max(map(len, labels), default=0), max(0.12, min(0.3, 2.4 / len(labels)))
         width, map_height = left + 5.0, line * len(labels)
-        height = map_height + 2.75
+        height = map_height + 2.6
         figure = new_figure(width, height)
-        top = place(figure, left, height - 1.55, width - left - 0.9, 1.05)
+        top = place(figure, left, height - 1.45, width - left - 0.9, 1.05)
         top.plot(steps, average, color=BLUE, lw=1.3, drawstyle="steps-post")
         if target is not None:
             top.axhline(target, color=VERMILLION, lw=1, ls="--")
@@ -85,6 +94,7 @@ def bits_over_time_figure(
         top.set_ylabel("average bits\na weight")
         top.set_ylim(0, MAX_BITS + 0.5)
         top.grid()
+        top.tick_params(labelbottom=False)
         axes = place(figure, left, 0.95, width - left - 0.9, map_height, sharex=top)
         colours = ListedColormap(colormaps["viridis"](np.linspace(0, 1, MAX_BITS)))
         mesh = axes.pcolormesh(
@@ -100,37 +110,37 @@ def bits_over_time_figure(
         bar = figure.colorbar(mesh, cax=place(figure, left, 0.3, 2.6, 0.1), orientation="horizontal", ticks=range(1, 9))
         bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)
-        figure.text((left + 2.7) / width, 0.35 / height, "bits of a layer; its last ones stand at the right", va="center")
+        write(figure, left + 2.75, 0.35, "bits of a layer")
+        write(figure, width - 0.84, 0.95 + map_height + 0.08, "last", size=6)
         _title(figure, "Bits over time")
     return figure
 
 
 def error_over_time_figure(steps: Sequence[int], errors: Mapping[str, Sequence[float]], named: int = 5) -> Figure:
-    """Relative quantization error by layer; the largest at the end by name, the median, the others grey (Fig. 5a)."""
+    """Relative quantization error by layer: the largest at the end by name, the others grey with their median (Fig. 5a)."""
     with settings():
         figure = new_figure(6.4, 4.1)
-        table = np.array([np.asarray(series, float) for series in errors.values()])
+        names = list(errors)
+        table = np.array([np.asarray(errors[name], float) for name in names])
         table = np.where(table > 0, table, np.nan)  # no error at all has no place on a log axis
-        largest = np.argsort(-np.nan_to_num(table[:, -1]), kind="stable")[:named]
-        legend = [shorten(list(errors)[k].removesuffix(".weight"), 34) for k in largest]
-        rows = -(-(len(legend) + 2) // 2)
-        floor = 0.6 + 0.16 * rows
-        axes = place(figure, 0.75, floor + 0.15, 5.45, 3.4 - floor)
-        for k, series in enumerate(table):
-            if k not in largest:
-                axes.plot(steps, series, color=GREY, lw=0.6, alpha=0.6)
-        styles = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
-        for position, k in enumerate(largest):
-            style = {"color": CYCLE[position % len(CYCLE)], "ls": styles[position % len(styles)], "lw": 1.3}
-            axes.plot(steps, table[k], label=legend[position], **style)
-        axes.plot(steps, np.nanmedian(table, axis=0), color=INK, lw=1.8, label="median of all layers")
-        if len(table) > len(largest):
-            axes.plot([], [], color=GREY, lw=0.6, label=f"the {len(table) - len(largest)} other layers")
+        order = np.argsort(-np.nan_to_num(table[:, -1]), kind="stable")
+        largest, others = order[:named], order[named:]
+        floor = 0.62 + 0.165 * -(-(len(largest) + 2 * bool(len(others))) // 2)
+        axes = place(figure, 0.75, floor, 5.45, 3.65 - floor)
+        axes.plot(steps, table[others].T, color=GREY, lw=0.6, alpha=0.6)
+        for k, layer in enumerate(largest):
+            label = shorten(names[layer].removesuffix(".weight"), 34)
+            axes.plot(steps, table[layer], color=CYCLE[k % 6], ls=DASHES[k % 5], lw=1.3, label=label)
+        if len(others):
+            axes.plot(steps, np.nanmedian(table, axis=0), color=INK, lw=1.8, label="median of all layers")
+            axes.plot([], [], color=GREY, lw=0.6, label=f"the {len(others)} other layers")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.set_xlabel("step")
         axes.set_ylabel("relative error |q - w|² / |w|² (log)")
         axes.grid()
-        figure.legend(loc="lower left", bbox_to_anchor=(0, 0), ncols=2, handlelength=3)
+        _legend(figure, 0, loc="lower left", ncols=2, handlelength=3)
         _title(figure, "Quantization error over time")
     return figure
 
@@ -143,7 +153,7 @@ def levels_over_time_figure(
         figure = new_figure(6.4, 3.6)
         axes = place(figure, 0.75, 0.55, 4.1, 2.45)
         firsts = [0, *(k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])), len(levels)]
-        for first, end in zip(firsts, firsts[1:], strict=False):
+        for first, end in pairwise(firsts):
             part = np.array(levels[first:end], float)
             for k, series in enumerate(part.T):
                 colour = colormaps["viridis"](0.9 * k / max(part.shape[1] - 1, 1))
@@ -169,40 +179,49 @@ def levels_over_time_figure(
 def size_against_accuracy_figure(
     series: Mapping[str, Sequence[tuple[float, float, str]]], stored: tuple[float, float] | None = None
 ) -> Figure:
-    """Accuracy (a share) over file size (bytes) of a sweep: series of (bytes, accuracy, label); `stored` is the float model."""
+    """A sweep's accuracy (a share) over size: series of (bytes, accuracy, label); `stored` is the float model's pair."""
     with settings():
         figure = new_figure(6.4, 4.0)
-        axes = place(figure, 0.75, 0.95, 5.3, 2.55)
-        everything = [point[0] for points in series.values() for point in points] + ([stored[0]] if stored else [])
-        factor, unit = (1e6, "MB") if max(everything) >= 1e6 else (1e3, "kB")
-        for k, (label, points) in enumerate(series.items()):
-            ordered = sorted(points)
-            x, y = [p[0] / factor for p in ordered], [100 * p[1] for p in ordered]
-            axes.plot(x, y, color=CYCLE[k % len(CYCLE)], marker="osD^vP"[k % 6], ms=5, lw=1.2, label=label)
-            for (size, accuracy, text), below in zip(ordered, [k % 2 == 1] * len(ordered), strict=True):
-                axes.annotate(
-                    text, (size / factor, 100 * accuracy), (0, -9 if below else 6), textcoords="offset points",
-                    ha="center", va="top" if below else "bottom", fontsize=6.5, color=CYCLE[k % len(CYCLE)],
-                )  # fmt: skip
+        axes = place(figure, 0.75, 0.8, 5.4, 2.75)
+        sizes = [point[0] for points in series.values() for point in points]
+        factor, unit = (1e6, "MB") if min(sizes) >= 1e6 else (1e3, "kB")
         if stored:
             axes.axhline(100 * stored[1], color=GREY, lw=1, ls="--")
-            axes.plot(stored[0] / factor, 100 * stored[1], "*", color=INK, ms=9, ls="none", label="float model")
+            axes.plot(stored[0] / factor, 100 * stored[1], "*", color=INK, ms=9, label="float model")
+        for k, (name, points) in enumerate(series.items()):
+            _curve(axes, name, [(size / factor, 100 * share, text) for size, share, text in sorted(points)], k)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="x", which="both", labelsize=6.5)
-        axes.margins(0.08, 0.18)
+        axes.minorticks_off()
+        axes.margins(0.1, 0.15)
         axes.set_xlabel(f"size of the file, {unit} (log)")
         axes.set_ylabel("accuracy, %")
-        axes.grid(which="both")
-        figure.legend(loc="lower left", bbox_to_anchor=(0, 0), ncols=4)
+        axes.grid()
+        _legend(figure, 0, loc="lower left")
         _title(figure, "Size against accuracy")
     return figure
 
 
+def _curve(axes: Axes, name: str, points: Sequence[tuple[float, float, str]], k: int) -> None:
+    """One series; its labels stand above left or, every other series, below right, where rising curves leave room."""
+    colour, above = CYCLE[k % 6], k % 2 == 0
+    x, y, labels = zip(*points, strict=True)
+    axes.plot(x, y, color=colour, marker="osD^vP"[k % 6], ms=5, lw=1.2, label=name)
+    halo = [Stroke(linewidth=2, foreground=PAPER), Normal()]
+    for at, label in zip(zip(x, y, strict=True), labels, strict=True):
+        axes.annotate(
+            label, at, (-3, 5) if above else (4, -5), textcoords="offset points", fontsize=6.5, color=colour,
+            ha="right" if above else "left", va="bottom" if above else "top", path_effects=halo,
+        )  # fmt: skip
+
+
+def _legend(figure: Figure, y: float, **kwargs: Any) -> None:
+    figure.legend(bbox_to_anchor=(0.12 / figure.get_figwidth(), y), borderaxespad=0.4, borderpad=0, **{"ncols": 4, **kwargs})
+
+
 def _title(figure: Figure, text: str) -> None:
-    width, height = figure.get_size_inches()
-    figure.text(0.12 / width, 1 - 0.2 / height, text, fontsize=11, fontweight="bold", va="center")
+    write(figure, 0.12, figure.get_figheight() - 0.2, text, size=11, bold=True)
 
 
 def _edges(steps: Sequence[int]) -> np.ndarray:

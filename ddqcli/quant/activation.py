@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 from ddqcli.quant.fit import Distribution, lloyd_max, squared_error
 from ddqcli.quant.functional import LEVEL_BITS, representable
-from ddqcli.quant.quantizer import DDQuantizer, _Exactly, fitting_grid, spread_runs
+from ddqcli.quant.quantizer import DDQuantizer, _Exactly, check_finite, fitting_grid, spread_runs
 
-_RESIDUALS = 250  # one byte holds x/step - round(x/step) in 1/250 steps; two more codes mark the clipped values
+_RESIDUALS = 250  # one byte holds x/step - round(x/step) to 1/250 step; two more codes mark the clipped values
 _BELOW, _ABOVE = 254, 255
 
 
 def _forward(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """x on the grid, and the byte that the backward needs: the rounding residual, or on which side x was clipped."""
+    """x on the grid, and the byte that the backward needs: the rounding residual, or on which side x was clipped.
+
+    NaN and infinities become NaN, so that the loss shows them.
+    """
     steps = x.float() / scale
     code = torch.clamp(torch.round(steps), low, high)
-    residual = (steps - code + 0.5) * _RESIDUALS
+    residual = (steps - code) * _RESIDUALS + (_RESIDUALS / 2 + 0.5)  # plus a half, since the cast cuts off
     side = torch.where(steps < low, float(_BELOW), torch.where(steps > high, float(_ABOVE), residual))
+    code = torch.add(code, x, alpha=-0.0)  # makes -0 in the code 0, and an infinity NaN
     return (code * scale).to(x.dtype), side.to(torch.uint8)
 
 
@@ -103,6 +107,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
             if self.seen is None:  # one batch says enough
+                check_finite(x)
                 self.seen = Distribution.of(x.detach().float().cpu().numpy())
             return x
         if self.learned is not None:

@@ -4,6 +4,9 @@ A level is a point of a grid: `value = (k - zero_point) * scale` with k in 0..25
 significant bits, so every level and every midpoint of two levels is exact in float32. A value's half-step,
 `floor(x / (scale / 2))`, then decides its nearest level exactly, and one small table replaces the search:
 no U, no Kronecker product, no one-hot vector and no N x 2^b tensor is ever made.
+
+No level stands for NaN or an infinity: one such value makes the whole output NaN, as after a float layer, so that the loss
+shows it without the device being asked at every step.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from torch import Tensor
 
 LEVEL_BITS = 8  # b_q of Eqn (4)
 STEPS = 2**LEVEL_BITS - 1  # steps of the level grid
+CELLS = 2 * STEPS + 2  # half-steps of the grid, and one for all that lies below it
 _SIGNIFICANT = 2**12  # scale's significand, see `representable`
 
 
 def representable(scale: Tensor) -> Tensor:
-    """`scale` rounded up to 12 significant bits, so that (k - z) * scale and its half-steps are exact in float32."""
-    mantissa, exponent = torch.frexp(scale.clamp_min(2.0**-100))
+    """`scale` rounded up to 12 significant bits, so that (k - z) * scale and its half-steps are exact in float32.
+
+    Kept within 2^-100 and 2^119, where no level or half-step under- or overflows.
+    """
+    mantissa, exponent = torch.frexp(scale.clamp(2.0**-100, 2.0**119))
     return torch.ldexp(torch.ceil(mantissa * _SIGNIFICANT) / _SIGNIFICANT, exponent)
 
 
@@ -41,11 +48,12 @@ def effective_levels(levels: Tensor, bits: tuple[int, ...]) -> list[Tensor]:
 
 
 def _merged(ordered: Tensor, s: int) -> Tensor:
-    return ordered.view(len(ordered), 2**s, -1).mean(2).round_().clamp_(0, STEPS)
+    mean = ordered.view(len(ordered), 2**s, -1).mean(2, dtype=torch.float64)  # float32 can round to a tie that is none
+    return mean.round_().clamp_(0, STEPS).float()
 
 
 def nearest_table(level: Tensor, *, halves: bool) -> Tensor:
-    """Index of the nearest level for each of the 2 * 255 + 1 half-steps of the grid; a tie goes to the upper level.
+    """Index of the nearest level for each of the 512 cells of `half_steps`; a tie goes to the upper level.
 
     With `halves`, the index is 2k or 2k + 1: below or from level k on, which says the child that an opened gate would take.
 
@@ -53,7 +61,7 @@ def nearest_table(level: Tensor, *, halves: bool) -> Tensor:
         level: [n] ascending whole numbers in 0..255.
 
     Returns:
-        uint8 [511].
+        uint8 [512].
     """
     middle = level[1:] + level[:-1]
     if halves:
@@ -61,18 +69,27 @@ def nearest_table(level: Tensor, *, halves: bool) -> Tensor:
         edges[0::2], edges[1::2] = 2 * level, middle
     else:
         edges = middle
-    cells = torch.arange(2 * STEPS + 1, device=level.device, dtype=edges.dtype)
+    cells = torch.arange(-1, CELLS - 1, device=level.device, dtype=edges.dtype)
     return torch.bucketize(cells, edges.contiguous(), right=True).to(torch.uint8)
 
 
 def half_steps(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Which half-step of the grid each value lies in, clamped to 0..510. int32, shape of x.
+    """The cell of each value: 0 below the grid, else 1 + its half-step on the grid, at most 511. int32, shape of x.
 
     Division, not multiplication by a reciprocal: m * scale / 2 is exact in float32 for the whole numbers m in question, and
-    correctly rounded division never carries x across such a point.
+    correctly rounded division never carries x across such a point. Only a quotient that underflows, |x| below 2^-150 of a
+    half-step, counts as 0.
     """
-    cell = torch.div(x.float(), scale / 2).floor_().add_(2 * zero_point)
-    return cell.clamp_(0, 2 * STEPS).to(torch.int32)
+    cell = torch.div(x.float(), scale / 2).floor_().add_(2 * zero_point + 1)
+    return cell.clamp_(0, CELLS - 1).to(torch.int32)
+
+
+def poison(x: Tensor) -> Tensor:
+    """0, or NaN if any value of x is NaN or infinite; a scalar on x's device."""
+    if not x.numel():
+        return torch.zeros((), device=x.device)
+    low, high = torch.aminmax(x.detach())
+    return (low * 0 + high * 0).float()
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -90,20 +107,23 @@ class _FakeQuantize(torch.autograd.Function):
         axis: int,
         correction: float,
     ) -> Tensor:
+        bad = poison(x)
         grouped = _by_group(x, axis, len(bits))
+        if x.is_cpu and bool(bad.isnan()):
+            grouped = grouped.nan_to_num()  # an index made of NaN may lie anywhere on a CPU
         max_bits = (levels.shape[1] - 1).bit_length()
         halves = [s < max_bits for s in bits]
         effective = effective_levels(levels, bits)
         tables = [nearest_table(level, halves=h) for level, h in zip(effective, halves, strict=True)]
-        values = [(level - z) * c for level, z, c in zip(effective, zero_point, scale, strict=True)]
+        values = [(level - z) * c + bad for level, z, c in zip(effective, zero_point, scale, strict=True)]
         if len(bits) == 1:
             cell = half_steps(grouped, scale, zero_point).view(-1)
             table = tables[0]
             value = values[0].index_select(0, (table >> halves[0]).int())
         else:
             cell = half_steps(grouped, scale[:, None], zero_point[:, None])
-            cell += torch.arange(len(bits), device=x.device, dtype=torch.int32)[:, None] * (2 * STEPS + 1)
-            cell, table = cell.view(-1), torch.cat(tables)
+            cell += torch.arange(len(bits), device=x.device, dtype=torch.int32)[:, None] * CELLS
+            cell, table = cell.reshape(-1), torch.cat(tables)
             value = torch.cat(
                 [v.index_select(0, (t >> h).int()) for v, t, h in zip(values, tables, halves, strict=True)]
             )
@@ -133,7 +153,7 @@ class _FakeQuantize(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 per_level = [_fold(row, s, h) for row, s, h in zip(sums, bits, halves, strict=True)]
                 grad_scale = torch.stack(
-                    [p @ (level - z) for p, level, z in zip(per_level, effective, zero_point, strict=True)]
+                    [(p * (level - z)).sum() for p, level, z in zip(per_level, effective, zero_point, strict=True)]
                 )
             if ctx.needs_input_grad[4]:
                 grad_gates = _gates_grad(sums, levels, scale, zero_point, bits, halves, values)
@@ -213,7 +233,7 @@ def _fold(row: Tensor, s: int, halves: bool) -> Tensor:
 def _levels_grad(sums: Tensor, levels: Tensor, scale: Tensor, bits: tuple[int, ...], halves: list[bool]) -> Tensor:
     """Eqn (8): each level gets its members' sum, shared evenly by the 2^(b - s) stored levels of its run."""
     n = levels.shape[1]
-    order = levels.detach().argsort(dim=1)
+    order = levels.detach().argsort(dim=1, stable=True)
     runs = [
         _fold(row, s, h).mul(2**s / n).repeat_interleave(n // 2**s)
         for row, s, h in zip(sums, bits, halves, strict=True)
@@ -239,7 +259,8 @@ def _gates_grad(
             return (effective_levels(levels[g : g + 1], (at,))[0] - zero_point[g]) * scale[g]
 
         parent = level_values(s - 1).repeat_interleave(2)
-        out[g, s - 1] = _fold(sums[g], s, h) @ (values[g] - parent)
+        out[g, s - 1] = (_fold(sums[g], s, h) * (values[g] - parent)).sum()
         if s < max_bits:
-            out[g, s] = sums[g, : 2 ** (s + 1)] @ (level_values(s + 1) - values[g].repeat_interleave(2))
+            opened = level_values(s + 1) - values[g].repeat_interleave(2)
+            out[g, s] = (sums[g, : 2 ** (s + 1)] * opened).sum()
     return out

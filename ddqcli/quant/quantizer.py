@@ -20,10 +20,13 @@ from ddqcli.quant.functional import (
     fake_quantize,
     half_steps,
     nearest_table,
+    poison,
     representable,
 )
 
 Kind = Literal["learned", "uniform", "power_of_two"]
+
+_TINY = 2.0**-126
 
 
 class DDQuantizer(nn.Module):
@@ -112,8 +115,7 @@ class DDQuantizer(nn.Module):
     @torch.no_grad()
     def indices(self, x: Tensor) -> Tensor:
         """k, the one-hot index of Eqn (3), of every value: uint8, shape of x. Raises DDQError where x is not finite."""
-        if not bool(x.isfinite().all()):
-            raise DDQError("A tensor to be quantized holds NaN or infinite values; no level is near those.")
+        check_finite(x)
         levels, scale, zero_point = self.effective_levels()
         cell = half_steps(x, _along(scale, x, self.axis), _along(zero_point, x, self.axis))
         grouped = _by_group(cell, self.axis, len(self.bits))
@@ -130,7 +132,11 @@ class DDQuantizer(nn.Module):
 
     @torch.no_grad()
     def refit(self, x: Tensor, bits: tuple[int, ...] | int, *, uniform: bool = False) -> None:
-        """Set the bits and fit grid and levels to x (Lloyd-Max, or `uniform` over its range as the paper starts)."""
+        """Set the bits and fit grid and levels to x (Lloyd-Max, or `uniform` over its range as the paper starts).
+
+        Raises DDQError where x is not finite.
+        """
+        check_finite(x)
         bits = (bits,) * len(self.bits) if isinstance(bits, int) else bits
         for g, (row, s) in enumerate(zip(_by_group(x.detach(), self.axis, len(self.bits)), bits, strict=True)):
             distribution = Distribution.of(row.float().cpu().numpy()) if row.numel() else Distribution.of(np.zeros(1))
@@ -149,7 +155,7 @@ class DDQuantizer(nn.Module):
                 step = float(best.max() / (row_pattern.max() - (STEPS + 1) // 2))
                 self.log2_clip[g] = math.log2(max(step * unit, 2.0**-99))
             self.gate_logits[g, :s].abs_()
-            self.gate_logits[g, s:] = -self.gate_logits[g, s:].abs()
+            self.gate_logits[g, s:] = -self.gate_logits[g, s:].abs().clamp_min(_TINY)  # -0 would count as open
         self.bits = tuple(bits)
 
 
@@ -163,6 +169,16 @@ class _Exactly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise DDQError if x holds NaN or infinite values. Waits for the device: not for every training step."""
+    if bool(poison(x).isnan()):
+        bad = int((~x.isfinite()).sum())
+        raise DDQError(
+            f"{bad} of {x.numel()} values to be quantized are NaN or infinite, and no level is near those; "
+            "start from a checkpoint without them, or train with a smaller train.lr."
+        )
 
 
 def fitting_grid(distribution: Distribution) -> tuple[float, int]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddqcli.commands.inspect import ERROR_BITS, TOTAL_BITS, InspectResult, LayerRow
+from ddqcli.text import count, percent, shorten, size
 
 NAME_WIDTH = 22  # columns the names keep before further columns are shown
 BLOCKS, ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
@@ -33,7 +34,7 @@ def show(result: InspectResult, console: Console) -> None:
     """Print the layers, the sizes at each bit-width, where the pictures are, and what to type next."""
     columns = _columns(console)
     shown = _fitting(columns, console.width, max((len(_bare(row.name)) for row in result.layers), default=0))
-    console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False)
+    console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False, markup=False)
     if result.layers:
         console.print()
         console.print(_layers(result, shown, console))
@@ -46,50 +47,13 @@ def show(result: InspectResult, console: Console) -> None:
     console.print(_totals(result, console))
     console.print()
     for line in _closing(result):
-        console.print(line, soft_wrap=True, highlight=False)
-
-
-def size(number: float) -> str:
-    """Bytes with three digits: 512 B, 17.9 kB, 1.08 MB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= 0.9995 * factor:
-            return f"{_digits(number / factor)} {unit}"
-    return f"{number:.0f} B"
-
-
-def count(number: float) -> str:
-    """Parameters with three digits: 864, 2.30k, 1.28M."""
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= 0.9995 * factor:
-            return _digits(number / factor) + unit
-    return f"{number:.0f}"
-
-
-def percent(share: float) -> str:
-    """A share in per cent in up to five columns: 12, 3.5, 0.94, 0.004, <.001."""
-    value = 100 * share
-    if 0 < value < 0.0005:
-        return "<.001"
-    places = 0 if value >= 9.95 or not value else 1 if value >= 0.995 else 2 if value >= 0.0995 else 3
-    return f"{value:.{places}f}"
-
-
-def shorten(name: str, width: int, dots: str = "…") -> str:
-    """`name` in at most `width` columns, cut in the middle; more is kept of the end, which tells layers apart."""
-    if len(name) <= width:
-        return name
-    tail = (width - 1) * 2 // 3
-    return name[: width - 1 - tail] + dots + name[len(name) - tail :]
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def spark(histogram: tuple[int, ...], width: int, blocks: str = BLOCKS) -> str:
     """A histogram in `width` block characters; a blank holds no value at all, so single outliers stay visible."""
     counts = np.array([part.sum() for part in np.array_split(np.array(histogram), width)])
     return "".join(blocks[k] for k in np.ceil(counts / max(counts.max(), 1) * (len(blocks) - 1)).astype(int))
-
-
-def _digits(value: float) -> str:
-    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def _bare(name: str) -> str:

@@ -33,9 +33,3 @@ def plain(text: str) -> None:
     """Text on stdout as it is: no wrapping, no colour, no markup."""
     sys.stdout.write(text + "\n")
 
-
-def size(count: float) -> str:
-    """Bytes for a reader: 134,173 B, 1.8 MB."""
-    if count < 1e6:
-        return f"{count / 1000:.1f} kB" if count >= 1000 else f"{count:.0f} B"
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

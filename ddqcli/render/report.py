@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ddqcli.render.output import size
+from ddqcli.text import shorten, size
 
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
 _NUMBERS = {"bits", "levels", "bytes", "share", "error"}
@@ -41,7 +41,7 @@ def table(report: dict[str, Any], console: Console) -> None:
     for column in shown:
         grid.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True, overflow="ellipsis")
     for row in rows(report):
-        grid.add_row(*(_short(row[c], 30 if not wide else 60) for c in shown))
+        grid.add_row(*(shorten(row[c], 30 if not wide else 60) for c in shown))
     console.print(grid)
     console.print()
     for line in totals(report):
@@ -118,11 +118,3 @@ def exported(data: dict[str, Any], console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _short(text: str, width: int) -> str:
-    """Text shortened in the middle."""
-    if len(text) <= width:
-        return text
-    head = (width - 1) // 2
-    return f"{text[:head]}…{text[-(width - 1 - head) :]}"

@@ -17,7 +17,6 @@ from ddqcli.artifact import format as ddq
 from ddqcli.artifact.format import ActivationTable, QuantizedTensor, encode_artifact, read_artifact, write_artifact
 from ddqcli.errors import DDQError, UsageError, VerificationError
 
-
 ENTRIES = ("indices", "levels", "scales", "zero_points", "gates", "manifest")
 KEPT = ("float32", "float64", "float16", "bfloat16", "int64", "bool")
 
@@ -146,13 +145,18 @@ def test_same_bytes_in_any_process_and_order(tmp_path: Path, contents: Contents)
         assert path.read_bytes() == expected
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_no_other(
-    tmp_path: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     path = tmp_path / "model.ddq"
     path.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(os, call, full)
         with pytest.raises(DDQError, match=r"Cannot write .*model.ddq: No space left") as raised:
             write_artifact(path, *contents.arguments())
     assert raised.value.exit_code == 1
@@ -232,6 +236,7 @@ def test_resnet20_is_at_most_one_percent_above_arithmetic() -> None:
         ({"levels": (np.zeros(256, np.uint8),)}, "256 that are not 0 to 255"),
         ({"levels": (np.arange(16.0),)}, "uint8 levels"),
         ({"scale": np.array([0.1], np.float32)}, "12 significant bits"),
+        ({"scale": np.array([4097 * 2.0**-20], np.float32)}, "12 significant bits"),
         ({"scale": np.array([0], np.float32)}, "12 significant bits"),
         ({"scale": np.array([-0.5], np.float32)}, "12 significant bits"),
         ({"scale": np.array([np.nan], np.float32)}, "12 significant bits"),

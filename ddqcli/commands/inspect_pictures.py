@@ -1,0 +1,109 @@
+"""The pictures of `ddq inspect`: every layer, sheets of all layers, channels of depthwise layers, and one page of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ddqcli import html, plots
+from ddqcli.commands.inspect import ERROR_BITS, LEVEL_BITS, TOTAL_BITS, InspectResult, LayerRow, Progress
+from ddqcli.errors import DDQError
+from ddqcli.quant.shape import FLAT, HEAVY
+from ddqcli.text import count, percent, size
+
+KINDS = ("uniform", "power_of_two", "best")
+PAGE = "index.html"
+
+
+def write_pictures(result: InspectResult, out: Path, on_progress: Progress | None = None) -> InspectResult:
+    """Write PNG and SVG files and the page into `out`; the result then names them, the page first. Raises DDQError."""
+    try:
+        for folder in (out, out / "layers", out / "channels"):
+            folder.mkdir(parents=True, exist_ok=True)
+        files, layers, channels = [], [], []
+        for done, row in enumerate(result.layers):
+            if on_progress:
+                on_progress(done, len(result.layers), f"pictures of {row.name}")
+            stem = f"{done + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', row.name)[:100]}"
+            files += plots.save(plots.layer_figure(_layer(row)), out / "layers" / stem)
+            layers.append(plots.for_page(files[-1].read_text(encoding="utf-8")))
+            if row.channels:
+                files += plots.save(plots.channels_figure(row.name, np.array(row.channels)), out / "channels" / stem)
+                channels.append(plots.for_page(files[-1].read_text(encoding="utf-8")))
+        for number, figure in enumerate(plots.overview_figures([_layer(row) for row in result.layers])):
+            files += plots.save(figure, out / f"overview-{number + 1}")
+        page = html.write_html(out / PAGE, f"Weights of {result.path.name}", _sections(result, layers, channels))
+        if not channels:
+            (out / "channels").rmdir()
+    except OSError as error:
+        raise DDQError(f"Cannot write pictures into {out}: {error.strerror}; name another folder.") from error
+    if on_progress:
+        on_progress(len(result.layers), len(result.layers), "")
+    return replace(result, pictures=(page, *files))
+
+
+def _layer(row: LayerRow) -> plots.Layer:
+    levels = f"best {len(row.levels)} levels ({LEVEL_BITS} bits, Lloyd-Max)"
+    return plots.Layer(row.name, row.kind, row.distribution, row.min, row.max, row.histogram, row.levels, levels)
+
+
+def _sections(result: InspectResult, layers: list[str], channels: list[str]) -> list[html.Section]:
+    rest = result.rest
+    sections = [
+        html.Section(
+            "Size",
+            [
+                f"{result.path}: {result.note}.",
+                f"Biases, norms and counters ({rest['tensors']} tensors, {size(rest['bytes'])}) stay as stored and are "
+                "counted in every size.",
+            ],
+            _sizes(result),
+        ),
+        html.Section(
+            "Layers",
+            [
+                "Error: sum of squared differences after quantization over the sum of squares, in per cent, with uniform, "
+                "power-of-two and best (Lloyd-Max) levels at 2, 3, 4 and 8 bits.",
+                "Tail: reach of the outer 1 % of the weights over that of the inner half; a Gaussian has 1. Heavy-tailed "
+                f"from {HEAVY} on, flat up to {FLAT}, multi-peaked where the smoothed density dips between two peaks.",
+            ],
+            _layer_table(result),
+        ),
+        html.Section("Weights and their best levels", pictures=layers),
+    ]
+    if channels:
+        text = ["One scale serves all channels of a layer, so channels much narrower than the widest get few levels."]
+        sections.append(html.Section("Channels of depthwise layers", text, pictures=channels))
+    return sections
+
+
+def _sizes(result: InspectResult) -> html.Table:
+    sizes = [result.bytes, *(result.bytes_at[bits] for bits in TOTAL_BITS)]
+    rows = [
+        [f"{count(result.parameters)} parameters", *map(size, sizes)],
+        ["of stored", *(f"{100 * part / max(result.bytes, 1):.1f}%" for part in sizes)],
+    ]
+    return html.Table(["all tensors", "stored", *(f"{bits} bits" for bits in TOTAL_BITS)], rows)
+
+
+def _layer_table(result: InspectResult) -> html.Table:
+    header = ["layer", "kind", "shape", "distribution", "tail", "parameters", "bytes", "min", "max", "std"]
+    header += [f"{bits}\N{NO-BREAK SPACE}bit {kind.replace('power_of_two', 'pow2')}" for bits in ERROR_BITS for kind in KINDS]
+    rows = [
+        [
+            row.name,
+            row.kind,
+            "×".join(map(str, row.shape)),
+            row.distribution,
+            f"{row.tail_weight:.2f}",
+            f"{row.parameters:,}",
+            f"{row.bytes:,}",
+            *(f"{value:.3g}" for value in (row.min, row.max, row.std)),
+            *(percent(row.error[bits][kind]) for bits in ERROR_BITS for kind in KINDS),
+        ]
+        for row in result.layers
+    ]
+    return html.Table(header, rows, text=4)
