@@ -113,7 +113,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         text = file.read(length)
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
         for entry in header.values():
             first, last = entry["data_offsets"]
             whole = [first, last, *entry["shape"]]
@@ -121,6 +121,8 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
                 raise TypeError(entry)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(damaged) from error
+    if metadata.get("format") == "ddq":
+        raise CheckpointError(f"{path} is an exported artifact, which has no float weights; see ddq report {path}.")
     return header, 8 + length
 
 

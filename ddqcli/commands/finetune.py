@@ -77,6 +77,7 @@ def finetune(
     budget = make_budget(converted, recipe)  # an impossible budget is refused before any data are read
     source = {"path": str(checkpoint_path), "sha256": checkpoint.sha256, "arch": built.arch, "ddq": __version__}
     if dry_run:
+        Gates(converted, recipe, budget, 0, recipe.data.batch_size).start()
         report = make_report(
             converted, budget, accuracy=None, source=source, run={"steps": 0, "seed": recipe.train.seed}
         )

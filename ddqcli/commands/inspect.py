@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -149,7 +150,7 @@ def kind_of(name: str, shape: tuple[int, ...], several_depthwise: bool = True) -
 
 
 def _has_one_input_channel(shape: tuple[int, ...]) -> bool:
-    return len(shape) >= 3 and shape[0] > 1 and shape[1] == 1 and np.prod(shape[2:]) > 1
+    return len(shape) >= 3 and shape[0] > 1 and shape[1] == 1 and math.prod(shape[2:]) > 1
 
 
 def _is_weight(tensor: StoredTensor) -> bool:
@@ -205,7 +206,8 @@ def _range(tensor: StoredTensor, path: Path) -> tuple[float, float]:
 
 def _errors(distribution: Distribution) -> tuple[dict[int, dict[str, float]], tuple[float, ...]]:
     """Relative errors by bit-width and kind of levels, and the best levels at LEVEL_BITS."""
-    error, kept = {}, ()
+    error: dict[int, dict[str, float]] = {}
+    kept: tuple[float, ...] = ()
     for bits in ERROR_BITS:
         fitted = {
             "uniform": scaled(distribution, uniform_pattern(bits)),

@@ -23,7 +23,9 @@ def write_pictures(result: InspectResult, out: Path, on_progress: Progress | Non
     try:
         for folder in (out, out / "layers", out / "channels"):
             folder.mkdir(parents=True, exist_ok=True)
-        files, layers, channels = [], [], []
+        files: list[Path] = []
+        layers: list[str] = []
+        channels: list[str] = []
         for done, row in enumerate(result.layers):
             if on_progress:
                 on_progress(done, len(result.layers), f"pictures of {row.name}")

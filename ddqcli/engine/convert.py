@@ -7,6 +7,7 @@ sees the quantized one too. A tensor that several layers share has one quantizer
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,7 +137,9 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
             layer, _, local = name.rpartition("parametrizations.")
             renamed[f"{name}.original"] = layer + local
     state = model.state_dict()
-    return {renamed.get(n, n): value for n, value in state.items() if n.rpartition(".")[0] not in of_quantizers}
+    floats = OrderedDict((renamed.get(n, n), v) for n, v in state.items() if n.rpartition(".")[0] not in of_quantizers)
+    floats._metadata = state._metadata  # versions of the modules' states, which some models insist on (MNASNet)
+    return floats
 
 
 def quantizers(result: Converted) -> Iterator[nn.Module]:
@@ -151,7 +154,8 @@ def quantized_state(result: Converted) -> dict[str, Tensor]:
     state = float_state(result.model)
     for tensor in result.tensors:
         state[tensor.name] = tensor.quantizer(tensor.parameter).detach()
-    return state | {name: state[target] for name, target in result.aliases.items()}
+    state.update({name: state[target] for name, target in result.aliases.items()})
+    return state
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

@@ -214,12 +214,12 @@ class Gates:
             return Choice(tensor.name, costs, dict.fromkeys(costs, 0.0))
         distribution = Distribution.of(tensor.parameter.detach().float().cpu().numpy())
         errors = error_curve(distribution, range(min(costs), max(costs) + 1), tensor.quantizer.kind)
-        weight = self._lambda(tensor) / 2
+        weight = self._lambda(tensor) / 2 + 1e-30  # without gradients, more bits are still better than fewer
         return Choice(tensor.name, costs, {s: weight * e * (_STAY if s == now else 1) for s, e in errors.items()})
 
     def _lambda(self, tensor: ConvertedTensor) -> float:
-        """The tensor's empirical Fisher: loss per squared unit of weight error, twice."""
-        return self.batch_size * self.fisher.get(tensor.name, 0.0)
+        """The tensor's empirical Fisher: loss per squared unit of weight error, twice. The same for all before any gradient."""
+        return self.batch_size * self.fisher.get(tensor.name, 0.0) if self.seen else 1.0
 
     def _trade(self, limit: int, *, first: bool = False) -> None:
         bits = allocate(self._choices(), limit)

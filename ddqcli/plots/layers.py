@@ -104,9 +104,8 @@ def channels_figure(name: str, ranges: np.ndarray) -> Figure:
             axes.vlines(channel, lower, upper, color=BLUE, lw=max(1.0, 0.55 * width))
             axes.hlines(median, channel - 0.3, channel + 0.3, color=INK, lw=0.8)
         else:
-            step = {"step": "mid", "lw": 0}
-            axes.fill_between(channel, low, high, color=ORANGE, alpha=0.75, **step)
-            axes.fill_between(channel, lower, upper, color=BLUE, **step)
+            axes.fill_between(channel, low, high, color=ORANGE, alpha=0.75, step="mid", lw=0)
+            axes.fill_between(channel, lower, upper, color=BLUE, step="mid", lw=0)
             axes.plot(channel, median, color=INK, lw=0.5, drawstyle="steps-mid")
         axes.axhline(0, color=GREY, lw=0.5, zorder=0)
         axes.set_xlim(-0.7, len(low) - 0.3)
@@ -138,7 +137,7 @@ def _histogram(axes: Axes, layer: Layer, small: bool = False) -> None:
     axes.set_ylim(0.5 if log else 0, counts.max() * (1.6 if log else 1.06))
     margin = (high - low) * 0.02
     axes.set_xlim(low - margin, high + margin)
-    ticks = MaxNLocator(4 if small else 7).tick_values(low, high)
+    ticks = np.asarray(MaxNLocator(4 if small else 7).tick_values(low, high))
     inset = (high - low) * (0.1 if small else 0)  # room for the labels of the panel beside
     axes.set_xticks(ticks[(ticks >= low + inset) & (ticks <= high - inset)])
     if len(layer.levels) and not small:
@@ -152,4 +151,5 @@ def _coarser(counts: np.ndarray, most: int) -> np.ndarray:
     """Counts in fewer bins, a divisor of those there are: about 2 n^(1/3) (Rice's rule), at most `most`."""
     wanted = min(most, max(16.0, 2.8 * counts.sum() ** (1 / 3)))  # up to 1.4 times, as divisors are rare
     bins = next((b for b in range(len(counts), 1, -1) if len(counts) % b == 0 and b <= wanted), len(counts))
-    return counts.reshape(bins, -1).sum(1)
+    coarser: np.ndarray = counts.reshape(bins, -1).sum(1)
+    return coarser

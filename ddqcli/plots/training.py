@@ -64,7 +64,7 @@ def _bars(axes: Axes, labels: Sequence[str], kinds: Sequence[str], bits: Sequenc
     for x, (kind, height) in enumerate(zip(kinds, bits, strict=True)):
         axes.bar(x, height, 0.78, color=KIND_COLOURS.get(kind, GREY), hatch=KIND_HATCHES.get(kind), ec="white", lw=0)
         axes.text(x, height + 0.15, f"{height:.3g}", ha="center", va="bottom", fontsize=5.5)
-    axes.set_xlim(-0.7, max(across, 1) - 0.3)
+    axes.set_xlim(-0.7, max(across, 5) - 0.3)
     axes.set_ylim(0, MAX_BITS + 1)
     axes.set_yticks(range(0, MAX_BITS + 1, 2))
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)

@@ -163,7 +163,9 @@ def scaled(distribution: Distribution, pattern: Array, candidates: int = 64) -> 
 
     c is searched from the largest absolute value downward, each try 8 % below the last, then finely about the best.
     """
-    reach = max(abs(distribution.low), abs(distribution.high)) / pattern.max() or 1.0
+    reach = (
+        max(abs(distribution.low), abs(distribution.high)) / pattern.max() or 2.0**-99
+    )  # zeros only: next to nothing
     coarse = reach * 2.0 ** (-np.arange(candidates) / 8)
     best = coarse[int(np.argmin(_squared_errors(distribution, coarse[:, None] * pattern)))]
     fine = np.minimum(best * 2.0 ** (np.linspace(-1, 1, candidates + 1) / 8), reach)

@@ -184,8 +184,9 @@ def check_finite(x: Tensor) -> None:
 def fitting_grid(distribution: Distribution) -> tuple[float, int]:
     """Scale and zero point of the 255-step grid over the values' range, widened to hold 0 as one of its points."""
     low, high = min(distribution.low, 0.0), max(distribution.high, 0.0)
-    scale = float(representable(torch.tensor((high - low) / STEPS)))
-    return scale, round(-low / scale)
+    step = (high - low) / STEPS
+    scale = float(representable(torch.tensor(step)))
+    return scale, round(-low / max(scale, step))  # the step is the larger one where values come close to float32's end
 
 
 def spread_runs(fitted: np.ndarray, n: int) -> np.ndarray:
@@ -200,13 +201,13 @@ def spread_runs(fitted: np.ndarray, n: int) -> np.ndarray:
 def error_curve(distribution: Distribution, bits: range, kind: Kind = "learned") -> dict[int, float]:
     """Squared error, rounding to the grid included, of the best levels at each bit-width: what the gates weigh."""
     scale, _ = fitting_grid(distribution)
-    on_grid = float(distribution.count.sum()) * scale**2 / 12
 
     def error(s: int) -> float:
         if s == LEVEL_BITS:
-            return on_grid
+            return float(distribution.count.sum()) * scale**2 / 12
         if kind == "learned":
-            return on_grid + squared_error(distribution, lloyd_max(distribution, 2**s, iterations=12))
+            fitted = lloyd_max(distribution, 2**s, iterations=12)
+            return squared_error(distribution, np.round(fitted / scale) * scale)
         return squared_error(distribution, scaled(distribution, _pattern(kind, s, s)[0] - (STEPS + 1) // 2))
 
     return {s: error(s) for s in bits}

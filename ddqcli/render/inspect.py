@@ -106,8 +106,9 @@ def _layers(result: InspectResult, columns: list[_Column], console: Console) -> 
     table = _table(console)
     table.add_column("layer", no_wrap=True)
     for column in columns:
-        justify = "right" if column.right else "left"
-        table.add_column(column.header, justify=justify, min_width=column.width, no_wrap=True)
+        table.add_column(
+            column.header, justify="right" if column.right else "left", min_width=column.width, no_wrap=True
+        )
     for row in result.layers:
         table.add_row(Text(shorten(_bare(row.name), room, dots)), *(column.cell(row) for column in columns))
     return table

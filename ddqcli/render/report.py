@@ -93,7 +93,7 @@ def finetuned(data: dict[str, Any], console: Console) -> None:
     for line in totals(data):
         console.print(line, markup=False, soft_wrap=True)
     if data["run_dir"] is None:
-        console.print("dry run    model, recipe and budget fit; nothing was trained", soft_wrap=True)
+        console.print("dry run    all fits; nothing was trained, so the bits follow from the weights alone", soft_wrap=True)
         return
     console.print(f"run        {data['run_dir']}", markup=False, soft_wrap=True)
     console.print(

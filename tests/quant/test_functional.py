@@ -30,9 +30,7 @@ def seeded(seed: int) -> torch.Generator:
 def apply(x: Tensor, levels: Tensor, bits: tuple[int, ...] | int, scale: float, zero: float, **options) -> Tensor:
     """fake_quantize for one group."""
     gates = options.pop("gates", torch.ones(1, (len(levels) - 1).bit_length()))
-    return fake_quantize(
-        x, levels[None], torch.tensor([scale]), torch.tensor([float(zero)]), gates, (bits,), **options
-    )
+    return fake_quantize(x, levels[None], torch.tensor([scale]), torch.tensor([float(zero)]), gates, (bits,), **options)
 
 
 # ---- forward
@@ -160,7 +158,9 @@ def test_empty_and_scalar_tensors_keep_their_shape(shape, groups, axis):
 
 
 def test_constant_tensors_take_one_level():
-    out = apply(torch.full((3, 5), 0.3), torch.tensor([0.0, 10, 20, 30]), 2, float(representable(torch.tensor(0.01))), 0)
+    out = apply(
+        torch.full((3, 5), 0.3), torch.tensor([0.0, 10, 20, 30]), 2, float(representable(torch.tensor(0.01))), 0
+    )
     assert out.unique().numel() == 1
 
 
@@ -240,7 +240,9 @@ def test_level_and_scale_gradients_are_those_of_the_literal_formula(b, s, correc
     zero, scale = 90.0, torch.tensor([0.03125])
     x, grad = (x - zero) * scale, torch.randn(400, generator=seeded(s))
     inputs = levels.clone().requires_grad_(), scale.clone().requires_grad_()
-    out = fake_quantize(x, inputs[0][None], inputs[1], torch.tensor([zero]), torch.ones(1, b), (s,), correction=correction)
+    out = fake_quantize(
+        x, inputs[0][None], inputs[1], torch.tensor([zero]), torch.ones(1, b), (s,), correction=correction
+    )
     found = torch.autograd.grad(out, inputs, grad)
     exact = levels.double().requires_grad_(), scale.double().requires_grad_()
     literal = relaxed(x, exact[0], s, exact[1], zero)

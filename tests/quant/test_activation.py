@@ -1,0 +1,284 @@
+"""Activations: the learned step against brute force and LSQ's formula, learned levels against Eqn (3), and the table."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ddqcli.errors import DDQError
+from ddqcli.quant.activation import ActivationQuantizer, can_fuse
+from ddqcli.quant.functional import representable
+
+few = settings(deadline=None, derandomize=True, max_examples=60)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uniform(bits: int, log2_scale: float, low: int = 0) -> ActivationQuantizer:
+    """A quantizer with a learned step whose codes run from -low."""
+    quantizer = ActivationQuantizer(bits, "uniform")
+    nn.init.constant_(quantizer.log2_scale, log2_scale)
+    quantizer.zero_point.fill_(low)
+    quantizer.low = low
+    return quantizer
+
+
+def fitted(x: Tensor, bits: int, levels: str = "auto") -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(bits, levels)
+    quantizer.observing = True
+    assert quantizer(x) is x
+    assert quantizer.fit()
+    return quantizer
+
+
+def decisions(scale: float, low: int, high: int) -> Tensor:
+    """All ties between codes, one ulp on either side, codes, and far outside."""
+    steps = torch.arange(2 * low - 4, 2 * high + 5, dtype=torch.float64) / 2 * scale
+    ties, inf = steps.float(), torch.tensor(math.inf)
+    far = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1e20, -1e20])
+    return torch.cat([ties, ties.nextafter(inf), ties.nextafter(-inf), far])
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    if not can_fuse(torch.device("cpu")):
+        pytest.skip("torch.compile finds no compiler here")
+
+
+# ---- a learned step
+
+
+def brute_force(x: Tensor, scale: float, low: int, high: int) -> Tensor:
+    """round half to even of x / scale, clamped, in float64; 0 for -0."""
+    return torch.from_numpy(np.clip(np.rint(x.double().numpy() / scale), low, high) * scale + 0.0)
+
+
+@few
+@given(st.integers(1, 8), st.floats(-60, 60), st.floats(0, 1), seeds, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_learned_step_rounds_half_to_even_and_clamps(bits, log2_scale, share, seed, dtype):
+    low = round(share * (2**bits - 1))
+    quantizer = uniform(bits, log2_scale, low)
+    scale, high = float(quantizer.scale().detach()), 2**bits - 1 - low
+    assert 2.0**log2_scale * (1 - 1e-5) <= scale <= 2.0**log2_scale * (1 + 2.0**-10)
+    x = torch.cat([decisions(scale, -low, high), normal(100, seed=seed) * 2**bits * scale]).to(dtype)
+    assert oracle.same_bits(quantizer(x), brute_force(x, scale, -low, high).float().to(dtype))
+
+
+@pytest.mark.parametrize("low", [0, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_steps_gradient_is_that_of_lsq(low, dtype):
+    """Esser et al. 2020, Eqn (3): round(v) - v inside, the outermost code outside, v = x / s; here kept to 1/500 of a step."""
+    quantizer = uniform(4, -2.0, low)
+    x, grad = normal(3000).mul(2).to(dtype).requires_grad_(), normal(3000, seed=1).to(dtype)
+    found_x, found = torch.autograd.grad(quantizer(x), (x, quantizer.log2_scale), grad)
+    steps, first, last = x.detach().double() / 0.25, -low, 15 - low
+    inside = (steps >= first) & (steps <= last)
+    slope = torch.where(inside, steps.round() - steps, steps.clamp(first, last).round())
+    expected = float((grad.double() * slope).sum()) * 0.25 * math.log(2)
+    residual = float(grad.double().abs()[inside].sum()) / 500 * 0.25 * math.log(2)
+    assert abs(float(found) - expected) <= residual + 1e-4 * abs(expected)
+    assert found_x.dtype == dtype
+    assert torch.equal(found_x, torch.where(inside, grad, 0.0))
+
+
+def test_the_kept_residual_has_no_bias():
+    """All gradients alike would add a bias up: 100,000 values over the whole step, and a sum of slopes that is 0."""
+    quantizer = uniform(8, 0.0, 128)
+    x = (torch.arange(100_000) + 0.5) / 100_000 * 200 - 100
+    (found,) = torch.autograd.grad(quantizer(x).sum(), quantizer.log2_scale)
+    assert abs(float(found)) / len(x) < 1e-4
+
+
+def test_the_steps_gradient_is_the_finite_difference_where_codes_are_clipped():
+    """Outside, x_q is the outermost code times the step: a true derivative, no estimator."""
+    x = torch.tensor([50.0, 60, -9, -30])
+    slopes = []
+    for log2_scale in (1e-2, -1e-2):
+        quantizer = uniform(4, log2_scale, 4)
+        slopes.append(float(quantizer(x).detach().double().sum()))
+    quantizer = uniform(4, 0.0, 4)
+    (found,) = torch.autograd.grad(quantizer(x).sum(), quantizer.log2_scale)
+    assert float(found) == pytest.approx((slopes[0] - slopes[1]) / 2e-2, rel=0.05)
+    assert float(found) == pytest.approx((11 + 11 - 4 - 4) * math.log(2), rel=1e-5)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("low", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_is_eager_bit_for_bit(low, dtype):
+    eager, fused = (uniform(8, -3.3, low) for _ in range(2))
+    fused.fused = True
+    bad = torch.tensor([math.nan, math.inf, -math.inf])
+    x = torch.cat([decisions(float(eager.scale().detach()), -low, 255 - low), normal(500) * 20, bad]).to(dtype)
+    grad = normal(len(x), seed=1).to(dtype)
+    results = []
+    for quantizer in (eager, fused):
+        inputs = x.clone().requires_grad_()
+        out = quantizer(inputs)
+        results.append((out, *torch.autograd.grad(out, (inputs, quantizer.log2_scale), grad)))
+    assert oracle.same_bits(results[1][0].nan_to_num(), results[0][0].nan_to_num())
+    assert torch.equal(results[1][0].isnan(), results[0][0].isnan())
+    assert torch.equal(results[1][1][:-3], results[0][1][:-3])
+    torch.testing.assert_close(results[1][2], results[0][2])  # a sum: its order may differ
+
+
+# ---- learned levels
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 7])
+@pytest.mark.parametrize("signed", [False, True])
+def test_learned_levels_are_eqn_3(bits, signed):
+    x = normal(4, 3, 8, 8) if signed else normal(4, 3, 8, 8).relu()
+    quantizer = fitted(x, bits, "learned")
+    learned = quantizer.learned
+    learned.levels.data += normal(1, 2**bits, seed=2) * 3
+    scale, zero_point = float(learned.scale), float(learned.zero_point)
+    assert (zero_point > 0) == signed
+    for values in (x, oracle.edge_cases(scale, zero_point)):
+        expected = oracle.quantize(values, learned.levels.detach()[0], bits, scale, zero_point)
+        assert oracle.same_bits(quantizer(values), expected.float())
+    quantizer(x).square().sum().backward()
+    assert learned.levels.grad.any()
+    assert quantizer.log2_scale.grad is None
+
+
+def test_levels_are_learned_up_to_4_bits_unless_told_otherwise():
+    assert [ActivationQuantizer(b).learned is not None for b in range(1, 9)] == [True] * 4 + [False] * 4
+    assert ActivationQuantizer(6, "learned").learned is not None
+    assert ActivationQuantizer(2, "uniform").learned is None
+
+
+# ---- both
+
+
+@pytest.mark.parametrize("levels", ["learned", "uniform"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_table_says_what_forward_returns(levels, bits, signed):
+    x = normal(5000) if signed else normal(5000).relu()
+    quantizer = fitted(x, bits, levels)
+    table = quantizer.table()
+    assert table["levels"].dtype == torch.uint8
+    assert table["levels"].shape == (2**bits,)
+    assert 0 <= table["zero_point"] <= 255
+    values = ((table["levels"].double() - table["zero_point"]) * table["scale"]).float()
+    assert oracle.same_bits(quantizer(values), values)  # every level is its own nearest
+    expected = values[oracle.nearest(x, values)]
+    different = quantizer(x) != expected  # a learned step rounds ties to even, levels take the upper one
+    assert not (different & ((quantizer(x) - x).abs() != (expected - x).abs())).any()
+    assert bool(torch.isin(quantizer(x).detach().view(torch.int32), values.view(torch.int32)).all())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shape", ["relu", "signed", "shifted", "negative"])
+def test_the_fitted_step_comes_close_to_the_best_one(bits, shape):
+    x = normal(20_000)
+    x = {"relu": x.relu(), "signed": x, "shifted": x + 1, "negative": -x.relu()}[shape]
+    quantizer = fitted(x, bits, "uniform")
+
+    def error(scale: float, low: int) -> float:
+        return float((brute_force(x, scale, -low, 2**bits - 1 - low) - x.double()).square().sum())
+
+    reach = float(x.max() - x.min())
+    lows = {"relu": [0], "negative": [2**bits - 1]}.get(shape, range(0, 2**bits, max(1, 2**bits // 16)))
+    least = min(error(s, low) for s in np.linspace(0.1, 1, 40) * reach / (2**bits - 1) for low in lows)
+    found = float((quantizer(x).detach().double() - x.double()).square().sum())
+    assert found <= 1.2 * least  # it keeps the share of the range that lies below 0
+    if shape == "relu":
+        assert quantizer.low == 0
+
+
+@pytest.mark.parametrize("levels", ["learned", "uniform"])
+def test_it_looks_at_one_batch_and_then_quantizes(levels):
+    quantizer = ActivationQuantizer(3, levels)
+    assert not quantizer.fit()  # nothing was seen
+    quantizer.observing = True
+    first, second = normal(100), normal(100, seed=1) * 50
+    assert quantizer(first) is first
+    assert quantizer(second) is second
+    assert quantizer.fit()
+    alone = fitted(first, 3, levels)
+    assert torch.equal(quantizer(second), alone(second))
+    assert quantizer(first).unique().numel() <= 8
+
+
+@pytest.mark.parametrize("levels", ["learned", "uniform"])
+@pytest.mark.parametrize("bits", [2, 5])
+def test_a_saved_quantizer_returns_as_it_was(levels, bits):
+    x = normal(500) - 0.3
+    quantizer = fitted(x, bits, levels)
+    other = ActivationQuantizer(bits, levels)
+    other.observing = True
+    other.load_state_dict(quantizer.state_dict())
+    assert other.low == quantizer.low
+    assert other.low > 0 or levels == "learned"
+    assert oracle.same_bits(other(x), quantizer(x))
+    assert other.table().keys() == quantizer.table().keys()
+
+
+@pytest.mark.parametrize("levels", ["learned", "uniform"])
+def test_in_autocast_the_bfloat16_input_is_quantized_by_its_exact_value(levels):
+    x = normal(8, 16)
+    quantizer, layer = fitted(x, 4, levels), nn.Linear(16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = layer(x)
+        assert hidden.dtype == torch.bfloat16
+        out = quantizer(hidden)
+        layer(out).sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, quantizer(hidden.float()).bfloat16())
+    learned = quantizer.learned.levels if levels == "learned" else quantizer.log2_scale
+    assert bool(learned.grad.isfinite().all())
+    assert learned.grad.any()
+
+
+@pytest.mark.parametrize("levels", ["learned", "uniform"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_the_layout_in_memory_changes_neither_values_nor_gradients(levels, layout):
+    x, grad = normal(2, 3, 5, 5), normal(2, 3, 5, 5, seed=1)
+    quantizer = fitted(x, 3, levels)
+    results = []
+    for inputs in (x.clone(), x.contiguous(memory_format=layout)):
+        inputs.requires_grad_()
+        out = quantizer(inputs)
+        results.append((out, *torch.autograd.grad(out, inputs, grad)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("levels", ["learned", "uniform"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_level_stands_for_a_value_that_is_not_finite(levels, bad, dtype):
+    x = normal(40)
+    quantizer = fitted(x, 3, levels)
+    x[7] = bad
+    assert quantizer(x.to(dtype))[7].isnan()
+    quantizer.observing = True
+    with pytest.raises(DDQError, match="1 of 40 values .* NaN or infinite"):
+        quantizer(x.to(dtype))
+
+
+@pytest.mark.parametrize("levels", ["learned", "uniform"])
+@pytest.mark.parametrize("value", [0.0, 0.7, -3.0])
+def test_constant_and_empty_batches(levels, value):
+    quantizer = fitted(torch.full((2, 5), value), 3, levels)
+    out = quantizer(torch.full((2, 5), value)).detach()
+    assert float((out - value).abs().max()) <= abs(value) / 100
+    assert quantizer(torch.zeros(0, 5)).shape == (0, 5)
+
+
+def test_scales_have_twelve_significant_bits_wherever_training_takes_them():
+    for log2_scale in np.linspace(-20, 20, 101):
+        scale = uniform(8, float(log2_scale)).scale().detach()
+        assert torch.equal(scale, representable(scale))
