@@ -8,23 +8,50 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from ddqcli import __version__
-from ddqcli.errors import DDQError, Interrupted
+from ddqcli.errors import DDQError, GateUnmet, Interrupted
+
+_WrongUse: Any = typer.BadParameter.__base__  # of Typer's parser; where it is defined differs between versions
+
+
+class _Answering(TyperGroup):
+    """Turns whatever goes wrong, on the command line itself or later, into one message and its exit code."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+        given = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in given  # wherever it stands, so that it can be added to the end of what failed
+        given = [arg for arg in given if arg != "--debug"]
+        command = next((arg for arg in given if arg in self.commands), None)
+        try:
+            code = super().main(given, "ddq", **{**extra, "standalone_mode": False})
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has seen enough
+            code = 0
+            _abandon_stdout()
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            code = _answer(error, command, as_json="--json" in given)
+        sys.exit(code if isinstance(code, int) else 0)
+
 
 app = typer.Typer(
     name="ddq",
+    cls=_Answering,
     help="Finetune a trained PyTorch model under a memory budget with Differentiable Dynamic Quantization.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 a gate is unmet, 4 a verification differs, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 a gate is unmet, 4 a verification differs, 130 Ctrl-C, 143 SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # its import would double the time that help takes
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, also on failure.")]
@@ -42,12 +69,13 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error; may stand anywhere.")] = False,
 ) -> None:
-    pass
+    pass  # --debug is taken by _Answering
 
 
 def _example(*lines: str) -> str:
-    return "[bold]Example[/bold]\n\n" + "\n\n".join(f"  [cyan]{line}[/cyan]" for line in lines)
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @app.command(
@@ -255,36 +283,60 @@ def inspect(
 
 
 def _run(command: str, work: Callable[[], Any], show: Callable[[Any], None], as_json: bool) -> None:
-    """Do the work and show its result; turn an error into one message and its exit code."""
+    """Do the work and show its result."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         result = work()
-        if as_json:
-            from ddqcli.render.output import envelope, plain
-
-            plain(envelope(command, result.data()))
-        else:
-            show(result)
-        sys.stdout.flush()
-    except DDQError as error:
-        _fail(command, str(error), error.exit_code, as_json)
     except KeyboardInterrupt:
-        _fail(command, "Interrupted.", 130, as_json)
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Interrupted("Interrupted.", signal.SIGINT) from None
+    unmet = list(getattr(result, "unmet", ()))
+    if as_json:
+        from ddqcli.render.output import envelope, plain
+
+        plain(envelope(command, result.data(), exit_code=GateUnmet.exit_code if unmet else 0, errors=unmet))
+    else:
+        show(result)
+    if unmet:
+        sys.stdout.flush()
+        _say("\n".join(unmet))
+        raise typer.Exit(GateUnmet.exit_code)
 
 
 def _stop(number: int, frame: object) -> None:
     raise Interrupted("Terminated.", number)
 
 
-def _fail(command: str, message: str, code: int, as_json: bool) -> None:
+def _answer(error: Exception, command: str | None, as_json: bool) -> int:
+    """Say what went wrong, and give the exit code."""
+    if isinstance(error, DDQError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, _WrongUse):
+        message, code = error.format_message(), 2
+        if not message.startswith("Usage:"):  # which is the help that `ddq` alone shows
+            message = f"{message.rstrip('.')}; `ddq {command + ' ' if command else ''}--help` lists what there is."
+    elif isinstance(error, OSError) and error.strerror:
+        message, code = f"{error.filename or 'Standard output'}: {error.strerror}.", 1
+        if error.filename is None:
+            _abandon_stdout()
+    else:
+        said = " ".join(str(error).split())[:300]
+        message = f"{type(error).__name__}{': ' + said if said else ''}; `ddq --debug ...` shows where it comes from."
+        code = 1
     if as_json:
         from ddqcli.render.output import envelope, plain
 
         plain(envelope(command, exit_code=code, errors=[message]))
-    sys.stderr.write(f"Error: {message}\n")
-    raise typer.Exit(code)
+    _say(message)
+    return code
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"{message}\n" if message.startswith("Usage:") else f"Error: {message}\n")
+
+
+def _abandon_stdout() -> None:
+    """Let what is still to be written, which Python tries at exit, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:

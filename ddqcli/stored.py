@@ -64,8 +64,10 @@ def stored_tensors(path: Path, *, pickle: bool = False) -> tuple[list[StoredTens
     prefix = ""
     while step := next((w for w in WRAPPERS if tensors and all(t.name.startswith(prefix + w) for t in tensors)), ""):
         prefix += step
-    bare = [replace(t, name=t.name.removeprefix(prefix), same_as=t.same_as and t.same_as.removeprefix(prefix)) for t in tensors]
-    return bare, note + (f", prefix '{prefix}' stripped" if prefix else "")
+    if prefix:
+        bare = {t.name: t.name.removeprefix(prefix) for t in tensors}
+        tensors = [replace(t, name=bare[t.name], same_as=t.same_as and bare[t.same_as]) for t in tensors]
+    return tensors, note + (f", prefix '{prefix}' stripped" if prefix else "")
 
 
 def is_safetensors(path: Path) -> bool:

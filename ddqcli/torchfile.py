@@ -1,4 +1,4 @@
-"""Where the tensors of a file of torch.save lie in it, found without PyTorch: inspecting needs neither its import nor a map.
+"""Where the tensors of a file of torch.save lie in it, found without PyTorch, whose import takes seconds and memory.
 
 Only what state dicts are made of is understood. For anything else there is `ddqcli.engine.checkpoint`, which also knows
 what to say about it, so nothing here explains itself: what is unusual is None.
@@ -86,7 +86,7 @@ def _may_hold_weights(value: Any) -> bool:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Understands tensors, parameters and plain containers; refuses every other name, so it runs no code of the file's."""
+    """Understands tensors, parameters and plain containers; refuses every other name, so no code of the file's runs."""
 
     def __init__(self, pickled: Any, records: dict[str, zipfile.ZipInfo], folder: str, file: BinaryIO) -> None:
         super().__init__(pickled)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
-from itertools import combinations
 
+import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ddqcli import plots
@@ -76,7 +73,7 @@ FIGURES = ("layer", "overview", "channels", "bits", "bits over time", "error", "
 def texts(figure: Figure) -> list[tuple[str, object]]:
     """All texts that are drawn, with their boxes in pixels."""
     with settings():
-        FigureCanvasAgg(figure).draw()
+        figure.draw_without_rendering()
         drawn = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
         for axes in figure.axes:
             low, high = sorted(axes.get_xlim())
@@ -92,17 +89,18 @@ def texts(figure: Figure) -> list[tuple[str, object]]:
 
 
 @pytest.mark.parametrize("kind", FIGURES)
-@pytest.mark.parametrize("n", [1, 5, 90])
+@pytest.mark.parametrize("n", [1, 5, 45])
 def test_no_text_overlaps_another_or_leaves_the_picture(kind, n):
-    for figure in make(kind, n):
-        boxes = texts(figure)
-        assert len(boxes) > 3
+    for figure in make(kind, n)[:2]:
+        drawn, extents = zip(*texts(figure), strict=True)
+        x0, y0, x1, y1 = np.array([box.extents for box in extents]).T
         width, height = figure.get_size_inches() * figure.dpi
-        for text, box in boxes:
-            assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1, text  # noqa: PT018
-        for (one, a), (other, b) in combinations(boxes, 2):
-            apart = a.x1 <= b.x0 + 0.5 or b.x1 <= a.x0 + 0.5 or a.y1 <= b.y0 + 0.5 or b.y1 <= a.y0 + 0.5
-            assert apart, (one, other)
+        outside = (x0 < -1) | (y0 < -1) | (x1 > width + 1) | (y1 > height + 1)
+        assert not outside.any(), [drawn[k] for k in np.flatnonzero(outside)]
+        apart = (x1[:, None] <= x0 + 0.5) | (y1[:, None] <= y0 + 0.5)
+        over = np.argwhere(np.triu(~(apart | apart.T), 1))
+        assert len(over) == 0, [(drawn[a], drawn[b]) for a, b in over]
+        assert len(drawn) > 3
 
 
 @pytest.mark.parametrize("kind", FIGURES)
@@ -209,13 +207,8 @@ def test_a_picture_for_a_page_takes_the_pages_colours():
     assert used <= {e.attrib.get("id") for e in root.iter()}
 
 
-def test_the_users_own_matplotlib_settings_change_nothing(tmp_path):
-    code = (
-        "import matplotlib, pathlib, sys; matplotlib.rcParams.update({'font.size': 30, 'axes.facecolor': 'red'}); "
-        "sys.path.insert(0, 'tests'); import test_plots as t; "
-        f"t.plots.save(t.plots.layer_figure(t.layer(0)), pathlib.Path({str(tmp_path / 'other')!r})); "
-        "assert matplotlib.rcParams['font.size'] == 30 and 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    plots.save(plots.layer_figure(layer(0)), tmp_path / "mine")
-    assert (tmp_path / "mine.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()
+def test_the_users_own_matplotlib_settings_change_nothing():
+    mine = plots.svg_of(plots.layer_figure(layer(0)))
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        assert plots.svg_of(plots.layer_figure(layer(0))) == mine
+        assert matplotlib.rcParams["font.size"] == 30

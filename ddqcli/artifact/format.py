@@ -33,6 +33,7 @@ __all__ = [
     "QuantizedTensor",
     "Sizes",
     "decode_artifact",
+    "decode_model",
     "encode_artifact",
     "read_artifact",
     "tensor_bytes",
@@ -154,10 +155,7 @@ def read_artifact(path: Path) -> Artifact:
     with _named_faults(path):
         tensors, manifest = decoder.read(path)
         quantized = {n: _quantized(n, tensors[n]) for n in sorted(manifest["quantized"])}
-        activations = {
-            n: ActivationTable(n, table.levels[0], float(table.scale[0]), int(table.zero_point[0]))
-            for n, table in manifest["activations"].items()
-        }
+        activations = _tables(manifest)
         floats = {name: tensor for name, tensor in tensors.items() if name not in quantized}
         with path.open("rb") as file:
             header, total = 8 + int.from_bytes(file.read(8), "little"), file.seek(0, os.SEEK_END)
@@ -169,6 +167,25 @@ def decode_artifact(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     """`decoder.decode`: every tensor as an array, and the manifest. Raises as `read_artifact`."""
     with _named_faults(path):
         return decoder.decode(path)
+
+
+def decode_model(path: Path) -> tuple[dict[str, Array], dict[str, ActivationTable], dict[str, Any]]:
+    """What a network needs of a file: every tensor as an array, the tables of its activations, and the manifest.
+
+    Raises as `read_artifact`.
+    """
+    with _named_faults(path):
+        tensors, manifest = decoder.read(path)
+        tensors |= {name: decoder.dequantize(tensors[name]) for name in manifest["quantized"]}
+        tensors |= {name: tensors[target] for name, target in manifest["aliases"].items()}
+        return tensors, _tables(manifest), manifest
+
+
+def _tables(manifest: Mapping[str, Any]) -> dict[str, ActivationTable]:
+    return {
+        name: ActivationTable(name, stored.levels[0], float(stored.scale[0]), int(stored.zero_point[0]))
+        for name, stored in manifest["activations"].items()
+    }
 
 
 def _quantized(name: str, stored: decoder.Stored) -> QuantizedTensor:

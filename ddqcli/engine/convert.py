@@ -114,10 +114,15 @@ def convert(model: nn.Module, recipe: Recipe) -> Converted:
     for name in result.float_tensors():
         result.kept.setdefault(name, "a buffer: no gradient trains it")
     if result.activations:
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False  # only its fast path takes those, and hooks rule that out
+        forbid_nested_tensors(model)
     return result
+
+
+def forbid_nested_tensors(model: nn.Module) -> None:
+    """Keep nn.TransformerEncoder from making them: only its fast path takes those, and hooks on inputs rule that out."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def kind_of(module: nn.Module) -> str:
@@ -238,11 +243,17 @@ def _quantize_input(result: Converted, name: str, module: nn.Module, bits: int, 
     if isinstance(module, AttentionOutput):
         result.kept[f"{name} (input)"] = "attention reads this layer's weight past its forward"
         return
-    activation = ActivationQuantizer(bits, recipe.activations.levels)
-    module.register_module("input_quantizer", activation.to(next(module.parameters()).device))
-    of_attention = type(module).forward is nn.MultiheadAttention.forward
-    module.register_forward_pre_hook(_attention_hook if of_attention else _layer_hook, with_kwargs=True)
-    result.activations[name] = activation
+    result.activations[name] = ActivationQuantizer(bits, recipe.activations.levels)
+    quantize_input(module, result.activations[name])
+
+
+def quantize_input(module: nn.Module, quantizer: nn.Module) -> None:
+    """Let the layer see its input through `quantizer` from now on, in place of an earlier one."""
+    hooked = hasattr(module, "input_quantizer")
+    module.register_module("input_quantizer", quantizer.to(next(module.parameters()).device))
+    if not hooked:
+        of_attention = type(module).forward is nn.MultiheadAttention.forward
+        module.register_forward_pre_hook(_attention_hook if of_attention else _layer_hook, with_kwargs=True)
 
 
 def _layer_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -10,21 +10,28 @@ runs/20260131-142310-resnet20/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddqcli.errors import DDQError, UsageError
-from ddqcli.recipe import Recipe, load_recipe
+from ddqcli.recipe import Recipe
+from ddqcli.recipe_file import differences, dump_recipe, load_recipe
 
 RUNS = "runs"
 REPORT = "report.json"
 RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
 LAST = "last.pt"
+FINAL = "final.pt"
+_WRONG_PLACES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 @dataclass(frozen=True)
@@ -70,40 +77,73 @@ class Run:
             raise UsageError(f"{path} holds no run to resume: {RECIPE} is missing.")
         return cls(path)
 
-    @property
-    def finished(self) -> bool:
-        return (self.path / REPORT).exists()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within: no other process writes into this folder. Raises UsageError if one does now."""
+        with _disk(self.path):
+            lock = (self.path / ".lock").open("a")
+        with lock:
+            if not _locked(lock):
+                raise UsageError(
+                    f"Another process is working in {self.path}; wait for it, or name another folder with --run-dir."
+                )
+            for left in self.path.glob(".*.tmp"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+            yield
 
-    def saved(self, sha256: str) -> dict[str, Any] | None:
-        """The last training state; None if the run ended before the first. Raises UsageError for another checkpoint's."""
+    def check_same(self, asked: Recipe) -> None:
+        """Raise UsageError, saying what differs, if this run was begun with another recipe than the one asked for."""
+        if changed := differences(self.recipe(), asked):
+            raise UsageError(f"{self.path} was begun with another recipe ({'; '.join(changed)}); begin a new run.")
+
+    def saved(self, facts: dict[str, Any]) -> dict[str, Any] | None:
+        """The last training state; None if the run ended before the first.
+
+        Raises UsageError if the run was begun with other `facts` (`sha256` of the checkpoint, `recipe` as a file's text,
+        `steps`), and DDQError if the file is damaged.
+        """
         if not (self.path / LAST).exists():
             return None
         state = self.load(LAST)
-        if state["sha256"] != sha256:
-            raise UsageError(
-                f"The checkpoint is not the one that {self.path} was begun with (SHA-256 {sha256[:12]}…, "
-                f"then {state['sha256'][:12]}…); begin a new run."
-            )
+        for fact, now in facts.items():
+            then = state.get(fact)
+            if then == now:
+                continue
+            if fact == "sha256":
+                what = f"The checkpoint is not the one (SHA-256 {now:.12}…, then {str(then):.12}…)"
+            elif fact == "steps":
+                what = f"The data are not the ones ({now} steps, then {then})"
+            else:
+                what = f"{self.path / RECIPE} is not the recipe ({_changed_lines(str(then), now)})"
+            raise UsageError(f"{what} that {self.path} was begun with; bring it back, or begin a new run.")
         return state
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What training reported, but for a line that a kill cut short."""
+        path = self.path / METRICS
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []
+        return [entry for line in lines if (entry := _entry(line)) is not None]
 
     def cut_metrics(self, step: int) -> None:
         """Drop what was reported after `step`, which a resumed run reports again."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            self._write(path.name, "".join(f"{line}\n" for line in lines).encode())
+        kept = [entry for entry in self.metrics() if entry["step"] <= step]
+        self._write(METRICS, "".join(f"{json.dumps(entry)}\n" for entry in kept).encode())
+
+    def add_metrics(self, metrics: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with _disk(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(metrics)) + "\n")
 
     def write_recipe(self, recipe: Recipe) -> None:
-        self._write(RECIPE, recipe.dump().encode())
+        self._write(RECIPE, dump_recipe(recipe, self.path).encode())
 
     def recipe(self) -> Recipe:
         """The resolved recipe of this run; raises RecipeError if it is damaged."""
         return load_recipe(self.path / RECIPE)
 
-    def add_metrics(self, metrics: Any) -> None:
-        """Append one line to metrics.jsonl."""
-        with _disk(self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
+    def recipe_text(self) -> str:
+        """recipe.yaml as it is."""
+        return (self.path / RECIPE).read_text(encoding="utf-8")
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write a torch file, whole or not at all."""
@@ -112,35 +152,57 @@ class Run:
         write_whole(self.path / name, lambda temporary: torch.save(state, temporary))
 
     def load(self, name: str) -> dict[str, Any]:
-        """Read a torch file of this run; raises DDQError if it is missing or damaged."""
+        """Read a torch file of this run; raises UsageError if it is missing, DDQError if any bit of it changed."""
         import torch
 
+        path = self.path / name
         try:
-            state: dict[str, Any] = torch.load(self.path / name, weights_only=True, map_location="cpu")
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not look at them
+                if broken := archive.testzip():
+                    raise zipfile.BadZipFile(f"{broken} has another checksum")
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            if not isinstance(state, dict):
+                raise TypeError(f"{name} holds a {type(state).__name__}")
         except FileNotFoundError as error:
             raise UsageError(f"{self.path} holds no {name}; the run did not get that far.") from error
         except Exception as error:
-            raise DDQError(f"{self.path / name} is damaged and cannot be read; run `ddq finetune` again.") from error
+            raise DDQError(f"{path} is damaged and cannot be read; {self._again(name)}.") from error
         return state
 
     def write_report(self, report: dict[str, Any]) -> None:
-        self._write(REPORT, json.dumps(report, indent=1).encode())
+        self._write(REPORT, json.dumps({**report, "checksum": _checksum(report)}, indent=1).encode())
 
     def report(self) -> dict[str, Any]:
-        """report.json; raises DDQError if it is damaged."""
+        """What report.json holds; raises DDQError if it is damaged."""
         try:
-            report: dict[str, Any] = json.loads((self.path / REPORT).read_text(encoding="utf-8"))
-            report["totals"]["bytes"], report["layers"][0]["name"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DDQError(f"{self.path / REPORT} is damaged; `ddq finetune` writes it at the end of a run.") from error
+            report: dict[str, Any] = json.loads((self.path / REPORT).read_bytes())
+            if report.pop("checksum") != _checksum(report):
+                raise ValueError("the checksum differs")
+        except OSError as error:
+            raise UsageError(f"{self.path / REPORT} cannot be read: {error.strerror}.") from error
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise DDQError(f"{self.path / REPORT} is damaged; {self._again(REPORT)}.") from error
         return report
+
+    def _again(self, name: str) -> str:
+        """How to get a file of this run once more."""
+        if name == LAST:
+            return "begin a new run"
+        return f"`ddq finetune --resume --run-dir {self.path}` writes it again"
 
     def _write(self, name: str, content: bytes) -> None:
         write_whole(self.path / name, lambda temporary: temporary.write_bytes(content))
 
 
+def _checksum(report: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place; raises DDQError if the disk refuses."""
+    """Let `write` fill a temporary file beside `path`, then put it in place.
+
+    Raises UsageError for a place that cannot be written to, DDQError if the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _disk(path):
         try:
@@ -149,37 +211,50 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
-class _disk:
+def _locked(file: IO[str]) -> bool:
+    """Take the file's lock, which ends with the process, however that ends; False if another process has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # no POSIX system, or a file system without locks
+        pass
+    return True
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
     """Turns what the disk refuses into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        kind = UsageError if isinstance(error, _WRONG_PLACES) else DDQError
+        raise kind(f"{path} cannot be written: {error.strerror}; what was there before is kept.") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):  # how torch.save reports a full disk
+            raise
+        raise DDQError(f"{path} cannot be written: the disk is full; what was there before is kept.") from error
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self) -> None:
+def _entry(line: str) -> dict[str, Any] | None:
+    """One line of metrics; None for one that a kill cut short."""
+    try:
+        entry = json.loads(line)
+        return entry if isinstance(entry["step"], int) else None
+    except (ValueError, LookupError, TypeError):
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise DDQError(
-                f"{self.path} cannot be written: {error.strerror}; what was there before is kept."
-            ) from error
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(
-            error
-        ):  # how torch.save reports a full disk
-            raise DDQError(
-                f"{self.path} cannot be written: the disk is full; what was there before is kept."
-            ) from error
 
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite for one that a kill cut short."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError):
-        return float("inf")
+def _changed_lines(then: str, now: str) -> str:
+    """The lines in which two texts of a recipe differ, as `lr: 0.01, now lr: 0.02`."""
+    changed = [f"{a.strip()}, now {b.strip()}" for a, b in zip(then.splitlines(), now.splitlines()) if a != b]
+    return "; ".join(changed[:3]) or "it has more or fewer lines"
 
 
 def _newest(folder: Path) -> Path:

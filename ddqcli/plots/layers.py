@@ -62,7 +62,7 @@ def layer_figure(layer: Layer) -> Figure:
 
 def overview_figures(layers: Sequence[Layer]) -> list[Figure]:
     """All layers as small panels, 40 to a sheet."""
-    across = min(PER_SHEET[0], max(2, int(np.ceil(np.sqrt(len(layers))))))
+    across = min(PER_SHEET[0], max(3, int(np.ceil(np.sqrt(len(layers))))))
     room = across * PER_SHEET[1]
     sheets = [layers[first : first + room] for first in range(0, len(layers), room)]
     with settings():

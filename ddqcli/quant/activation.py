@@ -132,8 +132,8 @@ class ActivationQuantizer(nn.Module):
                 "scale": float(scales[0]),
                 "zero_point": int(zero_points[0]),
             }
-        levels = torch.arange(2**self.bits, dtype=torch.int32).to(torch.uint8)
-        return {"levels": levels, "scale": float(self.scale()), "zero_point": self.low}
+        codes = torch.arange(2**self.bits, dtype=torch.int32).to(torch.uint8)
+        return {"levels": codes, "scale": float(self.scale()), "zero_point": self.low}
 
     @torch.no_grad()
     def fit(self) -> bool:

@@ -195,7 +195,8 @@ def spread_runs(fitted: np.ndarray, n: int) -> np.ndarray:
     edges = np.concatenate([[min(0.0, fitted[0])], (fitted[1:] + fitted[:-1]) / 2, [max(STEPS, fitted[-1])]])
     reach = np.minimum(fitted - edges[:-1], edges[1:] - fitted)
     offsets = (np.arange(run) + 0.5) / run * 2 - 1
-    return (fitted[:, None] + reach[:, None] * offsets).reshape(-1)
+    spread: np.ndarray = fitted[:, None] + reach[:, None] * offsets
+    return spread.reshape(-1)
 
 
 def error_curve(distribution: Distribution, bits: range, kind: Kind = "learned") -> dict[int, float]:

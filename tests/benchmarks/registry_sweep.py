@@ -80,7 +80,7 @@ def registry(arch: str) -> tuple[Callable[[], nn.Module], int]:
     elif arch.startswith("maxvit"):
         size = 224  # its partition, 7, under five halvings
     elif arch.startswith("inception"):
-        size = 96
+        size = 299  # its auxiliary head has no padding
     if arch in ("googlenet", "inception_v3"):
         kwargs["init_weights"] = False  # takes a minute
     return lambda: torchvision.models.get_model(arch, weights=None, **kwargs), size

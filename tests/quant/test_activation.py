@@ -265,7 +265,7 @@ def test_no_level_stands_for_a_value_that_is_not_finite(levels, bad, dtype):
     x[7] = bad
     assert quantizer(x.to(dtype))[7].isnan()
     quantizer.observing = True
-    with pytest.raises(DDQError, match="1 of 40 values .* NaN or infinite"):
+    with pytest.raises(DDQError, match=r"1 of 40 values .* NaN or infinite"):
         quantizer(x.to(dtype))
 
 

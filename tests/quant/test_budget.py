@@ -94,7 +94,7 @@ def test_damage_falls_as_the_budget_of_a_network_grows():
     choices = network(9)
     budgets = np.linspace(smallest(choices), sum(c.cost[8] for c in choices), 12).astype(int)
     damages = [damage(choices, allocate(choices, int(b))) for b in budgets]
-    assert all(after <= before * 1.001 for before, after in zip(damages, damages[1:], strict=False))
+    assert all(after <= before * 1.001 for before, after in itertools.pairwise(damages))
     assert set(allocate(choices, int(budgets[-1])).values()) == {8}
     assert set(allocate(choices, int(budgets[0])).values()) == {1}
 

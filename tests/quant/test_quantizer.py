@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -67,7 +68,7 @@ def test_fixed_levels_are_those_of_eqn_1_and_eqn_2_exactly(kind, bits, log2_clip
         c = top if kind == "uniform" else 2 * top
         assert 2**log2_clip * (1 - 1e-6) <= c <= 2**log2_clip * (1 + 2**-10)  # c, rounded up to 12 significant bits
         levels = uniform_levels(bits, c) if kind == "uniform" else power_of_two_levels(bits, c)
-        thresholds = torch.tensor([float(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)])
+        thresholds = torch.tensor([float(a + b) / 2 for a, b in itertools.pairwise(levels)])
         x = torch.cat([thresholds[::5], normal(60) * float(c), torch.tensor([1e30, -1e30])])
         expected = [nearest_fraction(v, levels) for v in x.tolist()]
         assert [Fraction(v) for v in quantizer(x).tolist()] == expected
@@ -158,7 +159,7 @@ def test_values_without_a_nearest_level_are_refused_by_a_sentence(bad):
     x = normal(4, 6)
     quantizer = DDQuantizer.from_tensor(x, 4, channel_axis=0)
     x[2, 3] = bad
-    with pytest.raises(DDQError, match="1 of 24 values .* NaN or infinite"):
+    with pytest.raises(DDQError, match=r"1 of 24 values .* NaN or infinite"):
         quantizer.indices(x)
     with pytest.raises(DDQError, match="1 of 24 values"):
         quantizer.refit(x, 2)

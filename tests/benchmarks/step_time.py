@@ -1,0 +1,236 @@
+"""What DDQ adds to a training step, beside a float step and peers' uniform fake-quant, all in turn in one process.
+
+    python tests/benchmarks/step_time.py                                    # ResNet-20, batch 128, 2 threads
+    python tests/benchmarks/step_time.py --model mlp                        # weights dominate
+    python tests/benchmarks/step_time.py --model mobilenet_v2 --size 224 --batch 256 --device cuda
+    python tests/benchmarks/step_time.py --json > step_time.json
+
+Each figure is the median over rounds of the paired ratio to the float step of the same round. Brevitas is measured where it
+is installed (`pip install brevitas`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddqcli.engine.convert import convert
+from ddqcli.engine.gates import Budget, Gates
+from ddqcli.engine.train import _optimizers
+from ddqcli.quant.activation import can_fuse
+from ddqcli.recipe import Recipe
+
+Step = Callable[[], None]
+
+
+class Block(nn.Module):
+    def __init__(self, cin: int, cout: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(cout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(cout)
+        self.stride, self.pad = stride, (cout - cin) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.pad:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(x + y)
+
+
+def resnet20() -> nn.Module:
+    widths = [(16, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 32), (32, 64), (64, 64), (64, 64)]
+    blocks = [Block(cin, cout, 2 if cin != cout else 1) for cin, cout in widths]
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def mlp() -> nn.Module:
+    widths = [3072, 2048, 2048, 2048]
+    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
+
+
+def build(name: str) -> nn.Module:
+    if name in ("resnet20", "mlp"):
+        return {"resnet20": resnet20, "mlp": mlp}[name]()
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None)
+
+
+def step_of(model: nn.Module, optimizers: list[torch.optim.Optimizer], x: Tensor, y: Tensor) -> Step:
+    def step() -> None:
+        F.cross_entropy(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    model.train()
+    return step
+
+
+def sgd(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)]
+
+
+def float_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    return step_of(model, sgd(model), x, y)
+
+
+def ddq_step(model: nn.Module, x: Tensor, y: Tensor, **sections: dict) -> Step:
+    """As `ddq finetune` trains: 8 -> 4 bits by the default gates, their Fisher watched, gradient correction on."""
+    recipe = Recipe.model_validate({"budget": {"target_bits": 4}, **sections})
+    converted = convert(model, recipe)
+    weights = sum(t.parameter.numel() for t in converted.tensors)
+    gates = Gates(converted, recipe, Budget(weights // 2, 0, 4 * weights, weights), 10**9, len(x))
+    for activation in converted.activations.values():
+        activation.observing = True
+    F.cross_entropy(model.eval()(x), y).backward()
+    gates.watch()
+    fused = can_fuse(x.device)
+    for activation in converted.activations.values():
+        activation.fit()
+        activation.fused = fused
+    gates.start()
+    model.train()
+    optimizers = [o for o in _optimizers(converted, recipe.train) if o]
+    counter = iter(range(1, 10**9))
+
+    def step() -> None:
+        number = next(counter)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        gates.after_backward(number, 0.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def torch_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) -> Step:
+    """torch's own fake-quant for QAT: uniform, not learned, range from a moving average."""
+    from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
+    from torch.nn.utils import parametrize
+
+    def fake_quant(bits: int, signed: bool) -> nn.Module:
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        dtype = torch.qint8 if signed else torch.quint8
+        return FusedMovingAvgObsFakeQuantize(MovingAverageMinMaxObserver, quant_min=low, quant_max=high, dtype=dtype)
+
+    for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+        parametrize.register_parametrization(module, "weight", fake_quant(4, True).to(x.device), unsafe=True)
+        if act_bits:
+            module.act = fake_quant(act_bits, False).to(x.device)
+            module.register_forward_pre_hook(lambda m, inputs: (m.act(inputs[0]), *inputs[1:]))
+    return step_of(model, sgd(model), x, y)
+
+
+def brevitas_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) -> Step:
+    """Brevitas: a learned scale for weights and activations."""
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
+
+    class Weight(Int8WeightPerTensorFloat):
+        scaling_impl_type = "parameter_from_stats"
+
+    def swap(parent: nn.Module) -> None:
+        for name, child in parent.named_children():
+            common = {"weight_quant": Weight, "weight_bit_width": 4, "bias": getattr(child, "bias", None) is not None}
+            if act_bits:
+                common |= {"input_quant": Int8ActPerTensorFloat, "input_bit_width": act_bits}
+            if isinstance(child, nn.Conv2d):
+                args = (child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding)
+                new = qnn.QuantConv2d(*args, groups=child.groups, **common)
+            elif isinstance(child, nn.Linear):
+                new = qnn.QuantLinear(child.in_features, child.out_features, **common)
+            else:
+                swap(child)
+                continue
+            setattr(parent, name, new)
+
+    swap(model)
+    model.to(x.device)
+    return step_of(model, sgd(model), x, y)
+
+
+def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
+    def fresh() -> nn.Module:
+        return copy.deepcopy(model)
+
+    steps = {
+        "float": float_step(fresh(), x, y),
+        "torch FusedMovingAvgObsFakeQuantize W4": torch_step(fresh(), x, y, None),
+        "torch FusedMovingAvgObsFakeQuantize W4/A8": torch_step(fresh(), x, y, 8),
+        "ddq W4": ddq_step(fresh(), x, y),
+        "ddq W4/A8": ddq_step(fresh(), x, y, activations={"bits": 8}),
+        "ddq W4/A4, learned levels": ddq_step(fresh(), x, y, activations={"bits": 4}),
+    }
+    try:
+        steps["Brevitas W4"] = brevitas_step(fresh(), x, y, None)
+        steps["Brevitas W4/A8"] = brevitas_step(fresh(), x, y, 8)
+    except ImportError:
+        pass
+    return steps
+
+
+def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 3):
+        for name, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= 3:  # the first rounds warm up
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    x = torch.randn(args.batch, 3, args.size, args.size, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (args.batch,), device=device)
+    model = build(args.model).to(device, memory_format=torch.channels_last)
+    seconds = measure(contenders(model, x, y), args.rounds, device)
+    rows = {
+        name: {
+            "ms": round(1000 * statistics.median(times), 2),
+            "ratio": round(statistics.median(t / f for t, f in zip(times, seconds["float"], strict=True)), 3),
+        }
+        for name, times in seconds.items()
+    }
+    if args.json:
+        facts = {**vars(args), "torch": torch.__version__, "processor": platform.processor() or platform.machine()}
+        print(json.dumps({"settings": facts, "rows": rows}, indent=1))
+        return
+    for name, row in rows.items():
+        print(f"{name:44} {row['ms']:9.1f} ms   {row['ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
