@@ -79,14 +79,16 @@ def _example(*lines: str) -> str:
 
 
 @app.command(
+    short_help="Finetune a model under a memory budget.",
     epilog=_example(
         "ddq finetune model.pt --target-bits 4 --max-bits 8",
         "ddq finetune model.pt --arch net.py:build --data images/ --target-size 150kB",
-    )
+    ),
 )
 def finetune(
     model: Annotated[
-        Path | None, typer.Argument(help="State dict: .pt, .pth, .th or .safetensors.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="MODEL", help="State dict: .pt, .pth, .th or .safetensors.", show_default=False),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe (YAML); ./ddq.yaml or the one beside MODEL if not given.")
@@ -120,7 +122,11 @@ def finetune(
         bool, typer.Option("--allow-pickle", help="Load a pickled module; this runs code from the file.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the newest unfinished run, or with the one in --run-dir.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the newest unfinished run, or the one in --run-dir; with MODEL, begin if there is none.",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check model, recipe and budget; train nothing.")] = False,
     as_json: Json = False,
@@ -134,34 +140,22 @@ def finetune(
     }  # fmt: skip
 
     def work() -> Any:
+        from ddqcli.engine.runs import RECIPE, Run
         from ddqcli.errors import UsageError
-        from ddqcli.recipe import differences, find_recipe, load_recipe, parse_assignment
+        from ddqcli.recipe_file import find_recipe, load_recipe, parse_assignment
 
         if target_bits is not None and target_size is not None:
             raise UsageError("--target-bits and --target-size are both given; give one.")
         given = {key: value for key, value in flags.items() if value is not None}
         given |= dict(parse_assignment(text) for text in assign or ())
-        path = recipe or (None if resume and model is None else find_recipe(model))
+        run = Run.unfinished(run_dir, or_none=model is not None) if resume else None
+        path = run.path / RECIPE if run and not (model or recipe) else recipe or find_recipe(model)
         loaded = load_recipe(path, given)
-        run = None
-        if resume:
-            from ddqcli.engine.runs import Run
-
-            run = Run.unfinished(run_dir)
-            stored = run.recipe()
-            if model is not None or given:
-                asked = loaded.model_copy(update={"model": loaded.model.model_copy(update={"checkpoint": str(model)})})
-                changed = differences(
-                    stored, asked if model is not None else load_recipe(run.path / "recipe.yaml", given)
-                )
-                if changed:
-                    raise UsageError(
-                        f"{run.path} was begun with another recipe ({'; '.join(changed)}); begin a new run."
-                    )
-            loaded = stored
         checkpoint = model or (Path(loaded.model.checkpoint) if loaded.model.checkpoint else None)
         if checkpoint is None:
             raise UsageError("No model is named; write `ddq finetune MODEL`, or model.checkpoint in the recipe.")
+        if run:
+            run.check_same(loaded.of(checkpoint))
         from ddqcli.render.progress import Live
 
         with Live(quiet=quiet) as live:
@@ -180,12 +174,19 @@ def finetune(
     _run("finetune", work, show, as_json)
 
 
-@app.command(epilog=_example("ddq report", "ddq report runs/20260131-142310-model --md >> $GITHUB_STEP_SUMMARY"))
+@app.command(
+    short_help="Show what a run, or an exported file, holds.",
+    epilog=_example(
+        "ddq report",
+        "ddq report model.safetensors --md >> $GITHUB_STEP_SUMMARY",
+        "ddq report --max-size 20kB --max-drop 0.5",
+    ),
+)
 def report(
     target: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN_OR_FILE]",
+            metavar="RUN_OR_FILE",
             help="Run folder or exported file; the newest run if not given.",
             show_default=False,
         ),
@@ -193,17 +194,24 @@ def report(
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="The layers as CSV.")] = False,
     as_md: Annotated[bool, typer.Option("--md", help="Markdown.")] = False,
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Gate: most for all tensors, e.g. 150kB or 12%.")
+    ] = None,
+    max_bits: Annotated[float | None, typer.Option(help="Gate: most stored bits a quantized weight.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Gate: most points of accuracy lost.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Gate: least accuracy, percent.")] = None,
 ) -> None:
-    """Show each tensor's bits, levels, bytes and error, and the totals."""
+    """Show each tensor's bits, levels, bytes and error, and the totals. An unmet gate ends with exit code 3."""
 
     def work() -> Any:
         from ddqcli.errors import UsageError
 
         if as_json + as_csv + as_md > 1:
             raise UsageError("--json, --csv and --md exclude each other; give one.")
+        from ddqcli.commands.report import Limits
         from ddqcli.commands.report import report as command
 
-        return command(target)
+        return command(target, Limits(max_size, max_bits, max_drop, min_accuracy))
 
     def show(result: Any) -> None:
         from ddqcli.render import output
@@ -217,10 +225,14 @@ def report(
     _run("report", work, show, as_json)
 
 
-@app.command(epilog=_example("ddq export", "ddq export runs/20260131-142310-model -o small.safetensors"))
+@app.command(
+    short_help="Write a run's model as one verified file.",
+    epilog=_example("ddq export", "ddq export runs/20260131-142310-model -o small.safetensors"),
+)
 def export(
     run: Annotated[
-        Path | None, typer.Argument(help="Run folder; the newest run if not given.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="RUN", help="Run folder; the newest run if not given.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -246,9 +258,14 @@ def export(
     _run("export", work, show, as_json)
 
 
-@app.command(epilog=_example("ddq inspect model.pt", "ddq inspect model.safetensors -o pictures"))
+@app.command(
+    short_help="Show a model's weight distributions.",
+    epilog=_example("ddq inspect model.pt", "ddq inspect model.safetensors -o pictures"),
+)
 def inspect(
-    model: Annotated[Path, typer.Argument(help="State dict: .pt, .pth, .th or .safetensors.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="State dict: .pt, .pth, .th or .safetensors.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Folder for the pictures.  [default: inspect/<model>]", show_default=False),
@@ -288,7 +305,7 @@ def _run(command: str, work: Callable[[], Any], show: Callable[[Any], None], as_
     try:
         result = work()
     except KeyboardInterrupt:
-        raise Interrupted("Interrupted.", signal.SIGINT) from None
+        raise Interrupted("Interrupted", signal.SIGINT) from None
     unmet = list(getattr(result, "unmet", ()))
     if as_json:
         from ddqcli.render.output import envelope, plain
@@ -303,7 +320,7 @@ def _run(command: str, work: Callable[[], Any], show: Callable[[Any], None], as_
 
 
 def _stop(number: int, frame: object) -> None:
-    raise Interrupted("Terminated.", number)
+    raise Interrupted("Terminated", number)
 
 
 def _answer(error: Exception, command: str | None, as_json: bool) -> int:
@@ -313,7 +330,8 @@ def _answer(error: Exception, command: str | None, as_json: bool) -> int:
     elif isinstance(error, _WrongUse):
         message, code = error.format_message(), 2
         if not message.startswith("Usage:"):  # which is the help that `ddq` alone shows
-            message = f"{message.rstrip('.')}; `ddq {command + ' ' if command else ''}--help` lists what there is."
+            end = "" if message.endswith(("?", ".")) else "."
+            message += f"{end} `ddq {command + ' ' if command else ''}--help` lists what there is."
     elif isinstance(error, OSError) and error.strerror:
         message, code = f"{error.filename or 'Standard output'}: {error.strerror}.", 1
         if error.filename is None:

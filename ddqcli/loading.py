@@ -14,7 +14,6 @@ from ddqcli.artifact.format import BFLOAT16, ActivationTable, decode_model
 from ddqcli.engine.convert import forbid_nested_tensors, quantize_input
 from ddqcli.errors import CheckpointError
 from ddqcli.quant.fixed import FixedInput
-from ddqcli.text import listed
 
 INPUT = " (input)"  # what a file puts behind a layer's name for the levels of its input
 
@@ -39,7 +38,7 @@ def to_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {
         name: torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         if array.dtype == BFLOAT16
-        else torch.from_numpy(np.ascontiguousarray(array))
+        else torch.from_numpy(array)
         for name, array in arrays.items()
     }
 
@@ -53,7 +52,7 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], tables: Mapping[
         if hasattr(module, "input_quantizer"):  # from an earlier file
             module.input_quantizer = None
     for layer, table in layers.items():
-        quantizer = FixedInput(torch.from_numpy(table.levels), table.scale, table.zero_point)
+        quantizer = FixedInput(torch.from_numpy(table.levels.copy()), table.scale, table.zero_point)
         quantize_input(model.get_submodule(layer), quantizer)
     if layers:
         forbid_nested_tensors(model)
@@ -62,20 +61,26 @@ def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], tables: Mapping[
 
 def _check_fit(model: nn.Module, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Any], what: str) -> None:
     wanted = model.state_dict()
-    reshaped = [
-        f"{name} {list(tensors[name].shape)} instead of {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    unknown = [name for name in tensors if name not in wanted]
-    unknown += [name + INPUT for name in layers if name not in dict(model.named_modules(remove_duplicate=False))]
+    both = [(name, tensors[name], value) for name, value in wanted.items() if name in tensors]
+    modules = dict(model.named_modules(remove_duplicate=False))
     faults = {
         "it lacks": [name for name in wanted if name not in tensors],
-        "it has unknown": unknown,
-        "it has in another shape": reshaped,
+        "it has unknown": [name for name in tensors if name not in wanted]
+        + [name + INPUT for name in layers if name not in modules],
+        "it has in another shape": [
+            f"{name} {list(have.shape)} instead of {list(want.shape)}"
+            for name, have, want in both
+            if have.shape != want.shape
+        ],
+        "it has in a type that this one would round": [
+            f"{name} {have.dtype}, not {want.dtype}"
+            for name, have, want in both
+            if torch.promote_types(have.dtype, want.dtype) != want.dtype
+        ],
     }
-    if said := [f"{words} {len(names)} ({listed(names)})" for words, names in faults.items() if names]:
+    said = [f"{words} {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for words, names in faults.items() if names]
+    if said:
         raise CheckpointError(
-            f"{what} is not of this {type(model).__name__}: {', '.join(said)}; "
-            "build the network as it was built for `ddq finetune`."
+            f"{what} is not of this {type(model).__name__}: {'; '.join(said)}. "
+            "Build the network as it was built for `ddq finetune`."
         )

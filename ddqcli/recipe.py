@@ -123,7 +123,7 @@ class Override(_Section):
 class BudgetSection(_Section):
     """What the result may weigh; at most one of the two. Without either, every layer stays at max_bits."""
 
-    target_bits: Annotated[float, Field(gt=0, le=32, allow_inf_nan=False)] | None = None  # average stored bits a quantized weight
+    target_bits: Annotated[Finite, Field(gt=0, le=32)] | None = None  # average stored bits a quantized weight
     target_size: str | None = None  # all tensors of the file: 150kB, 1.8MB, 12%
     count: Literal["bytes", "eqn6"] = "bytes"  # eqn6: the paper's sum of N * 2^s, as printed
 

@@ -175,7 +175,7 @@ def _fault(detail: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"  {path}: unknown field; {hint}"
     if detail["type"] == "model_type":
-        return f"  {path} = {_SHORT.repr(value)}: is a section; known in it: {', '.join(sorted(_fields(detail['loc'])))}"
+        return f"  {path} = {_SHORT.repr(value)}: is a section; known in it: {', '.join(_fields(detail['loc']))}"
     message = detail["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(value, dict) else f" = {_SHORT.repr(value)}"
     return f"  {path or 'recipe'}{shown}: {message[0].lower()}{message[1:]}"

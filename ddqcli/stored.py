@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddqcli.artifact.decoder import HEAD
 from ddqcli.errors import CheckpointError
 from ddqcli.torchfile import ITEMSIZE, Place, tensor_places
 
@@ -79,6 +80,15 @@ def is_safetensors(path: Path) -> bool:
         raise CheckpointError(f"There is no file {path}.") from error
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether `path` is a file of `ddq export`, which holds no float weights."""
+    try:
+        with path.open("rb") as file:
+            return file.read(8 + len(HEAD))[8:] == HEAD
+    except OSError:
+        return False
 
 
 def _safetensors(path: Path) -> list[StoredTensor]:

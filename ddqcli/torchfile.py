@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Where training scripts keep the weights, averaged (EMA) ones first, as ddqcli.engine.checkpoint has them.
 STATE_KEYS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
@@ -49,6 +52,16 @@ class Place:
 
 def tensor_places(path: Path) -> tuple[dict[str, Place], str] | None:
     """The places of a state dict's tensors by name, and where it was found; None if the file is unusual or damaged."""
+    found, keys = _unwrapped(contents(path))
+    places = {name: value for name, value in found.items() if isinstance(value, Place)}
+    if not places or len(places) != len(found) or not all(isinstance(name, str) for name in places):
+        return None
+    where = "under " + " > ".join(repr(key) for key in keys) if keys else "at the top level"
+    return places, f"state dict {where}"
+
+
+def contents(path: Path) -> Any:
+    """What the file holds, with a Place for each tensor; None if it is unusual or damaged."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             records = {info.filename: info for info in archive.infolist()}
@@ -59,15 +72,15 @@ def tensor_places(path: Path) -> tuple[dict[str, Place], str] | None:
             if order != b"little":
                 return None
             with archive.open(f"{root}data.pkl") as pickled:
-                content = _Unpickler(pickled, records, f"{root}data/", file).load()
+                return _Unpickler(pickled, records, f"{root}data/", file).load()
     except Exception:  # whatever a damaged or hostile file leads to: it is for the other reader to explain
         return None
-    found, keys = _unwrapped(content)
-    places = {name: value for name, value in found.items() if isinstance(value, Place)}
-    if not places or len(places) != len(found) or not all(isinstance(name, str) for name in places):
-        return None
-    where = "under " + " > ".join(repr(key) for key in keys) if keys else "at the top level"
-    return places, f"state dict {where}"
+
+
+def read_place(path: Path, place: Place) -> NDArray[Any]:
+    """The values of a dense tensor of a type that numpy knows, in its shape."""
+    count = math.prod(place.shape)
+    return np.fromfile(path, np.dtype(place.dtype).newbyteorder("<"), count, offset=place.start).reshape(place.shape)
 
 
 def _unwrapped(content: Any) -> tuple[Mapping[str, Any], list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -12,13 +14,19 @@ import numpy as np
 import torch
 
 from ddqcli.artifact import decoder
-from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, Sizes, write_artifact
+from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, Sizes, encode_artifact
 from ddqcli.commands.report import travelling
-from ddqcli.engine.runs import Run
+from ddqcli.engine.runs import FINAL, Run, write_whole
 from ddqcli.errors import DDQError, VerificationError
 from ddqcli.recipe import Recipe
 
 ARTIFACT = "model.safetensors"
+_FINGERPRINTS = """
+import hashlib, json, runpy, sys
+tensors = runpy.run_path(sys.argv[1])["decode"](sys.argv[2])[0].items()
+seen = {name: [str(t.dtype), list(t.shape), hashlib.sha256(t.tobytes()).hexdigest()] for name, t in tensors}
+print(json.dumps(seen))
+"""
 
 
 @dataclass(frozen=True)
@@ -44,24 +52,25 @@ def export(run_dir: Path | None = None, out: Path | None = None) -> ExportResult
     """Write the run's model to `out` (default: model.safetensors in the run folder) and verify it.
 
     Raises UsageError, and VerificationError if the file, read back by the numpy-only decoder in another process, differs
-    in any bit from what was trained; the file is then removed.
+    in any bit from what was trained; it is then not written.
     """
     run = Run.open(run_dir)
-    frozen, report = run.load("final.pt"), run.report()
+    frozen, report = run.load(FINAL), run.report()
     path = out or run.path / ARTIFACT
     floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
     meta = {"report": travelling(report), "recipe": _portable(run.recipe())}
-    sizes = write_artifact(
-        path, [_quantized(entry) for entry in frozen["quantized"]], [_activation(a) for a in frozen["activations"]],
+    raw, sizes = encode_artifact(
+        [_quantized(entry) for entry in frozen["quantized"]], [_activation(a) for a in frozen["activations"]],
         floats, frozen["aliases"], meta,
     )  # fmt: skip
     expected = {name: value.numpy() for name, value in frozen["trained"].items()} | floats
     expected |= {alias: expected[name] for alias, name in frozen["aliases"].items()}
-    try:
-        _verify(path, expected)
-    except VerificationError:
-        path.unlink(missing_ok=True)
-        raise
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(raw)
+        _verify(temporary, expected, path)
+
+    write_whole(path, write)  # what is not as trained never gets its name
     values = sum(array.size for array in expected.values())
     return ExportResult(run.path, path, sizes, report["totals"]["float_bytes"], len(expected), values)
 
@@ -75,29 +84,20 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
     return said
 
 
-def _verify(path: Path, expected: dict[str, np.ndarray]) -> None:
-    """Decode the file in a fresh process that knows nothing but numpy, and compare every bit."""
-    decoded = path.with_name(f".{path.name}.decoded.npz")
-    program = (
-        "import runpy, sys, numpy; decode = runpy.run_path(sys.argv[1])['decode']; "
-        "numpy.savez(sys.argv[3], **{k: v.reshape(-1).view('u1') for k, v in decode(sys.argv[2])[0].items()})"
-    )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", program, decoder.__file__, str(path), str(decoded)],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise VerificationError(f"{path} cannot be decoded: {done.stderr.strip().splitlines()[-1]}.")
-        with np.load(decoded) as found:
-            if set(found.files) != set(expected):
-                raise VerificationError(f"{path} does not hold the tensors that were trained.")
-            for name, array in expected.items():
-                if found[name].tobytes() != array.tobytes():
-                    raise VerificationError(f"{path}: {name} differs from what was trained.")
-    finally:
-        decoded.unlink(missing_ok=True)
+def _verify(file: Path, expected: dict[str, np.ndarray], name: Path) -> None:
+    """Decode the file, which is to become `name`, in a fresh process that knows nothing but numpy; compare every bit."""
+    command = [sys.executable, "-I", "-c", _FINGERPRINTS, decoder.__file__, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise VerificationError(f"{name} cannot be decoded: {reason[-1]}; it was not written.")
+    found = json.loads(done.stdout)
+    if found.keys() != expected.keys():
+        raise VerificationError(f"{name} would not hold the tensors that were trained; it was not written.")
+    for tensor, array in expected.items():
+        fingerprint = [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
+        if found[tensor] != fingerprint:
+            raise VerificationError(f"{name} would differ from what was trained in {tensor}; it was not written.")
 
 
 def _quantized(entry: dict[str, Any]) -> QuantizedTensor:

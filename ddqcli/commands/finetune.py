@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,11 +19,13 @@ from ddqcli.engine.convert import Converted, convert
 from ddqcli.engine.data import Data, load_data
 from ddqcli.engine.evaluate import calibrate, evaluate, reestimate_batch_norm
 from ddqcli.engine.gates import Budget, Gates, make_budget
+from ddqcli.engine.health import ROLLED_BACK, find_warnings
 from ddqcli.engine.models import build_model
 from ddqcli.engine.results import freeze, make_report
-from ddqcli.engine.runs import LAST, Run
-from ddqcli.engine.train import StepMetrics, Trainer
-from ddqcli.errors import UsageError
+from ddqcli.engine.runs import FINAL, LAST, Run
+from ddqcli.engine.snapshot import is_due, snapshot
+from ddqcli.engine.train import REPORT_EVERY, Diverged, StepMetrics, Trainer
+from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.quant.activation import can_fuse
 from ddqcli.recipe import Recipe
 
@@ -67,7 +72,7 @@ def finetune(
     would be read.
     """
     listener = listener or Listener()
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"checkpoint": str(checkpoint_path)})})
+    recipe = recipe.of(checkpoint_path)
     device = _device(recipe.train.device)
     checkpoint = load_checkpoint(checkpoint_path, pickle=recipe.model.pickle)
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
@@ -82,40 +87,104 @@ def finetune(
             converted, budget, accuracy=None, source=source, run={"steps": 0, "seed": recipe.train.seed}
         )
         return FinetuneResult(None, report)
-    data = load_data(recipe.data, seed=recipe.train.seed, device=device)
-    listener.note(f"data: {data.note}")
-    steps = _steps(recipe, data)
-    saved = run.saved(checkpoint.sha256) if run else None
-    if run is None:
-        run = Run.create(run_dir, recipe.name or checkpoint_path.stem)
-        run.write_recipe(recipe)
-    before = saved["float_accuracy"] if saved else evaluate(teacher, data, on_progress=listener.progress)
-    listener.note(f"float accuracy: {before:.2f} %")
-    trainer = _trainer(converted, teacher, data, budget, recipe, steps, saved)
-    if saved:
-        listener.note(f"resumed {run.path} at step {trainer.step} of {steps}")
-        run.cut_metrics(trainer.step)
-    _train(trainer, run, {"float_accuracy": before, "sha256": checkpoint.sha256}, listener)
-    if recipe.train.bn_batches and steps:
-        torch.manual_seed(recipe.train.seed)
-        reestimate_batch_norm(converted.model, islice(data.train.epoch(recipe.train.epochs), recipe.train.bn_batches))
-    after = evaluate(converted.model, data, on_progress=listener.progress)
-    report = make_report(
-        converted, budget, accuracy=(before, after), source=source, run={"steps": steps, "seed": recipe.train.seed}
-    )
-    run.save("final.pt", freeze(converted))
-    run.write_report(report)
+    with _in_folder(run, run_dir, recipe) as run:
+        data = load_data(recipe.data, seed=recipe.train.seed, device=device)
+        listener.note(f"data: {data.note}")
+        steps = _steps(recipe, data)
+        facts = {"sha256": checkpoint.sha256, "recipe": run.recipe_text(), "steps": steps}
+        saved = run.saved(facts)
+        with _explained("The model cannot run on these data", UsageError, recipe):
+            before = saved["float_accuracy"] if saved else evaluate(teacher, data, on_progress=listener.progress)
+            listener.note(f"float accuracy: {before:.2f} %")
+            trainer = _trainer(converted, teacher, data, budget, recipe, steps, saved)
+        if saved:
+            listener.note(f"resumed {run.path} at step {trainer.step} of {steps}")
+            run.cut_metrics(trainer.step)
+        with _explained("Training failed", DDQError, recipe):
+            _train(trainer, run, {**facts, "float_accuracy": before}, listener)
+            run.add_metrics(snapshot(converted, steps))
+            if recipe.train.bn_batches and steps:
+                torch.manual_seed(recipe.train.seed)
+                batches = data.train.epoch(recipe.train.epochs)
+                reestimate_batch_norm(converted.model, islice(batches, recipe.train.bn_batches))
+            after = evaluate(converted.model, data, on_progress=listener.progress)
+        found = find_warnings(trainer, run.metrics())
+        for warning in found:
+            listener.note(f"warning: {warning}")
+        facts_of_run = {"steps": steps, "seed": recipe.train.seed}
+        report = make_report(
+            converted, budget, accuracy=(before, after), source=source, run=facts_of_run, warnings=found
+        )
+        run.save(FINAL, freeze(converted))
+        run.write_report(report)
     return FinetuneResult(run.path, report)
 
 
+@contextmanager
+def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterator[Run]:
+    """The run to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
+    new = run is None
+    run = run or Run.create(run_dir, recipe.name or Path(recipe.model.checkpoint or "model").stem)
+    with run.held():
+        try:
+            if new:
+                run.write_recipe(recipe)
+            yield run
+        except (KeyboardInterrupt, Interrupted) as stop:
+            number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
+            what = str(stop) or "Interrupted"
+            raise Interrupted(f"{what}; `ddq finetune --resume` goes on with {run.path}.", number) from stop
+        except Exception:
+            if new:
+                run.discard_if_empty()
+            raise
+
+
+@contextmanager
+def _explained(what: str, kind: type[DDQError], recipe: Recipe) -> Iterator[None]:
+    """Turn what the user's network, or the memory, raises into one sentence."""
+    try:
+        yield
+    except DDQError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in said:
+            batch = f"try a smaller --set data.batch_size (now {recipe.data.batch_size})"
+            raise DDQError(f"{what}: the memory is full; {batch}.") from error
+        raise kind(f"{what}: {type(error).__name__}: {said}; `ddq --debug ...` shows where.") from error
+
+
 def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener) -> None:
-    """The loop, with its metrics and checkpoints in the run folder."""
+    """The loop, with its metrics and checkpoints in the run folder; one roll-back if it diverges."""
 
     def on_step(metrics: StepMetrics) -> None:
         run.add_metrics(metrics)
+        if is_due(metrics.step, metrics.steps, REPORT_EVERY):
+            run.add_metrics(snapshot(trainer.converted, metrics.step))
         listener.step(metrics)
 
-    trainer.run(on_step, lambda: run.save(LAST, {**trainer.state(), **facts}))
+    def keep() -> None:
+        run.save(LAST, {**trainer.state(), **facts})
+
+    if trainer.step == 0:
+        keep()
+        run.add_metrics(snapshot(trainer.converted, 0))
+    try:
+        trainer.run(on_step, keep)
+    except Diverged as error:
+        lr, first = trainer.recipe.train.lr, trainer.lr_scale == 1
+        trainer.load(run.load(LAST))
+        if not first:
+            raise DDQError(
+                f"{error}, also with a tenth of the step size. The state at step {trainer.step} is kept in {run.path}; "
+                f"begin a new run with a smaller --set train.lr (now {lr:g})."
+            ) from error
+        trainer.lr_scale = ROLLED_BACK
+        keep()
+        run.cut_metrics(trainer.step)
+        listener.note(f"warning: {error}; went back to step {trainer.step}, on with train.lr {ROLLED_BACK * lr:g}")
+        _train(trainer, run, facts, listener)
 
 
 def _trainer(

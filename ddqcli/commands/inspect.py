@@ -7,16 +7,20 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ddqcli.artifact.tensors import tensor_bytes
 from ddqcli.errors import CheckpointError
-from ddqcli.quant.fit import Distribution, lloyd_max, power_of_two_pattern, scaled, squared_error, uniform_pattern
+from ddqcli.quant.fit import Array, Distribution, lloyd_max, power_of_two_pattern, scaled, squared_error, uniform_pattern
 from ddqcli.quant.shape import shape_of
-from ddqcli.stored import StoredTensor, stored_tensors
+from ddqcli.stored import StoredTensor, is_artifact, stored_tensors
 
+if TYPE_CHECKING:
+    from ddqcli.commands.inspect_trained import TrainedResult
+
+VERSION = 1  # of the keys of `data()`
 ERROR_BITS = (2, 3, 4, 8)
 TOTAL_BITS = (8, 6, 4, 3, 2)
 LEVEL_BITS = 4  # bits whose best levels are kept, to be drawn over the histogram
@@ -83,6 +87,8 @@ class InspectResult:
             "bytes_at": {str(bits): size for bits, size in self.bytes_at.items()},
         }
         return {
+            "version": VERSION,
+            "what": "checkpoint",
             "path": str(self.path),
             "note": self.note,
             "layers": layers,
@@ -95,11 +101,20 @@ class InspectResult:
 
 def inspect(
     path: Path, *, out: Path | None = None, pickle: bool = False, on_progress: Progress | None = None
-) -> InspectResult:
-    """Look at every weight tensor in the checkpoint `path`; write pictures and a page into the folder `out`.
+) -> InspectResult | TrainedResult:
+    """Look at every weight tensor in the checkpoint, run folder or exported file `path`; write pictures and a page into `out`.
 
-    `on_progress(done, total, name)` is called before each tensor and once at the end. Raises CheckpointError.
+    `on_progress(done, total, name)` is called before each tensor and once at the end. Raises DDQError and its children.
     """
+    if path.is_dir() or is_artifact(path):
+        from ddqcli.commands.inspect_trained import inspect_trained
+
+        return inspect_trained(path, out=out, on_progress=on_progress)
+    return inspect_checkpoint(path, out=out, pickle=pickle, on_progress=on_progress)
+
+
+def inspect_checkpoint(path: Path, *, out: Path | None, pickle: bool, on_progress: Progress | None) -> InspectResult:
+    """`inspect` of a checkpoint. Raises CheckpointError."""
     tensors, note = stored_tensors(path, pickle=pickle)
     if not any(tensor.parameters for tensor in tensors):
         raise CheckpointError(f"{path} holds no tensors; save the model's state_dict() in it.")
@@ -160,7 +175,7 @@ def _is_weight(tensor: StoredTensor) -> bool:
 def _row(tensor: StoredTensor, kind: str, path: Path) -> LayerRow:
     distribution = summarise(tensor, path)
     shape = shape_of(distribution)
-    error, levels = _errors(distribution)
+    fitted = {bits: fixed_errors(distribution, bits) for bits in ERROR_BITS}
     return LayerRow(
         name=tensor.name,
         kind=kind,
@@ -174,9 +189,9 @@ def _row(tensor: StoredTensor, kind: str, path: Path) -> LayerRow:
         std=shape.std,
         tail_weight=shape.tail_weight,
         distribution=shape.word,
-        error=error,
-        histogram=tuple(int(n) for n in distribution.count.reshape(SHOWN_BINS, -1).sum(1)),
-        levels=levels,
+        error={bits: errors for bits, (errors, _) in fitted.items()},
+        histogram=shown_histogram(distribution),
+        levels=tuple(float(level) for level in fitted[LEVEL_BITS][1]),
         channels=_channels(tensor) if kind == "depthwise" else (),
     )
 
@@ -204,21 +219,21 @@ def _range(tensor: StoredTensor, path: Path) -> tuple[float, float]:
     return low, high
 
 
-def _errors(distribution: Distribution) -> tuple[dict[int, dict[str, float]], tuple[float, ...]]:
-    """Relative errors by bit-width and kind of levels, and the best levels at LEVEL_BITS."""
-    error: dict[int, dict[str, float]] = {}
-    kept: tuple[float, ...] = ()
-    for bits in ERROR_BITS:
-        fitted = {
-            "uniform": scaled(distribution, uniform_pattern(bits)),
-            "power_of_two": scaled(distribution, power_of_two_pattern(bits)),
-            "best": lloyd_max(distribution, 2**bits),
-        }
-        total = distribution.square or 1.0  # all zeros have no error
-        error[bits] = {kind: squared_error(distribution, levels) / total for kind, levels in fitted.items()}
-        if bits == LEVEL_BITS:
-            kept = tuple(float(level) for level in fitted["best"])
-    return error, kept
+def shown_histogram(distribution: Distribution) -> tuple[int, ...]:
+    """Values in each of SHOWN_BINS bins."""
+    return tuple(int(n) for n in distribution.count.reshape(SHOWN_BINS, -1).sum(1))
+
+
+def fixed_errors(distribution: Distribution, bits: int) -> tuple[dict[str, float], Array]:
+    """Relative errors by kind of levels, each fitted to the distribution; and the best levels."""
+    fitted = {
+        "uniform": scaled(distribution, uniform_pattern(bits)),
+        "power_of_two": scaled(distribution, power_of_two_pattern(bits)),
+        "best": lloyd_max(distribution, 2**bits),
+    }
+    total = distribution.square or 1.0  # all zeros have no error
+    errors = {kind: squared_error(distribution, levels) / total for kind, levels in fitted.items()}
+    return errors, fitted["best"]
 
 
 def _channels(tensor: StoredTensor) -> tuple[tuple[float, ...], ...]:

@@ -4,35 +4,90 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddqcli.artifact.format import Artifact, read_artifact
 from ddqcli.engine.runs import Run
-from ddqcli.errors import VerificationError
+from ddqcli.errors import UsageError, VerificationError
+from ddqcli.recipe import parse_size
 
-_CARRIED = ("accuracy", "source", "run", "kept_float")  # parts of a report that travel in the file as they are
+if TYPE_CHECKING:
+    from ddqcli.artifact.format import Artifact
+
+_CARRIED = (
+    "accuracy",
+    "source",
+    "run",
+    "kept_float",
+    "warnings",
+)  # parts of a report that travel in the file as they are
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a report may be held against; None asks for nothing."""
+
+    max_size: str | None = None  # of all tensors: 150kB, 12%
+    max_bits: float | None = None  # average stored bits a quantized weight
+    max_drop: float | None = None  # points of accuracy lost
+    min_accuracy: float | None = None  # percent, of the quantized model
+
+    def unmet(self, report: dict[str, Any]) -> tuple[str, ...]:
+        """One sentence for each limit that the report breaks. Raises UsageError for a size that is none."""
+        totals, accuracy = report["totals"], report["accuracy"] or {}
+        try:
+            most = None if self.max_size is None else parse_size(self.max_size, totals["float_bytes"])
+        except ValueError as error:
+            raise UsageError(f"--max-size: {error}.") from error
+        found = (
+            _above("--max-size", totals["bytes"], most, "bytes"),
+            _above("--max-bits", totals["average_bits"], self.max_bits, "bits a weight"),
+            _above("--max-drop", accuracy.get("drop"), self.max_drop, "points"),
+            _below("--min-accuracy", accuracy.get("quantized"), self.min_accuracy, "%"),
+        )
+        return tuple(sentence for sentence in found if sentence)
+
+
+def _above(gate: str, value: float | None, most: float | None, unit: str) -> str | None:
+    if most is None:
+        return None
+    if value is None:
+        return f"{gate} is unmet: nothing was evaluated in this run."
+    over = value - most
+    return None if over <= 0 else f"{gate} is unmet: {value:,} {unit} are {over:,.6g} above {most:,}."
+
+
+def _below(gate: str, value: float | None, least: float | None, unit: str) -> str | None:
+    if least is None:
+        return None
+    if value is None:
+        return f"{gate} is unmet: nothing was evaluated in this run."
+    under = least - value
+    return None if under <= 0 else f"{gate} is unmet: {value:,} {unit} are {under:,.6g} below {least:,}."
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """A report and where it came from."""
+    """A report, where it came from, and what of the limits it breaks."""
 
     source: Path
     report: dict[str, Any]
+    unmet: tuple[str, ...] = ()
 
     def data(self) -> dict[str, Any]:
         return {"target": str(self.source), **self.report}
 
 
-def report(target: Path | None = None) -> ReportResult:
+def report(target: Path | None = None, limits: Limits | None = None) -> ReportResult:
     """The report of a run folder (the newest run if None) or of an exported file.
 
     Raises UsageError, VerificationError.
     """
     if target is not None and target.is_file():
-        return ReportResult(target, _from_artifact(target))
-    run = Run.open(target)
-    return ReportResult(run.path, run.report())
+        source, found = target, _from_artifact(target)
+    else:
+        run = Run.open(target)
+        source, found = run.path, run.report()
+    return ReportResult(source, found, limits.unmet(found) if limits else ())
 
 
 def travelling(report: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +105,8 @@ def travelling(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_artifact(path: Path) -> dict[str, Any]:
+    from ddqcli.artifact.format import read_artifact  # numpy: not needed for a run
+
     artifact = read_artifact(path)
     try:
         return _rebuilt(artifact, artifact.meta["report"])

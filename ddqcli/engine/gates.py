@@ -87,10 +87,16 @@ def make_budget(converted: Converted, recipe: Recipe) -> Budget:
     return Budget(limit, beside, float_bytes, weights, eqn6)
 
 
+def _cost(tensor: ConvertedTensor, bits: tuple[int, ...], eqn6: bool) -> int:
+    """Cost at these bits of the groups: stored bytes, or N * 2^s (Eqn 6)."""
+    return sum(tensor.parameter.numel() // len(bits) * 2**s for s in bits) if eqn6 else stored_bytes(tensor, bits)
+
+
 def _costs(tensor: ConvertedTensor, eqn6: bool) -> dict[int, int]:
-    """Cost at every bit-width on offer: stored bytes, or N * 2^s (Eqn 6)."""
-    offered = range(tensor.min_bits, tensor.max_bits + 1)
-    return {s: tensor.parameter.numel() * 2**s if eqn6 else stored_bytes(tensor, s) for s in offered}
+    """Cost at every bit-width on offer; none is where more bits cost less, as the levels of a small tensor can outweigh it."""
+    groups = len(tensor.quantizer.bits)
+    costs = {s: _cost(tensor, (s,) * groups, eqn6) for s in range(tensor.min_bits, tensor.max_bits + 1)}
+    return {s: cost for s, cost in costs.items() if all(cost < costs[more] for more in range(s + 1, max(costs) + 1))}
 
 
 @dataclass
@@ -107,7 +113,8 @@ class Gates:
 
     def __post_init__(self) -> None:
         rule = self.recipe.gates
-        self.frozen_from = 0 if rule.rule == "fixed" else int(rule.freeze * self.steps)
+        last = max(0, self.steps - 1)  # one step at least trains what is delivered
+        self.frozen_from = 0 if rule.rule == "fixed" else min(int(rule.freeze * self.steps), last)
         span = max(1, self.frozen_from // max(1, rule.looks))
         self.looks_at = set(range(span, self.frozen_from, span)) | {self.frozen_from}
         self.quantizers = [t.quantizer for t in self.converted.tensors]
@@ -143,10 +150,10 @@ class Gates:
         if not self.moving or step > self.frozen_from or self.recipe.gates.rule == "fixed":
             return
         if self.recipe.gates.rule == "fisher":
-            if step in self.looks_at:
+            if step in self.looks_at and self._finite():
                 self._trade(self.limit(step))
                 self._set_corrections()
-        elif step == self.frozen_from:
+        elif step == self.frozen_from and self._finite():
             self._close_what_is_over()
 
     def after_backward(self, step: int, loss: float) -> None:
@@ -170,17 +177,13 @@ class Gates:
 
     def cost(self) -> int:
         """What the bits in force cost, in the budget's own measure."""
-        if self.budget.eqn6:
-            return sum(
-                t.parameter.numel() // len(t.quantizer.bits) * 2**s
-                for t in self.converted.tensors
-                for s in t.quantizer.bits
-            )
-        return sum(stored_bytes(t) for t in self.converted.tensors)
+        return sum(_cost(t, t.quantizer.bits, self.budget.eqn6) for t in self.converted.tensors)
 
     def limit(self, step: int) -> int:
-        """The budget in force at a step: falls along a cubic from everything at its maximum to the target."""
+        """The budget in force at a step: falls along a cubic from everything at its maximum to the target, till the freeze."""
         assert self.budget.limit is not None
+        if step >= self.frozen_from:
+            return self.budget.limit
         span = self.recipe.gates.descent * self.steps
         left = max(0.0, 1 - step / span) ** 3 if span else 0.0
         top = sum(_costs(t, self.budget.eqn6)[t.max_bits] for t in self.converted.tensors)
@@ -202,6 +205,10 @@ class Gates:
             tensor.quantizer.bits = tuple(state["bits"][tensor.name])
             tensor.quantizer.correction = state["correction"][tensor.name]
 
+    def _finite(self) -> bool:
+        """Whether there are weights to weigh: after a divergence there are not, and the next loss says so."""
+        return all(bool(t.parameter.isfinite().all()) for t in self.converted.tensors)
+
     def _choices(self, ceiling: bool = False) -> list[Choice]:
         return [self._choice(t, ceiling) for t in self.converted.tensors]
 
@@ -209,7 +216,8 @@ class Gates:
         costs = _costs(tensor, self.budget.eqn6)
         now = max(tensor.quantizer.bits)
         if ceiling:
-            costs = {s: c for s, c in costs.items() if s <= now}
+            in_force = _cost(tensor, tensor.quantizer.bits, self.budget.eqn6)
+            costs = {s: c for s, c in costs.items() if s <= now or c <= in_force}
         if len(costs) == 1:
             return Choice(tensor.name, costs, dict.fromkeys(costs, 0.0))
         distribution = Distribution.of(tensor.parameter.detach().float().cpu().numpy())
@@ -230,14 +238,15 @@ class Gates:
                 )
 
     def _close_what_is_over(self) -> None:
-        """Close the gates of least damage per byte until the budget is met; none opens."""
+        """Close the gates of least damage per byte until the budget is met; none gets more bits unless those cost less."""
         assert self.budget.limit is not None
         if self.cost() <= self.budget.limit:
             return
         bits = allocate(self._choices(ceiling=True), self.budget.limit)
         for tensor in self.converted.tensors:
-            if max(tensor.quantizer.bits) > bits[tensor.name]:
-                tensor.quantizer.refit(tensor.parameter, bits[tensor.name])
+            now, then = tensor.quantizer.bits, (bits[tensor.name],) * len(tensor.quantizer.bits)
+            if max(now) != then[0] or _cost(tensor, now, self.budget.eqn6) > _cost(tensor, then, self.budget.eqn6):
+                tensor.quantizer.refit(tensor.parameter, then)
 
     def _set_corrections(self) -> None:
         """Eqn (9)'s lambda in units of loss, so that one number serves every layer."""
@@ -255,10 +264,11 @@ class Gates:
                 continue
             grad = quantizer.gate_logits.grad
             if cost > self.budget.limit:
+                whole = _cost(tensor, quantizer.bits, self.budget.eqn6)
                 for g, s in enumerate(quantizer.bits):
                     if s > tensor.min_bits:
                         closed = (*quantizer.bits[:g], s - 1, *quantizer.bits[g + 1 :])
-                        saved = stored_bytes(tensor) - stored_bytes(tensor, closed)
+                        saved = whole - _cost(tensor, closed, self.budget.eqn6)
                         grad[g, s - 1] += -rule.alpha * loss * saved / cost
             step = rule.lr * grad * (quantizer.gate_logits.abs() <= 1)
             moved = quantizer.gate_logits - step

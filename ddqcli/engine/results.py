@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ddqcli.engine.convert import Converted, ConvertedTensor
 from ddqcli.engine.gates import Budget, activation_bytes, stored_bytes
+from ddqcli.engine.snapshot import relative_error
 
 REPORT_VERSION = 1
 
 
 @torch.no_grad()
 def freeze(converted: Converted) -> dict[str, Any]:
-    """Everything the exported file needs, in plain tensors, and beside it the trained values that it must reproduce."""
+    """Everything the exported file needs, in plain tensors; beside it the trained values that it must reproduce, and the
+    float `weights` behind them, for those who want to look.
+    """
     return {
         "quantized": [_frozen(t) for t in converted.tensors],
         "trained": {t.name: t.quantizer(t.parameter).detach().cpu().contiguous() for t in converted.tensors},
         "activations": [{"name": name, **a.table()} for name, a in converted.activations.items()],
         "floats": {name: value.detach().cpu().contiguous() for name, value in converted.float_tensors().items()},
         "aliases": dict(converted.aliases),
+        "weights": {t.name: t.parameter.detach().cpu().contiguous() for t in converted.tensors},
     }
 
 
@@ -45,6 +50,7 @@ def make_report(
     accuracy: tuple[float, float] | None,
     source: dict[str, str],
     run: dict[str, Any],
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report's `data`. `accuracy` is (float, quantized) in percent; None if nothing was evaluated."""
     quantized = sum(stored_bytes(t) for t in converted.tensors)
@@ -74,6 +80,7 @@ def make_report(
         "kept_float": dict(converted.kept),
         "source": source,
         "run": run,
+        "warnings": list(warnings),
     }
 
 
@@ -82,10 +89,8 @@ def _accuracy(before: float, after: float) -> dict[str, float]:
 
 
 def _row(tensor: ConvertedTensor) -> dict[str, Any]:
-    quantizer, x = tensor.quantizer, tensor.parameter.detach().double()
-    bits = quantizer.bits
-    error = float((quantizer(tensor.parameter).double() - x).square().sum() / x.square().sum().clamp_min(1e-300))
-    levels, _, _ = quantizer.effective_levels()
+    bits = tensor.quantizer.bits
+    levels, _, _ = tensor.quantizer.effective_levels()
     return {
         "name": tensor.name,
         "kind": tensor.kind,
@@ -94,5 +99,5 @@ def _row(tensor: ConvertedTensor) -> dict[str, Any]:
         "levels": max(len(level.unique()) for level in levels),
         "bytes": stored_bytes(tensor),
         "float_bytes": tensor.parameter.numel() * tensor.parameter.element_size(),
-        "error": float(f"{error:.6g}"),
+        "error": relative_error(tensor),
     }

@@ -2,9 +2,9 @@
 
 runs/20260131-142310-resnet20/
     recipe.yaml     the resolved recipe, with every default written out
-    metrics.jsonl   one JSON object a line: what training reported
+    metrics.jsonl   one JSON object a line: what training reported, and now and then a snapshot of the tensors
     last.pt         the training state, for resuming
-    final.pt        the quantized model: indices, levels, gates, and what stays float
+    final.pt        the quantized model: indices, levels, gates, and what stays float; and the float weights behind it
     report.json     what `ddq report` shows; written last, so a folder with it is a finished run
 """
 
@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,7 @@ RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 LAST = "last.pt"
 FINAL = "final.pt"
+_LOCK = ".lock"
 _WRONG_PLACES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -43,16 +46,22 @@ class Run:
     @classmethod
     def create(cls, path: Path | None, name: str) -> Run:
         """A new folder at `path`, or at runs/<time>-<name>; raises UsageError if it cannot be or holds a run."""
-        if path is None:
-            stem = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-            path = next(p for n in range(1000) if not (p := stem if not n else Path(f"{stem}-{n}")).exists())
-        elif (path / RECIPE).exists():
-            raise UsageError(f"{path} already holds a run; give another --run-dir or remove it.")
+        if path is not None and (path / RECIPE).exists():
+            raise UsageError(f"{path} already holds a run; give another --run-dir, or --resume to go on with it.")
+        plain = re.sub(r"[^\w.-]+", "-", name)
+        stem = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{plain}"
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            if path is not None:
+                path.mkdir(parents=True, exist_ok=True)
+                return cls(path)
+            for n in count():
+                with suppress(FileExistsError):  # another run begun in the same second
+                    path = Path(f"{stem}-{n}") if n else stem
+                    path.mkdir(parents=True)
+                    return cls(path)
         except OSError as error:
             raise UsageError(f"The run folder {path} cannot be made: {error.strerror}.") from error
-        return cls(path)
+        raise AssertionError("unreachable")
 
     @classmethod
     def open(cls, path: Path | None) -> Run:
@@ -66,22 +75,28 @@ class Run:
         return cls(path)
 
     @classmethod
-    def unfinished(cls, path: Path | None) -> Run:
-        """The run to go on with: at `path`, or the newest unfinished one under runs/; raises UsageError if there is none."""
+    def unfinished(cls, path: Path | None, *, or_none: bool = False) -> Run | None:
+        """The run to go on with: at `path` (finished or not), or the newest unfinished one under runs/.
+
+        If there is none: None if that will do, else UsageError.
+        """
         if path is None:
             begun = [p.parent for p in Path(RUNS).glob(f"*/{RECIPE}") if not (p.parent / REPORT).exists()]
-            if not begun:
-                raise UsageError(f"There is no unfinished run under {Path(RUNS).resolve()}; name one with --run-dir.")
+            where = f"under {Path(RUNS).resolve()}; name one with --run-dir"
+        else:
+            begun = [path] if (path / RECIPE).is_file() else []
+            where = f"in {path}: {RECIPE} is missing"
+        if begun:
             return cls(max(begun, key=lambda p: (p / RECIPE).stat().st_mtime_ns))
-        if not (path / RECIPE).is_file():
-            raise UsageError(f"{path} holds no run to resume: {RECIPE} is missing.")
-        return cls(path)
+        if or_none:
+            return None
+        raise UsageError(f"There is no unfinished run {where}.")
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within: no other process writes into this folder. Raises UsageError if one does now."""
         with _disk(self.path):
-            lock = (self.path / ".lock").open("a")
+            lock = (self.path / _LOCK).open("a")
         with lock:
             if not _locked(lock):
                 raise UsageError(
@@ -90,6 +105,15 @@ class Run:
             for left in self.path.glob(".*.tmp"):  # by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
             yield
+
+    def discard_if_empty(self) -> None:
+        """Remove a folder in which nothing was trained."""
+        if not (self.path / LAST).exists():
+            for name in (RECIPE, _LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # they hold other files
+                self.path.rmdir()
+                Path(RUNS).rmdir()
 
     def check_same(self, asked: Recipe) -> None:
         """Raise UsageError, saying what differs, if this run was begun with another recipe than the one asked for."""
@@ -110,7 +134,7 @@ class Run:
             if then == now:
                 continue
             if fact == "sha256":
-                what = f"The checkpoint is not the one (SHA-256 {now:.12}…, then {str(then):.12}…)"
+                what = f"The checkpoint is not the one (SHA-256 {now:.12}…, then {then!s:.12}…)"
             elif fact == "steps":
                 what = f"The data are not the ones ({now} steps, then {then})"
             else:
@@ -119,14 +143,22 @@ class Run:
         return state
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What training reported, but for a line that a kill cut short."""
+        """What training reported, as StepMetrics has it."""
+        return [entry for entry in self._entries() if "levels" not in entry]
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """The tensors at some moments, as Snapshot has it; of two at the same step the later."""
+        return list({entry["step"]: entry for entry in self._entries() if "levels" in entry}.values())
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, but for one that a kill cut short."""
         path = self.path / METRICS
         lines = path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []
         return [entry for line in lines if (entry := _entry(line)) is not None]
 
     def cut_metrics(self, step: int) -> None:
         """Drop what was reported after `step`, which a resumed run reports again."""
-        kept = [entry for entry in self.metrics() if entry["step"] <= step]
+        kept = [entry for entry in self._entries() if entry["step"] <= step]
         self._write(METRICS, "".join(f"{json.dumps(entry)}\n" for entry in kept).encode())
 
     def add_metrics(self, metrics: Any) -> None:
@@ -253,7 +285,8 @@ def _entry(line: str) -> dict[str, Any] | None:
 
 def _changed_lines(then: str, now: str) -> str:
     """The lines in which two texts of a recipe differ, as `lr: 0.01, now lr: 0.02`."""
-    changed = [f"{a.strip()}, now {b.strip()}" for a, b in zip(then.splitlines(), now.splitlines()) if a != b]
+    pairs = zip(then.splitlines(), now.splitlines(), strict=False)
+    changed = [f"{a.strip()}, now {b.strip()}" for a, b in pairs if a != b]
     return "; ".join(changed[:3]) or "it has more or fewer lines"
 
 

@@ -23,7 +23,7 @@ from ddqcli.errors import DDQError, Interrupted
 from ddqcli.recipe import Recipe, TrainSection
 
 _STEP_LR = 0.05  # log2 of a learned step or clip moves by this share of levels_lr
-_REPORT_EVERY = 10  # steps
+REPORT_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class StepMetrics:
         return self.seconds / max(1, self.step) * (self.steps - self.step)
 
 
+class Diverged(DDQError):
+    """Training left the finite numbers; the message says at which step and in which layer."""
+
+
 class Trainer:
     """One finetuning run: all of its state, and the loop."""
 
@@ -54,12 +58,13 @@ class Trainer:
     ) -> None:
         self.converted, self.teacher, self.data, self.gates, self.recipe = converted, teacher, data, gates, recipe
         self.model, self.steps, self.step = converted.model, steps, 0
+        self.lr_scale = 1.0  # of every step size
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
 
     def run(self, on_step: Callable[[StepMetrics], None], on_save: Callable[[], None]) -> None:
         """Train from `self.step` to the end. `on_save` is called where the state is worth keeping.
 
-        Ctrl-C and SIGTERM wait for the step's end, save, and raise Interrupted.
+        Ctrl-C and SIGTERM wait for the step's end, save, and raise Interrupted. Raises Diverged; what was saved is finite.
         """
         began, first = time.monotonic(), self.step
         loss_sum, hits, count = 0.0, 0.0, 0
@@ -70,22 +75,21 @@ class Trainer:
                 loss, score = self._train_step(x, y)
                 loss_sum, hits, count = loss_sum + loss, hits + score, count + 1
                 self.step += 1
-                if self.step % _REPORT_EVERY == 0 or self.step == self.steps:
+                if self.step % REPORT_EVERY == 0 or self.step == self.steps:
                     on_step(self._metrics(loss_sum / count, 100 * hits / count, (time.monotonic() - began), first))
                     loss_sum, hits, count = 0.0, 0.0, 0
                 if caught or self._worth_keeping():
+                    self._check(dict(self.model.named_parameters()), "A parameter")
                     on_save()
                 if caught:
-                    raise Interrupted(
-                        f"Stopped at step {self.step} of {self.steps}; `ddq finetune --resume` goes on from here.",
-                        caught[0],
-                    )
+                    raise Interrupted(f"Stopped at step {self.step} of {self.steps}", caught[0])
         self.gates.finish()
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs: random numbers follow from seed, epoch and step, so none are stored."""
         return {
             "step": self.step,
+            "lr_scale": self.lr_scale,
             "model": self.model.state_dict(),
             "weights_optimizer": self.weights_optimizer.state_dict(),
             "levels_optimizer": self.levels_optimizer.state_dict() if self.levels_optimizer else None,
@@ -93,13 +97,16 @@ class Trainer:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.weights_optimizer.load_state_dict(state["weights_optimizer"])
-        if self.levels_optimizer:
-            self.levels_optimizer.load_state_dict(state["levels_optimizer"])
-        self.gates.load(state["gates"])
+        """Take up a saved state; raises DDQError if it is not one of this model."""
+        try:
+            self.step, self.lr_scale = state["step"], state["lr_scale"]
+            self.model.load_state_dict(state["model"])
+            self.weights_optimizer.load_state_dict(state["weights_optimizer"])
+            if self.levels_optimizer:
+                self.levels_optimizer.load_state_dict(state["levels_optimizer"])
+            self.gates.load(state["gates"])
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise DDQError("The saved state does not fit this model: another version of ddq wrote it.") from error
 
     def _worth_keeping(self) -> bool:
         """Whether this step is one to save at: every so many, at each epoch's end, and the last."""
@@ -117,7 +124,7 @@ class Trainer:
 
     def _train_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
         train = self.recipe.train
-        factor = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        factor = self.lr_scale * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         for optimizer in self._optimizers():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -127,17 +134,46 @@ class Trainer:
             loss = self._loss(x, y, output)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise DDQError(
-                f"The loss became {value} at step {self.step + 1} of {self.steps}. "
-                f"The last good state is kept; try a smaller --set train.lr (now {train.lr})."
-            )
+            raise self._divergence(x, value)
         penalty = self.gates.penalty()
         (loss * penalty if penalty != 1 else loss).backward()
+        self._check({n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}, "The gradient")
         self.gates.after_backward(self.step, value)
         for optimizer in self._optimizers():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return value, float(self.data.metric(output.detach().float(), y).float().mean())
+
+    @torch.no_grad()
+    def _check(self, tensors: dict[str, Tensor], what: str) -> None:
+        """Raise Diverged if one of the tensors is not finite, naming the last: gradients go wrong from the end on."""
+        norms = torch._foreach_norm(list(tensors.values()))
+        if math.isfinite(float(torch.stack(norms).sum())):
+            return
+        name = next((n for n, tensor in reversed(tensors.items()) if not tensor.isfinite().all()), None)
+        if name is not None:
+            raise Diverged(f"{what} of {_plain(name)} became NaN or infinite at step {self.step + 1} of {self.steps}")
+
+    @torch.no_grad()
+    def _divergence(self, x: Tensor, loss: float) -> DDQError:
+        """What a loss that is not finite came from: the first layer in whose output something is not."""
+        at = f"at step {self.step + 1} of {self.steps}"
+        if not x.isfinite().all():
+            return DDQError(f"The batch {at} holds NaN or infinite values; repair the data and resume.")
+        found: list[str] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                    found.append(_plain(name))
+
+            return hook
+
+        hooks = [module.register_forward_hook(look(name)) for name, module in self.model.named_modules() if name]
+        self.model(x)
+        for handle in hooks:
+            handle.remove()
+        return Diverged(f"The loss became {loss} {at}, {f'first in {found[0]}' if found else 'though not the output'}")
 
     def _loss(self, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
         distill = self.recipe.train.distill
@@ -165,6 +201,12 @@ class Trainer:
             self.step, self.steps, (self.step - 1) // len(self.data.train) + 1, loss, accuracy,
             self.weights_optimizer.param_groups[0]["lr"], average, pace * self.step, bits,
         )  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    """conv1.parametrizations.weight.original as conv1.weight."""
+    layer, inside, rest = name.partition("parametrizations.")
+    return layer + rest.partition(".")[0] if inside else name
 
 
 @contextmanager

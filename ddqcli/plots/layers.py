@@ -27,6 +27,7 @@ from ddqcli.text import count, shorten
 
 WORD_COLOURS = {"Gaussian-like": BLUE, "heavy-tailed": ORANGE, "multi-peaked": GREEN, "flat": PURPLE}
 PER_SHEET = (5, 8)  # panels across and down
+FEW_LEVELS = 64  # that a panel of a sheet has room for
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Layer:
     counts: Sequence[int]
     levels: Sequence[float] = ()
     levels_name: str = ""  # what the levels are: "learned levels (3 bits)"
+    learned: bool = False  # levels of a trained model are drawn on the sheets too
+    counts_at_levels: bool = False  # instead of bins: how many values are stored at each of the levels
 
 
 def layer_figure(layer: Layer) -> Figure:
@@ -70,25 +73,50 @@ def overview_figures(layers: Sequence[Layer]) -> list[Figure]:
 
 
 def _sheet(layers: Sequence[Layer], across: int, number: int, sheets: int) -> Figure:
+    """Panels drawn by hand on one canvas in inches: axes of their own would take ten times as long."""
     panel_width, panel_height, top, bottom = 2.15, 1.35, 0.62, 0.1
-    down = -(-len(layers) // across)
-    width, height = 0.15 + across * panel_width, top + down * panel_height + bottom
+    width, height = 0.15 + across * panel_width, top + -(-len(layers) // across) * panel_height + bottom
     figure = new_figure(width, height)
     page = f", sheet {number} of {sheets}" if sheets > 1 else ""
     write(figure, 0.15, height - 0.18, f"Weights by layer{page}", size=11, bold=True)
     legend = {f"{word} (log height)" if word == "heavy-tailed" else word: c for word, c in WORD_COLOURS.items()}
-    squares(figure, 0.15, height - 0.41, legend)
+    words = {layer.word for layer in layers}
+    squares(figure, 0.15, height - 0.41, legend if words & set(WORD_COLOURS) else {"values stored at each level": GREY})
+    canvas = place(figure, 0, 0, width, height, xlim=(0, width), ylim=(0, height))
+    canvas.set_axis_off()
     for k, layer in enumerate(layers):
         row, column = divmod(k, across)
         left, floor = 0.15 + column * panel_width, height - top - (row + 1) * panel_height
-        axes = place(figure, left, floor + 0.28, panel_width - 0.2, 0.68)
-        _histogram(axes, layer, small=True)
-        axes.set_yticks([], [])
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(labelsize=6, length=2, pad=1.5)
-        write(figure, left, floor + 1.19, shorten(layer.name.removesuffix(".weight"), 33), size=7, bold=True)
-        write(figure, left, floor + 1.06, f"{layer.kind}, {count(sum(layer.counts))}, {layer.word}", size=6)
+        _panel(canvas, layer, left, floor, panel_width - 0.2)
     return figure
+
+
+def _panel(canvas: Axes, layer: Layer, left: float, floor: float, width: float) -> None:
+    base, room, low, high = floor + 0.28, 0.68, *_reach(layer)
+
+    def at(values: Sequence[float]) -> np.ndarray:
+        margin = (high - low) * 0.02
+        return left + (np.asarray(values) - low + margin) / (high - low + 2 * margin) * width
+
+    colour = WORD_COLOURS.get(layer.word, GREY)
+    if layer.counts_at_levels:
+        canvas.vlines(at(layer.levels), base, base + room * np.asarray(layer.counts) / max(layer.counts), color=colour, lw=1)
+    else:
+        counts, log = _bins(layer, 48)
+        share = np.log(np.maximum(counts, 0.5) / 0.5) / np.log(2 * counts.max()) if log else counts / counts.max()
+        edges = at(np.linspace(low, high, len(counts) + 1))
+        canvas.stairs(base + room * share, edges, baseline=base, fill=True, color=colour, alpha=0.65, lw=0)
+        canvas.stairs(base + room * share, edges, baseline=base, color=colour, lw=0.7)
+    if layer.learned and len(layer.levels) <= FEW_LEVELS:
+        canvas.vlines(at(layer.levels), base, base + room, color=INK, lw=0.4, alpha=0.6)
+    canvas.hlines(base, left, left + width, color=INK, lw=0.6)
+    inset = (high - low) * 0.1  # room for the labels of the panel beside
+    for tick in MaxNLocator(4).tick_values(low, high):
+        if low + inset <= tick <= high - inset:
+            canvas.vlines(at(tick), base - 0.03, base, color=INK, lw=0.6)
+            canvas.text(at(tick), base - 0.05, f"{tick:.6g}".replace("-", "\N{MINUS SIGN}"), fontsize=6, ha="center", va="top")
+    canvas.text(left, floor + 1.19, shorten(layer.name.removesuffix(".weight"), 33), fontsize=7, fontweight="bold", va="center")
+    canvas.text(left, floor + 1.06, f"{layer.kind}, {count(sum(layer.counts))}, {layer.word}", fontsize=6, va="center")
 
 
 def channels_figure(name: str, ranges: np.ndarray) -> Figure:
@@ -121,15 +149,16 @@ def channels_figure(name: str, ranges: np.ndarray) -> Figure:
     return figure
 
 
-def _histogram(axes: Axes, layer: Layer, small: bool = False) -> None:
+def _histogram(axes: Axes, layer: Layer) -> None:
     """Filled steps, log where tails are heavy; levels as lines from a rug below the axis up through the histogram."""
-    counts = _coarser(np.asarray(layer.counts, float), 48 if small else 96)
-    low, high = (layer.low, layer.high) if layer.high > layer.low else (layer.low - 0.5, layer.low + 0.5)
-    edges = np.linspace(low, high, len(counts) + 1)
-    colour = WORD_COLOURS.get(layer.word, GREY)
-    log = layer.word == "heavy-tailed" and counts.max() > 20
-    axes.stairs(counts, edges, fill=True, color=colour, alpha=0.65, lw=0, baseline=0.5 if log else 0)
-    axes.stairs(counts, edges, color=colour, lw=0.7, baseline=0.5 if log else 0)
+    colour, (low, high), across = WORD_COLOURS.get(layer.word, GREY), _reach(layer), axes.get_xaxis_transform()
+    counts, log = _bins(layer, 96)
+    if layer.counts_at_levels:
+        axes.vlines(layer.levels, 0, layer.counts, color=colour, lw=min(4, 150 / len(layer.levels)))
+    else:
+        edges = np.linspace(low, high, len(counts) + 1)
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.65, lw=0, baseline=0.5 if log else 0)
+        axes.stairs(counts, edges, color=colour, lw=0.7, baseline=0.5 if log else 0)
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e3 else f"{value / 1e3:g}k")
@@ -137,14 +166,25 @@ def _histogram(axes: Axes, layer: Layer, small: bool = False) -> None:
     axes.set_ylim(0.5 if log else 0, counts.max() * (1.6 if log else 1.06))
     margin = (high - low) * 0.02
     axes.set_xlim(low - margin, high + margin)
-    ticks = np.asarray(MaxNLocator(4 if small else 7).tick_values(low, high))
-    inset = (high - low) * (0.1 if small else 0)  # room for the labels of the panel beside
-    axes.set_xticks(ticks[(ticks >= low + inset) & (ticks <= high - inset)])
-    if len(layer.levels) and not small:
-        across = axes.get_xaxis_transform()
-        axes.vlines(layer.levels, 0, 1, color=INK, lw=0.6, alpha=0.55, transform=across)
+    ticks = np.asarray(MaxNLocator(7).tick_values(low, high))
+    axes.set_xticks(ticks[(ticks >= low) & (ticks <= high)])
+    if len(layer.levels):
+        if not layer.counts_at_levels:
+            axes.vlines(layer.levels, 0, 1, color=INK, lw=0.6, alpha=0.55, transform=across)
         axes.vlines(layer.levels, -0.06, 0, color=INK, lw=1.2, transform=across, clip_on=False)
         axes.tick_params(axis="x", length=6)
+
+
+def _reach(layer: Layer) -> tuple[float, float]:
+    return (layer.low, layer.high) if layer.high > layer.low else (layer.low - 0.5, layer.low + 0.5)
+
+
+def _bins(layer: Layer, most: int) -> tuple[np.ndarray, bool]:
+    """The counts to draw, and whether on a log axis."""
+    counts = np.asarray(layer.counts, float)
+    if not layer.counts_at_levels:
+        counts = _coarser(counts, most)
+    return counts, layer.word == "heavy-tailed" and counts.max() > 20
 
 
 def _coarser(counts: np.ndarray, most: int) -> np.ndarray:

@@ -11,6 +11,7 @@ shows it without the device being asked at every step.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +42,11 @@ def effective_levels(levels: Tensor, bits: tuple[int, ...]) -> list[Tensor]:
     Returns:
         For each group [2^s] ascending whole numbers in 0..255, as float32.
     """
-    ordered = levels.detach().float().sort(dim=1).values
+    return _in_force(levels.detach().float().sort(dim=1).values, bits)
+
+
+def _in_force(ordered: Tensor, bits: tuple[int, ...]) -> list[Tensor]:
+    """`effective_levels` of levels that are sorted already."""
     if len(set(bits)) == 1:
         return list(_merged(ordered, bits[0]))
     return [_merged(row[None], s)[0] for row, s in zip(ordered, bits, strict=True)]
@@ -63,14 +68,16 @@ def nearest_table(level: Tensor, *, halves: bool) -> Tensor:
     Returns:
         uint8 [512].
     """
-    middle = level[1:] + level[:-1]
+    edges = level[1:] + level[:-1]
     if halves:
-        edges = torch.empty(2 * len(level) - 1, device=level.device)
-        edges[0::2], edges[1::2] = 2 * level, middle
-    else:
-        edges = middle
-    cells = torch.arange(-1, CELLS - 1, device=level.device, dtype=edges.dtype)
-    return torch.bucketize(cells, edges.contiguous(), right=True).to(torch.uint8)
+        edges = torch.stack([2 * level, torch.cat([edges, edges[-1:]])], dim=1).view(-1)[:-1]
+    return torch.bucketize(_cells(level.device), edges, right=True).to(torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _cells(device: torch.device) -> Tensor:
+    """Each cell of `half_steps` as its lower end, in half-steps."""
+    return torch.arange(-1.0, CELLS - 1, device=device)
 
 
 def half_steps(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -108,55 +115,50 @@ class _FakeQuantize(torch.autograd.Function):
         correction: float,
     ) -> Tensor:
         bad = poison(x)
-        grouped = _by_group(x, axis, len(bits))
-        if x.is_cpu and bool(bad.isnan()):
-            grouped = grouped.nan_to_num()  # an index made of NaN may lie anywhere on a CPU
+        finite = (
+            x.nan_to_num() if x.is_cpu and bool(bad.isnan()) else x
+        )  # an index made of NaN may lie anywhere on a CPU
+        ordered, order = levels.detach().float().sort(dim=1, stable=True)
         max_bits = (levels.shape[1] - 1).bit_length()
-        halves = [s < max_bits for s in bits]
-        effective = effective_levels(levels, bits)
+        halves = [gates.requires_grad and s < max_bits for s in bits]  # only the gates' gradient asks for children
+        effective = _in_force(ordered, bits)
         tables = [nearest_table(level, halves=h) for level, h in zip(effective, halves, strict=True)]
         values = [(level - z) * c + bad for level, z, c in zip(effective, zero_point, scale, strict=True)]
-        if len(bits) == 1:
-            cell = half_steps(grouped, scale, zero_point).view(-1)
-            table = tables[0]
-            value = values[0].index_select(0, (table >> halves[0]).int())
-        else:
-            cell = half_steps(grouped, scale[:, None], zero_point[:, None])
-            cell += torch.arange(len(bits), device=x.device, dtype=torch.int32)[:, None] * CELLS
-            cell, table = cell.reshape(-1), torch.cat(tables)
-            value = torch.cat(
-                [v.index_select(0, (t >> h).int()) for v, t, h in zip(values, tables, halves, strict=True)]
-            )
-        quantized = value.index_select(0, cell)
-        codes = table.index_select(0, cell)
-        ctx.save_for_backward(x, codes, quantized, levels, scale, zero_point)
+        looked_up = [
+            v.index_select(0, (t >> 1 if h else t).int()) for v, t, h in zip(values, tables, halves, strict=True)
+        ]
+        cell = half_steps(finite, along(scale, x, axis), along(zero_point, x, axis))
+        if len(bits) > 1:
+            cell += along(torch.arange(len(bits), device=x.device, dtype=torch.int32) * CELLS, x, axis)
+        flat = _flat(cell)
+        codes = _joined(tables).index_select(0, flat)
+        quantized = _joined(looked_up).index_select(0, flat).as_strided(cell.shape, cell.stride())
+        ctx.save_for_backward(x, codes, quantized, ordered, order, scale, zero_point)
         ctx.constants = (bits, axis, correction, halves, effective, values)
-        return _ungroup(quantized, x, axis, len(bits)).to(x.dtype)
+        return quantized.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, codes, quantized, levels, scale, zero_point = ctx.saved_tensors
+        x, codes, quantized, ordered, order, scale, zero_point = ctx.saved_tensors
         bits, axis, correction, halves, effective, values = ctx.constants
-        groups = len(bits)
         grad_x = grad_levels = grad_scale = grad_gates = None
         if ctx.needs_input_grad[0]:
-            low, high = (_along(torch.stack([v[i] for v in values]), x, axis) for i in (0, -1))
-            grad_x = grad * ((x >= low) & (x <= high))
+            grad_x = _straight_through(grad, x, values, axis)
         if any(ctx.needs_input_grad[1:5]):
-            flat = _by_group(grad, axis, groups).reshape(-1).float()
+            grad = grad.float()
             if correction:
-                flat = torch.add(flat, quantized - _by_group(x, axis, groups).reshape(-1), alpha=correction)
-            sums = _sums(flat, codes, groups)
+                grad = torch.add(grad, quantized - x, alpha=correction)
+            sums = _sums(_like(grad, quantized), codes, len(bits), axis)
             if ctx.needs_input_grad[1]:
-                grad_levels = _levels_grad(sums, levels, scale, bits, halves)
+                grad_levels = _levels_grad(sums, ordered, order, scale, bits, halves)
             if ctx.needs_input_grad[2]:
                 per_level = [_fold(row, s, h) for row, s, h in zip(sums, bits, halves, strict=True)]
                 grad_scale = torch.stack(
                     [(p * (level - z)).sum() for p, level, z in zip(per_level, effective, zero_point, strict=True)]
                 )
             if ctx.needs_input_grad[4]:
-                grad_gates = _gates_grad(sums, levels, scale, zero_point, bits, halves, values)
+                grad_gates = _gates_grad(sums, ordered, scale, zero_point, bits, halves, values)
         return grad_x, grad_levels, grad_scale, None, grad_gates, None, None, None
 
 
@@ -172,6 +174,8 @@ def fake_quantize(
     correction: float = 0.0,
 ) -> Tensor:
     """Eqn (3): each value replaced by the nearest level in force, bit for bit a member of the level set.
+
+    All of the output is NaN if any value of x is NaN or infinite.
 
     Args:
         x: values, any shape.
@@ -196,33 +200,53 @@ def fake_quantize(
     return quantized
 
 
-def _by_group(x: Tensor, axis: int, groups: int) -> Tensor:
+def by_group(x: Tensor, axis: int, groups: int) -> Tensor:
     """x as [groups, -1], the groups along `axis`."""
     return x.reshape(1, -1) if groups == 1 else x.movedim(axis, 0).reshape(groups, -1)
 
 
-def _ungroup(flat: Tensor, like: Tensor, axis: int, groups: int) -> Tensor:
-    if groups == 1:
-        return flat.view(like.shape)
-    moved = like.movedim(axis, 0).shape
-    return flat.view(moved).movedim(0, axis)
+def _flat(dense: Tensor) -> Tensor:
+    """A dense tensor as one row in the order of its memory, whatever its memory format."""
+    return dense.as_strided((dense.numel(),), (1,))
 
 
-def _along(per_group: Tensor, like: Tensor, axis: int) -> Tensor:
+def _like(x: Tensor, pattern: Tensor) -> Tensor:
+    """x in the memory order of `pattern`."""
+    return x if x.stride() == pattern.stride() else torch.empty_like(pattern).copy_(x)
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def along(per_group: Tensor, like: Tensor, axis: int) -> Tensor:
     """[G] broadcast against `like` along `axis`."""
     if len(per_group) == 1:
-        return per_group
+        return per_group.view(())
     shape = [1] * like.ndim
     shape[axis] = -1
     return per_group.view(shape)
 
 
-def _sums(flat: Tensor, codes: Tensor, groups: int) -> Tensor:
-    """Sum of `flat` by code within each group: [groups, 256] float32."""
+def _straight_through(grad: Tensor, x: Tensor, values: list[Tensor], axis: int) -> Tensor:
+    """grad where A_0 <= x <= A_last, 0 elsewhere."""
+    if len(values) == 1 and x.is_cpu and x.dtype == grad.dtype == torch.float32:
+        # One pass instead of four. hardtanh's mask leaves its bounds out, so it gets the floats just beyond ours.
+        outer = torch.nextafter(values[0][[0, -1]], torch.tensor([-torch.inf, torch.inf])).tolist()
+        return torch.ops.aten.hardtanh_backward(grad, x, *outer)  # type: ignore[no-any-return]
+    low, high = (along(torch.stack([v[i] for v in values]), x, axis) for i in (0, -1))
+    return grad * ((x >= low) & (x <= high))
+
+
+def _sums(grad: Tensor, codes: Tensor, groups: int, axis: int) -> Tensor:
+    """Sum of `grad` by code within each group: [groups, 256] float32. `codes` lie in memory as `grad` does."""
+    if groups == 1 and grad.is_cpu:
+        return torch.bincount(codes, weights=_flat(grad), minlength=256)[None].float()
     index = codes.long()
     if groups > 1:
-        index = (index.view(groups, -1) + 256 * torch.arange(groups, device=index.device)[:, None]).view(-1)
-    return torch.zeros(groups * 256, device=flat.device).scatter_add_(0, index, flat).view(groups, 256)
+        group = along(256 * torch.arange(groups, device=index.device), grad, axis)
+        index = _flat(index.as_strided(grad.shape, grad.stride()) + group)
+    return torch.zeros(groups * 256, device=grad.device).scatter_add_(0, index, _flat(grad)).view(groups, 256)
 
 
 def _fold(row: Tensor, s: int, halves: bool) -> Tensor:
@@ -230,20 +254,19 @@ def _fold(row: Tensor, s: int, halves: bool) -> Tensor:
     return row[: 2 ** (s + 1)].view(-1, 2).sum(1) if halves else row[: 2**s]
 
 
-def _levels_grad(sums: Tensor, levels: Tensor, scale: Tensor, bits: tuple[int, ...], halves: list[bool]) -> Tensor:
+def _levels_grad(
+    sums: Tensor, ordered: Tensor, order: Tensor, scale: Tensor, bits: tuple[int, ...], halves: list[bool]
+) -> Tensor:
     """Eqn (8): each level gets its members' sum, shared evenly by the 2^(b - s) stored levels of its run."""
-    n = levels.shape[1]
-    order = levels.detach().argsort(dim=1, stable=True)
-    runs = [
-        _fold(row, s, h).mul(2**s / n).repeat_interleave(n // 2**s)
-        for row, s, h in zip(sums, bits, halves, strict=True)
-    ]
-    return torch.zeros_like(levels).scatter_(1, order, torch.stack(runs) * scale[:, None])
+    n = ordered.shape[1]
+    each = [_fold(row, s, h).mul(2**s / n) for row, s, h in zip(sums, bits, halves, strict=True)]
+    runs = [e[:, None].expand(-1, n // len(e)).reshape(1, n) for e in each]
+    return torch.empty_like(ordered).scatter_(1, order, _joined(runs) * scale[:, None])
 
 
 def _gates_grad(
     sums: Tensor,
-    levels: Tensor,
+    ordered: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     bits: tuple[int, ...],
@@ -251,12 +274,12 @@ def _gates_grad(
     values: list[Tensor],
 ) -> Tensor:
     """Finite differences at the boundary gates: closing gate s (index s - 1), opening gate s + 1 (index s)."""
-    max_bits = (levels.shape[1] - 1).bit_length()
-    out = torch.zeros(len(bits), max_bits, device=levels.device)
+    max_bits = (ordered.shape[1] - 1).bit_length()
+    out = torch.zeros(len(bits), max_bits, device=ordered.device)
     for g, (s, h) in enumerate(zip(bits, halves, strict=True)):
 
         def level_values(at: int, g: int = g) -> Tensor:
-            return (effective_levels(levels[g : g + 1], (at,))[0] - zero_point[g]) * scale[g]
+            return (_in_force(ordered[g : g + 1], (at,))[0] - zero_point[g]) * scale[g]
 
         parent = level_values(s - 1).repeat_interleave(2)
         out[g, s - 1] = (_fold(sums[g], s, h) * (values[g] - parent)).sum()

@@ -14,8 +14,8 @@ from ddqcli.quant.fit import Distribution, lloyd_max, power_of_two_pattern, scal
 from ddqcli.quant.functional import (
     LEVEL_BITS,
     STEPS,
-    _along,
-    _by_group,
+    along,
+    by_group,
     effective_levels,
     fake_quantize,
     half_steps,
@@ -117,8 +117,8 @@ class DDQuantizer(nn.Module):
         """k, the one-hot index of Eqn (3), of every value: uint8, shape of x. Raises DDQError where x is not finite."""
         check_finite(x)
         levels, scale, zero_point = self.effective_levels()
-        cell = half_steps(x, _along(scale, x, self.axis), _along(zero_point, x, self.axis))
-        grouped = _by_group(cell, self.axis, len(self.bits))
+        cell = half_steps(x, along(scale, x, self.axis), along(zero_point, x, self.axis))
+        grouped = by_group(cell, self.axis, len(self.bits))
         rows = [nearest_table(level, halves=False).index_select(0, c) for level, c in zip(levels, grouped, strict=True)]
         if len(rows) == 1:
             return rows[0].view(x.shape)
@@ -138,7 +138,7 @@ class DDQuantizer(nn.Module):
         """
         check_finite(x)
         bits = (bits,) * len(self.bits) if isinstance(bits, int) else bits
-        for g, (row, s) in enumerate(zip(_by_group(x.detach(), self.axis, len(self.bits)), bits, strict=True)):
+        for g, (row, s) in enumerate(zip(by_group(x.detach(), self.axis, len(self.bits)), bits, strict=True)):
             distribution = Distribution.of(row.float().cpu().numpy()) if row.numel() else Distribution.of(np.zeros(1))
             if self.kind == "learned":
                 scale, zero_point = fitting_grid(distribution)

@@ -10,7 +10,9 @@ from rich.console import Console
 
 ENVELOPE_VERSION = 1
 
-out = Console(highlight=False, emoji=False)
+_PIPE_WIDTH = 160  # where nobody tells a width: no name is cut short
+
+out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, emoji=False)
 
 
@@ -32,4 +34,3 @@ def envelope(command: str, data: Any = None, *, exit_code: int = 0, errors: list
 def plain(text: str) -> None:
     """Text on stdout as it is: no wrapping, no colour, no markup."""
     sys.stdout.write(text + "\n")
-

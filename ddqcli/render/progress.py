@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ class Live:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.bar = None if quiet or not err.is_terminal else Progress(
+        self.bar = None if quiet or not sys.stderr.isatty() else Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(), TextColumn("{task.fields[detail]}"), console=err, transient=True,
         )  # fmt: skip
@@ -39,7 +40,7 @@ class Live:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            err.print(text, markup=False, soft_wrap=not err.is_terminal)
+            err.print(text, markup=False, soft_wrap=not sys.stderr.isatty())
 
     def progress(self, what: str, done: int, total: int) -> None:
         self._show(what, done, total, "")

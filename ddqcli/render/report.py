@@ -63,8 +63,9 @@ def totals(report: dict[str, Any]) -> list[str]:
         lines.append(f"inputs     {len(report['activations'])} layers' inputs at {'/'.join(map(str, bits))} bits")
     if a:
         lines.append(
-            f"accuracy   {a['float']:.2f}% float -> {a['quantized']:.2f}% quantized ({-a['drop']:+.2f} points)"
+            f"accuracy   {a['float']:.2f}% float -> {a['quantized']:.2f}% quantized ({0 - a['drop']:+.2f} points)"
         )
+    lines += [f"warning    {warning}" for warning in report["warnings"]]
     return lines
 
 
@@ -93,7 +94,9 @@ def finetuned(data: dict[str, Any], console: Console) -> None:
     for line in totals(data):
         console.print(line, markup=False, soft_wrap=True)
     if data["run_dir"] is None:
-        console.print("dry run    all fits; nothing was trained, so the bits follow from the weights alone", soft_wrap=True)
+        console.print(
+            "dry run    all fits; nothing was trained, so the bits follow from the weights alone", soft_wrap=True
+        )
         return
     console.print(f"run        {data['run_dir']}", markup=False, soft_wrap=True)
     console.print(

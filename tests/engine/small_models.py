@@ -1,13 +1,18 @@
-"""Small models and recipes for the tests of what is quantized and how."""
+"""Small models, recipes and data for the tests of conversion, gates and training."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddqcli.engine.convert import Converted
+from ddqcli.engine.convert import Converted, convert
+from ddqcli.engine.data import Data
+from ddqcli.engine.evaluate import calibrate
+from ddqcli.engine.gates import Gates, make_budget
+from ddqcli.engine.train import Trainer
 from ddqcli.recipe import Recipe
 
 
@@ -62,3 +67,37 @@ class Nested(nn.Module):
         return (
             self.input_quantizer(nn.functional.linear(x, self.direct.weight, self.direct.bias)) + self.parametrizations
         )
+
+
+class RandomBatches:
+    """Batches of a pattern for each class under noise; a function of the epoch and the number of the batch alone."""
+
+    def __init__(self, count: int = 4, size: int = 8, side: int = 6, classes: int = 10) -> None:
+        self.count, self.size, self.side, self.classes = count, size, side, classes
+        self.samples = count * size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        patterns = torch.randn(self.classes, 3, self.side, self.side, generator=torch.Generator().manual_seed(7))
+        for number in range(start, self.count):
+            random = torch.Generator().manual_seed(1000 * epoch + number)
+            y = torch.randint(self.classes, (self.size,), generator=random)
+            yield patterns[y] + 0.5 * torch.randn(self.size, 3, self.side, self.side, generator=random), y
+
+
+def random_data(**sizes: int) -> Data:
+    batches = RandomBatches(**sizes)
+    return Data(
+        batches, batches, nn.functional.cross_entropy, lambda out, y: (out.argmax(1) == y).float(), None, "noise"
+    )
+
+
+def trainer(model: nn.Module, recipe: Recipe, steps: int, data: Data, teacher: nn.Module | None = None) -> Trainer:
+    """A run that is ready to start, as `ddq finetune` makes it ready."""
+    converted = convert(model, recipe)
+    gates = Gates(converted, recipe, make_budget(converted, recipe), steps, 8)
+    calibrate(converted, data, 2, gates.watch)
+    gates.start()
+    return Trainer(converted, teacher, data, gates, recipe, steps)

@@ -1,0 +1,161 @@
+"""A loaded model as an ONNX file in whole numbers: weights int8, activations uint8, both with DequantizeLinear.
+
+torch.onnx.export writes the float network with the inputs' quantizers in it; `engine.qdq` then puts the weights' levels in
+the place of the float weights, in the shapes that onnxruntime runs in integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddqcli.artifact.format import QuantizedTensor
+from ddqcli.engine.qdq import rewrite
+from ddqcli.errors import UsageError
+from ddqcli.quant.fixed import FixedInput
+from ddqcli.quant.functional import CELLS
+
+OPSET = 21
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require_onnx() -> None:
+    """Raise UsageError unless the extra is installed."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"ONNX needs {', '.join(missing)}; run pip install 'ddqcli[onnx]'.")
+
+
+def write_onnx(
+    path: Path, model: nn.Module, weights: Mapping[str, QuantizedTensor], example: Tensor, about: Mapping[str, str]
+) -> None:
+    """Write `model`, as `ddqcli.load` gives it, with `weights` as the file holds them; the batch size stays open.
+
+    `example` is an input of at least two samples, `about` goes into the metadata. Raises UsageError, which names the layer,
+    for what ONNX cannot express.
+    """
+    require_onnx()
+    import onnx
+
+    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    for module in model.modules():
+        if isinstance(getattr(module, "input_quantizer", None), FixedInput):
+            module.input_quantizer = _OnnxInput(module.input_quantizer)
+    proto = rewrite(_exported(model, example.cpu().contiguous()), weights)
+    onnx.helper.set_model_props(proto, dict(about))
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
+
+
+class _OnnxInput(nn.Module):
+    """Stands for a FixedInput while exporting; its forward becomes QuantizeLinear, or a table, and DequantizeLinear."""
+
+    observing = False
+
+    def __init__(self, fixed: FixedInput) -> None:
+        super().__init__()
+        self.fixed = fixed
+        self.top = len(fixed.values) - 1
+        levels = torch.arange(len(fixed.values)) if fixed.uniform else self._levels(fixed)
+        self.register_buffer("zero_point", torch.tensor(fixed.zero_point, dtype=torch.uint8), persistent=False)
+        self.register_buffer("level_of_cell", levels[fixed.nearest.long()].to(torch.uint8), persistent=False)
+
+    @staticmethod
+    def _levels(fixed: FixedInput) -> Tensor:
+        return (fixed.values / fixed.scale + fixed.zero_point).round()
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = (self.fixed.scale, self.zero_point)
+        if self.fixed.uniform:
+            code = _node("QuantizeLinear", x, *grid, dtype=torch.uint8)
+            if self.top < 255:
+                code = torch.clamp(code, max=self.top)
+        else:
+            cell = torch.floor(x / (self.fixed.scale / 2)) + (2 * self.fixed.zero_point + 1)
+            code = self.level_of_cell[torch.clamp(cell, 0, CELLS - 1).to(torch.int32)]
+        return _node("DequantizeLinear", code, *grid, dtype=torch.float32)
+
+
+def _node(op: str, x: Tensor, *rest: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.onnx.ops.symbolic(op, (x, *rest), dtype=dtype, shape=x.shape, version=OPSET)
+
+
+def _exported(model: nn.Module, example: Tensor) -> Any:
+    """The onnx.ModelProto of torch's exporter, with float weights. Raises UsageError where that fails."""
+    with _quiet(), torch.no_grad(), _layers_noted(model) as within:
+        try:
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            return torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                input_names=["input"],
+                output_names=["output"],
+                verbose=False,
+            ).model_proto
+        except Exception as error:
+            layer = within[-1] if within else _layer_in(error)
+            where = f"of the layer {layer} " if layer else ""
+            raise UsageError(f"The model {where}cannot be exported to ONNX: {_first_cause(error)}") from error
+
+
+@contextmanager
+def _layers_noted(model: nn.Module) -> Iterator[list[str]]:
+    """Within: the list holds the names of the layers whose forward has begun and not ended, innermost last."""
+    within: list[str] = []
+    hooks = []
+
+    def ended(*_: Any) -> None:
+        within.pop()
+
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: within.append(name), prepend=True))
+        hooks.append(module.register_forward_hook(ended))
+    try:
+        yield within
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layer_in(error: BaseException | None) -> str:
+    """The layer of the graph's node that the exporter was at, found in the local variables of its functions."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            node = trace.tb_frame.f_locals.get("node")
+            if isinstance(node, torch.fx.Node) and node.meta.get("nn_module_stack"):
+                return str(list(node.meta["nn_module_stack"].values())[-1][0])
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}{': ' + said[0][:300] if said else ''}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: the exporter's warnings and logs, which speak of its own code, are not shown."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,220 @@
+"""Whatever the rule, the length and the budget: a finished run keeps its budget, and uses it."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from small_models import random_data, trainer
+from torch import nn
+
+from ddqcli.engine.convert import Converted, convert
+from ddqcli.engine.gates import Gates, make_budget
+from ddqcli.engine.results import make_report
+from ddqcli.engine.train import Trainer
+from ddqcli.errors import BudgetError
+from ddqcli.recipe import Recipe
+
+LAYERS = ("0", "3", "5", "8", "9")
+VALUES = {"0": 432, "3": 144, "5": 4608, "8": 5120, "9": 400}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 40), nn.Linear(40, 10),
+    )  # fmt: skip
+
+
+def told(rule: str, budget: dict[str, Any] | None, **sections: Any) -> Recipe:
+    gates = {"rule": rule, "looks": 3, **sections.pop("gates", {})}
+    return Recipe.model_validate({"gates": gates, "budget": budget or {}, "data": {"batch_size": 8}, **sections})
+
+
+def run(recipe: Recipe, steps: int, model: nn.Module | None = None) -> tuple[Trainer, list[tuple[int, ...]]]:
+    """A finished run, and the bits of all groups after each step."""
+    running = trainer(model or network(), recipe, steps, random_data())
+    bits: list[tuple[int, ...]] = []
+    after_backward = running.gates.after_backward
+
+    def watched(step: int, loss: float) -> None:
+        after_backward(step, loss)
+        bits.append(bits_in_force(running.converted))
+
+    running.gates.after_backward = watched
+    running.run(lambda metrics: None, lambda: None)
+    return running, bits
+
+
+def bits_in_force(converted: Converted) -> tuple[int, ...]:
+    return tuple(s for t in converted.tensors for s in t.quantizer.bits)
+
+
+def cost_of(converted: Converted, bits: dict[str, int] | None = None, eqn6: bool = False) -> int:
+    """The cost by its definition: per tensor the packed indices, per group 2^s levels, scale, zero point and gates."""
+    total = 0
+    for tensor in converted.tensors:
+        groups = [bits[tensor.name]] * len(tensor.quantizer.bits) if bits else tensor.quantizer.bits
+        each = tensor.parameter.numel() // len(groups)
+        if eqn6:
+            total += sum(each * 2**s for s in groups)
+        else:
+            total += math.ceil(sum(each * s for s in groups) / 8) + sum((2**s if s < 8 else 0) + 6 for s in groups)
+    return total
+
+
+def assert_kept(converted: Converted, limit: int, *, used: bool, eqn6: bool = False) -> None:
+    cost = cost_of(converted, eqn6=eqn6)
+    assert cost <= limit
+    for tensor in converted.tensors:
+        bits = tensor.quantizer.bits
+        assert all(tensor.min_bits <= s <= tensor.max_bits for s in bits)
+        assert tensor.quantizer(tensor.parameter).unique().numel() <= sum(2**s for s in bits)
+        assert ((tensor.quantizer.gate_logits >= 0).sum(1) == torch.tensor(bits)).all()
+    if used and cost < 0.98 * limit:
+        now = {t.name: max(t.quantizer.bits) for t in converted.tensors}
+        rises = [{**now, t.name: now[t.name] + 1} for t in converted.tensors if now[t.name] < t.max_bits]
+        assert all(cost_of(converted, bits, eqn6) > limit for bits in rises), "one more bit would have fitted"
+
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "1.3 bits": {"budget": {"target_bits": 1.3}},
+    "2.5 bits": {"budget": {"target_bits": 2.5}},
+    "7.9 bits": {"budget": {"target_bits": 7.9}},
+    "12 bits, more than all can take": {"budget": {"target_bits": 12}},
+    "5 kB": {"budget": {"target_size": "5kB"}},
+    "20 % with 4-bit inputs": {"budget": {"target_size": "20%"}, "activations": {"bits": 4}},
+    "eqn 6": {"budget": {"target_bits": 3.3, "count": "eqn6"}},
+    "fixed bits": {"budget": {"target_bits": 3}, "overrides": [{"match": "0", "bits": 8}, {"match": "8", "bits": 2}]},
+    "2 to 5 bits": {"budget": {"target_bits": 3.5}, "weights": {"min_bits": 2, "max_bits": 5}},
+    "by channel": {"budget": {"target_bits": 4}, "weights": {"granularity": "channel", "max_bits": 6}},
+    "uniform": {"budget": {"target_bits": 3.5}, "weights": {"levels": "uniform"}},
+    "power of two": {"budget": {"target_bits": 3.5}, "weights": {"levels": "power_of_two", "max_bits": 4}},
+    "falling": {"budget": {"target_bits": 3}, "gates": {"descent": 0.3}},
+    "falling beyond the freeze": {"budget": {"target_bits": 3}, "gates": {"descent": 1.0, "freeze": 0.4}},
+    "freezing at the end": {"budget": {"target_bits": 3}, "gates": {"freeze": 1.0}},
+    "freezing at once": {"budget": {"target_bits": 3}, "gates": {"freeze": 0.0}},
+    "many looks": {"budget": {"target_bits": 3}, "gates": {"looks": 200}},
+    "no looks": {"budget": {"target_bits": 3}, "gates": {"looks": 0}},
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 20])
+@pytest.mark.parametrize("rule", ["fisher", "paper", "fixed"])
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_finished_run_keeps_its_budget(name: str, rule: str, steps: int) -> None:
+    sections = {key: dict(value) if isinstance(value, dict) else value for key, value in BUDGETS[name].items()}
+    recipe = told(rule, sections.pop("budget"), **sections)
+    finished, history = run(recipe, steps)
+    converted, budget = finished.converted, finished.gates.budget
+    assert budget.limit is not None
+    assert finished.gates.cost() == cost_of(converted, eqn6=budget.eqn6)
+    assert_kept(converted, budget.limit, used=rule != "paper", eqn6=budget.eqn6)
+    for layer, bits in (("0", 8), ("8", 2)) if name == "fixed bits" else ():
+        assert next(t for t in converted.tensors if t.name == f"{layer}.weight").quantizer.bits == (bits,)
+    report = make_report(converted, budget, accuracy=None, source={}, run={})
+    if recipe.budget.target_size:
+        assert report["totals"]["bytes"] <= report["totals"]["budget_bytes"]
+    frozen_from = 0 if rule == "fixed" else min(int(recipe.gates.freeze * steps), steps - 1)
+    assert len(set(history[frozen_from:])) <= 1, "gates moved after they froze"
+    assert not history or history[-1] == bits_in_force(converted), "the last steps did not train what was delivered"
+
+
+@pytest.mark.parametrize("rule", ["fisher", "paper", "fixed"])
+def test_without_a_budget_every_tensor_keeps_its_most_bits(rule: str) -> None:
+    finished, _ = run(told(rule, None, weights={"max_bits": 5}), 3)
+    assert finished.gates.budget.limit is None
+    assert bits_in_force(finished.converted) == (5, 8) * 5
+
+
+@pytest.mark.parametrize(
+    "budget", [{"target_bits": 0.9}, {"target_bits": 1.0}, {"target_size": "1%"}, {"target_bits": 0.5, "count": "eqn6"}]
+)
+def test_an_impossible_budget_is_refused_with_what_is_possible(budget: dict[str, Any]) -> None:
+    recipe = told("fisher", budget)
+    converted = convert(network(), recipe)
+    least = cost_of(converted, {t.name: t.min_bits for t in converted.tensors}, eqn6="count" in budget)
+    if "target_size" in budget:
+        least += sum(value.numel() * value.element_size() for value in converted.float_tensors().values())
+    with pytest.raises(BudgetError, match=rf"smallest reachable size is {least:,} bytes.*8.weight \("):
+        make_budget(converted, recipe)
+
+
+def test_the_smallest_possible_budget_is_accepted() -> None:
+    probe = convert(network(), told("fisher", None))
+    least = cost_of(probe, {t.name: t.min_bits for t in probe.tensors})
+    least += sum(value.numel() * value.element_size() for value in probe.float_tensors().values())
+    finished, _ = run(told("fisher", {"target_size": f"{least}"}), 3)
+    assert bits_in_force(finished.converted) == (1, 8) * 5
+    with pytest.raises(BudgetError):
+        make_budget(probe, told("fisher", {"target_size": f"{least - 1}"}))
+
+
+def test_layers_without_gradients_share_the_budget_too() -> None:
+    """Frozen layers, and layers that no forward calls: the bits that nobody else needs still make them exact."""
+    model = network()
+    model[:4].requires_grad_(False)
+    model.unused = nn.Identity()
+    model.unused.layer = nn.Linear(70, 70)
+    finished, _ = run(told("fixed", {"target_bits": 4}), 2, model)
+    assert_kept(finished.converted, finished.gates.budget.limit or 0, used=True)
+
+
+def test_bits_go_where_the_loss_feels_them() -> None:
+    """The first rule of the trade: of two equal layers, the one with the larger gradients gets more bits."""
+    model = network()
+    recipe = told("fixed", {"target_bits": 3})
+    converted = convert(model, recipe)
+    gates = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)
+    names = [t.name for t in converted.tensors if t.kind != "bias"]
+    gates.seen = 1
+    for strong in ("5.weight", "8.weight"):
+        gates.fisher = {name: 1.0 if name == strong else 1e-4 for name in names}
+        gates.start()
+        bits = {t.name: t.quantizer.bits[0] for t in converted.tensors}
+        assert bits[strong] > bits["8.weight" if strong == "5.weight" else "5.weight"]
+        assert_kept(converted, gates.budget.limit or 0, used=True)
+
+
+@pytest.mark.parametrize("rule", ["fisher", "paper", "fixed"])
+def test_the_state_survives_a_round_trip(rule: str) -> None:
+    recipe = told(rule, {"target_bits": 3})
+    running, _ = run(recipe, 7)
+    file = io.BytesIO()
+    torch.save(running.gates.state(), file)
+    fresh = convert(network(), recipe)
+    gates = Gates(fresh, recipe, make_budget(fresh, recipe), 7, 8)
+    file.seek(0)
+    gates.load(torch.load(file, weights_only=True))
+    assert gates.state() == running.gates.state()
+    assert gates.cost() == running.gates.cost()
+    assert bits_in_force(fresh) == bits_in_force(running.converted)
+    assert any(t.quantizer.correction > 0 for t in fresh.tensors)
+    assert [t.quantizer.correction for t in fresh.tensors] == [
+        t.quantizer.correction for t in running.converted.tensors
+    ]
+
+
+def test_the_fisher_is_the_mean_of_squared_gradients() -> None:
+    recipe = told("fisher", None)
+    converted = convert(network(), recipe)
+    gates = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)
+    expected = dict.fromkeys((t.name for t in converted.tensors), 0.0)
+    for scale in (1.0, 3.0):
+        for tensor in converted.tensors:
+            tensor.parameter.grad = scale * torch.randn(tensor.shape)
+            expected[tensor.name] += float(tensor.parameter.grad.double().square().mean()) / 2
+        gates.watch()
+    assert gates.fisher == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_papers_gates_close_while_the_budget_is_exceeded() -> None:
+    """With steps of the size of the logits, Eqn (7)'s own gradient closes gates before the freeze."""
+    recipe = told("paper", {"target_bits": 2}, gates={"freeze": 1.0, "lr": 1.0, "init": 1e-3, "alpha": -1.0})
+    _, history = run(recipe, 20)
+    assert history[0] != history[-2]
+    assert sum(history[-2]) < sum(history[0])

@@ -1,0 +1,210 @@
+"""The training loop: what a resumed run shares with an undisturbed one, and what it computes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from small_models import RandomBatches, random_data, trainer
+from torch import Tensor, nn
+
+from ddqcli.engine.data import Data
+from ddqcli.engine.train import StepMetrics, Trainer
+from ddqcli.errors import DDQError, Interrupted
+from ddqcli.recipe import Recipe
+
+STEPS = 11  # with 4 batches an epoch
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=2), nn.ReLU(), nn.Flatten(),
+        nn.Dropout(0.3), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def told(**sections: Any) -> Recipe:
+    gates = {"looks": 3, "freeze": 0.7, **sections.pop("gates", {})}
+    train = {"lr": 0.05, "save_every": 3, **sections.pop("train", {})}
+    base = {"budget": {"target_bits": 3}, "gates": gates, "train": train, "data": {"batch_size": 8}}
+    return Recipe.model_validate({**base, **sections})
+
+
+def finish(running: Trainer, stop: int | None = None) -> list[StepMetrics]:
+    """Run to the end, or until step `stop` as a kill would have it."""
+    metrics: list[StepMetrics] = []
+    if stop is None:
+        running.run(metrics.append, lambda: None)
+        return metrics
+
+    class Killed(Exception):
+        pass
+
+    before_step = running.gates.before_step
+
+    def killing(step: int) -> None:
+        if step == stop:
+            raise Killed
+        before_step(step)
+
+    running.gates.before_step = killing
+    with pytest.raises(Killed):
+        running.run(metrics.append, lambda: None)
+    return metrics
+
+
+def stored(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it comes back from the disk."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two states differ in any bit."""
+    if isinstance(one, Tensor):
+        same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+        return [] if same else [path]
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        return [d for key in one for d in differences(one[key], other[key], f"{path}.{key}")]
+    if isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        return [d for n, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{path}.{n}")]
+    return [] if one == other else [path]
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "fisher": {},
+    "falling budget": {"gates": {"descent": 0.5}},
+    "paper": {"gates": {"rule": "paper", "lr": 1e-2, "init": 1e-3, "alpha": -1.0}},
+    "fixed": {"gates": {"rule": "fixed"}},
+    "no budget": {"budget": {}},
+    "inputs at 8 bits": {"activations": {"bits": 8}},
+    "inputs with learned levels": {"activations": {"bits": 3}},
+    "by channel": {"weights": {"granularity": "channel", "max_bits": 5}, "budget": {"target_bits": 4}},
+    "uniform levels": {"weights": {"levels": "uniform"}},
+    "power of two": {"weights": {"levels": "power_of_two", "max_bits": 4}},
+    "adamw": {"train": {"optimizer": "adamw", "lr": 1e-3}},
+    "bfloat16": {"train": {"precision": "bfloat16"}, "activations": {"bits": 8}},
+    "distillation": {"train": {"distill": {"weight": 0.5, "temperature": 2}}},
+}
+
+
+def begin(recipe: Recipe, steps: int = STEPS, seed: int = 0) -> Trainer:
+    teacher = network().eval().requires_grad_(False)
+    return trainer(network(seed), recipe, steps, random_data(), teacher if recipe.train.distill.weight else None)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_ends_as_an_undisturbed_one_bit_for_bit(name: str) -> None:
+    recipe = told(**copy.deepcopy(RUNS[name]))
+    whole = begin(recipe)
+    finish(whole)
+    expected = whole.state()
+    for stop in (1, 4, 7, STEPS - 1):
+        first = begin(recipe)
+        finish(first, stop)
+        saved = stored(first.state())
+        assert saved["step"] == stop
+        torch.manual_seed(4711)  # another process stands elsewhere in its random numbers
+        second = begin(recipe)
+        second.load(saved)
+        assert not differences(stored(second.state()), saved)
+        finish(second)
+        assert not differences(second.state(), expected)
+
+
+@pytest.mark.parametrize("name", ["fisher", "paper", "inputs with learned levels"])
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(name: str) -> None:
+    states, losses = [], []
+    for seed in (0, 0, 1):
+        running = begin(told(**copy.deepcopy(RUNS[name]), **({"train": {"seed": seed}})))
+        losses.append([m.loss for m in finish(running)])
+        states.append(running.state())
+    assert not differences(states[0], states[1])
+    assert losses[0] == losses[1]
+    assert differences(states[0]["model"], states[2]["model"])  # through dropout alone: these data know no seed
+
+
+def test_every_part_of_a_model_learns_and_the_loss_falls() -> None:
+    running = begin(told(activations={"bits": 4}), steps=60)
+    weights = [t for t in running.converted.tensors if t.kind != "bias"]
+    before = {name: value.clone() for name, value in running.model.state_dict().items()}
+    metrics = finish(running)
+    assert metrics[-1].loss < 0.8 * metrics[0].loss
+    moved = {name for name, value in running.model.state_dict().items() if not torch.equal(value, before[name])}
+    learned = {name for name in before if name.endswith(("original", "running_mean"))}
+    learned |= {"0.input_quantizer.log2_scale", "3.input_quantizer.learned.levels", "7.input_quantizer.log2_scale"}
+    learned |= {f"{t.name.replace('weight', 'parametrizations.weight')}.0.levels" for t in weights}
+    assert learned <= moved
+
+
+def test_the_metrics_say_what_went_on() -> None:
+    running = begin(told(), steps=25)
+    metrics = finish(running)
+    assert [(m.step, m.epoch) for m in metrics] == [(10, 3), (20, 5), (25, 7)]
+    assert [m.lr for m in metrics] == pytest.approx([0.05 * (1 + math.cos(math.pi * n / 25)) / 2 for n in (9, 19, 24)])
+    last = metrics[-1]
+    assert last.bits == {t.name: t.quantizer.bits[0] for t in running.converted.tensors}
+    sizes = {t.name: t.parameter.numel() for t in running.converted.tensors}
+    assert last.average_bits == pytest.approx(sum(last.bits[n] * sizes[n] for n in sizes) / sum(sizes.values()))
+    assert last.remaining == 0
+    assert all(m.steps == 25 and 0 <= m.train_accuracy <= 100 and m.seconds > 0 for m in metrics)
+
+
+def test_full_distillation_needs_no_labels() -> None:
+    batches = RandomBatches()
+    data = random_data()
+
+    def no_loss(output: Tensor, target: Tensor) -> Tensor:
+        raise AssertionError("the labels were asked for")
+
+    recipe = told(train={"distill": {"weight": 1.0}})
+    running = begin(recipe)
+    running.data = Data(batches, batches, no_loss, data.metric, None, "no labels")
+    assert finish(running)[-1].step == STEPS
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step() -> None:
+    running = begin(told(train={"lr": 1e30}))
+    with pytest.raises(DDQError, match=r"at step [2-9] of 11"):
+        finish(running)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_waits_for_the_end_of_the_step_and_saves(number: int, code: int) -> None:
+    recipe = told()
+    running, saved = begin(recipe), []
+    before_step = running.gates.before_step
+
+    def interrupted(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), number)
+        before_step(step)
+
+    running.gates.before_step = interrupted
+    with pytest.raises(Interrupted) as caught:
+        running.run(lambda metrics: None, lambda: saved.append(stored(running.state())))
+    assert caught.value.exit_code == code
+    assert saved[-1]["step"] == 5
+    resumed, whole = begin(recipe), begin(recipe)
+    resumed.load(saved[-1])
+    finish(resumed)
+    finish(whole)
+    assert not differences(resumed.state(), whole.state())
+
+
+def test_states_are_saved_every_so_often_and_at_each_epochs_end() -> None:
+    running, saved = begin(told()), []
+    running.run(lambda metrics: None, lambda: saved.append(running.step))
+    assert saved == [3, 4, 6, 8, 9, 11]
