@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -180,6 +181,8 @@ def finetune(
         "ddq report",
         "ddq report model.safetensors --md >> $GITHUB_STEP_SUMMARY",
         "ddq report --max-size 20kB --max-drop 0.5",
+        "ddq report --html report.html",
+        "ddq report --diff runs/a runs/b",
     ),
 )
 def report(
@@ -194,6 +197,13 @@ def report(
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="The layers as CSV.")] = False,
     as_md: Annotated[bool, typer.Option("--md", help="Markdown.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with pictures: FILE.html, or index.html in a folder.", show_default=False)
+    ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Show two runs or exported files side by side.", show_default=False),
+    ] = None,
     max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Gate: most for all tensors, e.g. 150kB or 12%.")
     ] = None,
@@ -211,16 +221,37 @@ def report(
         from ddqcli.commands.report import Limits
         from ddqcli.commands.report import report as command
 
-        return command(target, Limits(max_size, max_bits, max_drop, min_accuracy))
+        limits = Limits(max_size, max_bits, max_drop, min_accuracy)
+        if diff:
+            if target or html or limits != Limits():
+                raise UsageError("--diff takes A and B, and neither a third one, nor --html, nor gates; leave them out.")
+            from ddqcli.commands.diff import diff as compare
+
+            return compare(*diff)
+        result = command(target, limits)
+        if html:
+            from ddqcli.commands.report_page import write_page
+
+            result = replace(result, page=write_page(result, html))
+        return result
 
     def show(result: Any) -> None:
         from ddqcli.render import output
         from ddqcli.render import report as render
 
-        if as_csv or as_md:
+        if diff:
+            from ddqcli.render import diff as sides
+
+            if as_csv or as_md:
+                output.plain(sides.as_csv(result) if as_csv else sides.as_markdown(result))
+            else:
+                sides.show(result, output.out)
+        elif as_csv or as_md:
             output.plain(render.as_csv(result.report) if as_csv else render.as_markdown(result.report))
         else:
             render.table(result.report, output.out)
+            if result.page:
+                output.out.print(f"page       {result.page}", markup=False, soft_wrap=True)
 
     _run("report", work, show, as_json)
 
@@ -260,11 +291,14 @@ def export(
 
 @app.command(
     short_help="Show a model's weight distributions.",
-    epilog=_example("ddq inspect model.pt", "ddq inspect model.safetensors -o pictures"),
+    epilog=_example("ddq inspect model.pt", "ddq inspect model.pt -o pictures", "ddq inspect runs/20260131-142310-model"),
 )
 def inspect(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="State dict: .pt, .pth, .th or .safetensors.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="State dict (.pt, .pth, .th, .safetensors), run folder or exported file.", show_default=False
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -276,7 +310,7 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show each layer's weight distribution and what fewer bits would cost it: table, pictures and a page."""
+    """Show each layer's weight distribution and what fewer bits would cost it, or what a run made of it: table and pictures."""
 
     def work() -> Any:
         from ddqcli.commands.inspect import inspect as command
@@ -285,16 +319,17 @@ def inspect(
         with Live(quiet=quiet) as live:
             return command(
                 model,
-                out=out or Path("inspect") / model.stem,
+                out=out or Path("inspect") / model.resolve().stem,
                 pickle=allow_pickle,
                 on_progress=lambda done, total, name: live.progress(f"inspect {name}", done, total),
             )
 
     def show(result: Any) -> None:
+        from ddqcli.commands.inspect import InspectResult
         from ddqcli.render import inspect as render
-        from ddqcli.render import output
+        from ddqcli.render import inspect_trained, output
 
-        render.show(result, output.out)
+        (render if isinstance(result, InspectResult) else inspect_trained).show(result, output.out)
 
     _run("inspect", work, show, as_json)
 

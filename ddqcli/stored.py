@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from ddqcli.artifact.decoder import HEAD
 from ddqcli.errors import CheckpointError
+from ddqcli.text import numbers_in_order
 from ddqcli.torchfile import ITEMSIZE, Place, tensor_places
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _safetensors(path: Path) -> list[StoredTensor]:
     header, start = _header(path)
     room = path.stat().st_size - start
     found = []
-    for name in sorted(header, key=_numbers_in_order):
+    for name in sorted(header, key=numbers_in_order):  # they are written in the order of the alphabet
         (first, last), shape, code = header[name]["data_offsets"], tuple(header[name]["shape"]), header[name]["dtype"]
         dtype, floating = _NAMES.get(code, code), code.startswith(("F", "BF"))
         if not first <= last <= room:
@@ -108,11 +108,6 @@ def _safetensors(path: Path) -> list[StoredTensor]:
         read = partial(_read_pieces, path, start + first, math.prod(shape), dtype)
         found.append(StoredTensor(name, shape, dtype, last - first, floating, read))
     return found
-
-
-def _numbers_in_order(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer2 before layer10: safetensors files are written in the order of the alphabet."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def size(number: float) -> str:
     """Bytes with three digits: 512 B, 17.9 kB, 1.08 MB."""
@@ -42,6 +44,11 @@ def shorten(name: str, width: int, dots: str = "…") -> str:
             return short
     tail = (width - 1) * 2 // 3
     return name[: width - 1 - tail] + dots + name[len(name) - tail :]
+
+
+def numbers_in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer2 before layer10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _abbreviated(part: str, letters: int, dots: str) -> str:

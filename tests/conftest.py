@@ -1,119 +1,12 @@
-"""A user's folder in small, and `ddq` as a function: shared by the tests of the commands."""
+"""Fixtures of the tests that run commands: a user's folder in small, with and without a finished run."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from typer.testing import CliRunner
-
-NET = '''
-from torch import nn
-
-def build(width=8):
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        nn.Conv2d(width, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
-    )
-'''
-
-RECIPE = """
-name: tiny
-model: {checkpoint: model.pt, arch: "net.py:build"}
-data: {source: images.npz, mean: [0.5], std: [0.5], pad: 1, flip: false, batch_size: 16, workers: 0}
-activations: {bits: 8}
-budget: {target_bits: 4}
-train: {epochs: 3, bn_batches: 2, save_every: 3, device: cpu}
-"""
-STEPS = 12
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command said."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def envelope(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return self.envelope["data"]
-
-
-def ddq(*args: object) -> Answer:
-    """`ddq ARGS` in this process."""
-    from ddqcli.cli import app
-
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    return Answer(result.exit_code, result.stdout, result.stderr)
-
-
-def in_child(*args: object, before: Callable[[], None] = lambda: None) -> int:
-    """Fork a process that runs `ddq ARGS`, quietly and with one thread, after `before`; gives its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        torch.set_num_threads(1)
-        before()
-        code = ddq(*args).code
-    finally:
-        os._exit(code)
-
-
-def exit_code(child: int) -> int:
-    """Wait for a process; its exit code, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def make_project(folder: Path) -> Path:
-    """A network, its state dict, data of four classes, and a recipe."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "net.py").write_text(NET)
-    (folder / "ddq.yaml").write_text(RECIPE)
-    scope: dict[str, Any] = {}
-    exec(NET, scope)
-    torch.manual_seed(0)
-    torch.save(scope["build"]().state_dict(), folder / "model.pt")
-    np.savez(folder / "images.npz", **images(64, "x_train", "y_train"), **images(32, "x_test", "y_test"))
-    return folder
-
-
-def images(count: int, *names: str) -> dict[str, np.ndarray]:
-    """Noise with one bright quarter, which is the class."""
-    random = np.random.default_rng(count)
-    labels = np.arange(count) % 4
-    x = random.integers(0, 90, (count, 8, 8), dtype=np.uint8)
-    for image, label in zip(x, labels, strict=True):
-        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 120
-    return dict(zip(names, (x, labels), strict=True))
-
-
-@contextmanager
-def inside(folder: Path) -> Iterator[Path]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield folder
-    finally:
-        os.chdir(before)
+from tiny_project import ddq, inside, make_project
 
 
 @pytest.fixture(scope="session")
@@ -132,8 +25,7 @@ def project(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = tmp_path / "project"
     shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     monkeypatch.chdir(folder)
-    yield folder
-    sys.modules.pop("net", None)
+    return folder
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, ddq, images, make_project
+from tiny_project import RECIPE, ddq, images, make_project
 
 Change = Callable[[], Any]
 
@@ -135,7 +135,10 @@ RECIPES: dict[str, tuple[bytes | str, str]] = {
         "holds more than 100,000 values",
     ),
     "an unknown section": (RECIPE + "training: {epochs: 3}", "training: unknown field; did you mean train?"),
-    "a number as section": (RECIPE.replace("activations: {bits: 8}", "activations: 8"), "activations = 8: is a section"),
+    "a number as section": (
+        RECIPE.replace("activations: {bits: 8}", "activations: 8"),
+        "activations = 8: is a section",
+    ),
     "an override of nothing": (RECIPE + "overrides: [{bits: 4}]", "overrides.0: says nothing about which layers"),
     "mean without std": (RECIPE.replace("std: [0.5]", "std: []"), "mean has 1 values and std 0"),
     "std of 0": (RECIPE.replace("std: [0.5]", "std: [0]"), "data.std.0 = 0: input should be greater than 0"),
@@ -143,8 +146,11 @@ RECIPES: dict[str, tuple[bytes | str, str]] = {
     "a date as keyword": (RECIPE.replace("arch:", "kwargs: {when: 2026-01-31}, arch:"), "is a date; quote it"),
     "no date": ("name: 2026-99-99", "not YAML"),
     "infinite keyword": (RECIPE.replace("arch:", "kwargs: {width: .inf}, arch:"), "inf is not finite"),
-    "a number as name of a keyword": (RECIPE.replace("arch:", "kwargs: {1: 2}, arch:"), "keys should be strings"),
-    "no model": ("train: {epochs: 1}", "No network is named"),
+    "a number as name of a keyword": (
+        RECIPE.replace("arch:", "kwargs: {1: 2}, arch:"),
+        "model.kwargs.1.[key] = 1: input should be a valid string",
+    ),
+    "no model": ("train: {epochs: 1}", "say how to build it with --arch"),
 }
 
 
@@ -197,7 +203,6 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "cut to its head": (truncated("model.pt", 0.01), "it is cut short or damaged"),
     "a flipped bit in a weight": (flipped("model.pt", 0.35), "damaged"),
     "a flipped bit in the pickle": (flipped("model.pt", 0.05), "damaged"),
-    "a flipped bit at the end": (flipped("model.pt", 0.999), "damaged"),
     "another zip": (lambda: zipfile.ZipFile("model.pt", "w").writestr("a.txt", "a"), "another kind of zip file"),
     "a zip bomb": (compressed, "is compressed"),
     "a malicious pickle": (saved({"0.weight": Malicious()}), "unpickling can run any code"),
@@ -275,6 +280,8 @@ def factory(code: str) -> Change:
 
 
 SET = "TensorDataset(torch.rand(32, 1, 8, 8), torch.arange(32) % 4)"
+RGB, MANY = SET.replace("1, 8", "3, 8"), SET.replace("% 4", "")
+MAKE = "def make(): return dict(train={}, val={})"
 
 DATA: dict[str, tuple[Change, str]] = {
     "a vanished file": (gone("images.npz"), "images.npz does not exist"),
@@ -297,15 +304,15 @@ DATA: dict[str, tuple[Change, str]] = {
     "a folder of one class": (folders("train/a/1.png", "test/a/1.png"), "holds a single class, a"),
     "an empty class": (folders("train/a/1.png", "train/b/", "test/a/1.png", "test/b/1.png"), "holds no images of b"),
     "other classes": (folders("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"), "differ in their classes"),
-    "an unreadable image": (folders(*(f"{s}/{c}/{i}.png" for s in ("train", "test") for c in "abcd" for i in (1, 2)), "train/a/3.jpg"), "3.jpg"),
+    "an unreadable image": (folders(*(f"{s}/{c}/1.png" for s in ("train", "test") for c in "abcd"), "train/a/2.jpg"), "2.jpg"),
     "a factory that raises": (factory("def make(): raise OSError('no disk')"), "failed: OSError: no disk"),
     "a factory that exits": (factory("def make(): raise SystemExit(0)"), "failed: SystemExit"),
     "a factory that returns nothing": (factory("def make(): pass"), "returned a NoneType; train and val missing"),
     "a file with a syntax error": (factory("def make(:"), "raised SyntaxError"),
     "a factory without evaluation": (factory(f"def make(): return {{'train': {SET}}}"), "val missing"),
-    "a factory of other images": (factory(f"def make(): return dict(train={SET.replace('1, 8', '3, 8')}, val={SET.replace('1, 8', '3, 8')})"), "The model cannot run on these data"),
-    "a factory whose labels are too high": (factory(f"def make(): return dict(train={SET.replace('% 4', '')}, val={SET})"), "A label lies beyond the model's 4 scores"),
-    "a factory of empty sets": (factory(f"def make(): return dict(train=[], val={SET})"), "holds no samples"),
+    "a factory of other images": (factory(MAKE.format(RGB, RGB)), "The model cannot run on these data"),
+    "a factory whose labels are too high": (factory(MAKE.format(MANY, SET)), "A label lies beyond the model's 4 scores"),
+    "a factory of empty sets": (factory(MAKE.format([], SET)), "holds no samples"),
 }  # fmt: skip
 
 
@@ -430,10 +437,18 @@ def check_refusal(args: list[str], message: str, code: int) -> None:
     assert "Traceback" not in answer.err
     assert answer.envelope["status"] == "error"
     assert answer.envelope["exit_code"] == code
-    assert [f"Error: {error}" for error in answer.envelope["errors"]] == [answer.err[answer.err.index("Error: ") :].rstrip()]
+    assert [f"Error: {error}" for error in answer.envelope["errors"]] == [
+        answer.err[answer.err.index("Error: ") :].rstrip()
+    ]
     assert listing() == before
 
 
 def listing() -> dict[str, bytes | None]:
-    files = (p for p in sorted(Path().rglob("*")) if "__pycache__" not in p.parts and p.name != ".lock")
-    return {str(p): p.read_bytes() if p.is_file() and os.access(p, os.R_OK) else None for p in files}
+    """Every file with its content, where it may be read; but for locks and caches."""
+    found: dict[str, bytes | None] = {}
+    for path in sorted(Path().rglob("*")):
+        if "__pycache__" not in path.parts and path.name != ".lock":
+            found[str(path)] = None
+            with suppress(OSError):
+                found[str(path)] = path.read_bytes()
+    return found

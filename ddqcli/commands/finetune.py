@@ -102,7 +102,7 @@ def finetune(
             run.cut_metrics(trainer.step)
         with _explained("Training failed", DDQError, recipe):
             _train(trainer, run, {**facts, "float_accuracy": before}, listener)
-            run.add_metrics(snapshot(converted, steps))
+            _keep_snapshot(run, converted, steps)
             if recipe.train.bn_batches and steps:
                 torch.manual_seed(recipe.train.seed)
                 batches = data.train.epoch(recipe.train.epochs)
@@ -160,7 +160,7 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
 
     def on_step(metrics: StepMetrics) -> None:
         run.add_metrics(metrics)
-        if is_due(metrics.step, metrics.steps, REPORT_EVERY):
+        if is_due(metrics.step, metrics.steps, REPORT_EVERY) and metrics.step < metrics.steps:
             run.add_metrics(snapshot(trainer.converted, metrics.step))
         listener.step(metrics)
 
@@ -169,7 +169,7 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
 
     if trainer.step == 0:
         keep()
-        run.add_metrics(snapshot(trainer.converted, 0))
+        _keep_snapshot(run, trainer.converted, 0)
     try:
         trainer.run(on_step, keep)
     except Diverged as error:
@@ -185,6 +185,12 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
         run.cut_metrics(trainer.step)
         listener.note(f"warning: {error}; went back to step {trainer.step}, on with train.lr {ROLLED_BACK * lr:g}")
         _train(trainer, run, facts, listener)
+
+
+def _keep_snapshot(run: Run, converted: Converted, step: int) -> None:
+    """Add how the tensors stand to the metrics, unless a process that was killed thereafter has done so."""
+    if not any(entry["step"] == step for entry in run.snapshots()):
+        run.add_metrics(snapshot(converted, step))
 
 
 def _trainer(

@@ -13,7 +13,15 @@ import numpy as np
 
 from ddqcli.artifact.tensors import tensor_bytes
 from ddqcli.errors import CheckpointError
-from ddqcli.quant.fit import Array, Distribution, lloyd_max, power_of_two_pattern, scaled, squared_error, uniform_pattern
+from ddqcli.quant.fit import (
+    Array,
+    Distribution,
+    lloyd_max,
+    power_of_two_pattern,
+    scaled,
+    squared_error,
+    uniform_pattern,
+)
 from ddqcli.quant.shape import shape_of
 from ddqcli.stored import StoredTensor, is_artifact, stored_tensors
 

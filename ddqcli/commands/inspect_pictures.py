@@ -1,8 +1,7 @@
-"""The pictures of `ddq inspect`: every layer, sheets of all layers, channels of depthwise layers, and one page of them."""
+"""The pictures of `ddq inspect` for a checkpoint: layers, sheets, channels of depthwise layers, and one page of them."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,41 +9,23 @@ import numpy as np
 
 from ddqcli import html, plots
 from ddqcli.commands.inspect import ERROR_BITS, LEVEL_BITS, TOTAL_BITS, InspectResult, LayerRow, Progress
-from ddqcli.errors import DDQError
+from ddqcli.commands.pictures import PAGE, draw_layers, folder
 from ddqcli.quant.shape import FLAT, HEAVY
 from ddqcli.text import count, percent, size
 
 KINDS = ("uniform", "power_of_two", "best")
-PAGE = "index.html"
 
 
 def write_pictures(result: InspectResult, out: Path, on_progress: Progress | None = None) -> InspectResult:
     """Write PNG and SVG files and the page into `out`; the result then names them, the page first. Raises DDQError."""
-    try:
-        for folder in (out, out / "layers", out / "channels"):
-            folder.mkdir(parents=True, exist_ok=True)
-        files: list[Path] = []
-        layers: list[str] = []
-        channels: list[str] = []
-        for done, row in enumerate(result.layers):
-            if on_progress:
-                on_progress(done, len(result.layers), f"pictures of {row.name}")
-            stem = f"{done + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', row.name)[:100]}"
-            files += plots.save(plots.layer_figure(_layer(row)), out / "layers" / stem)
-            layers.append(plots.for_page(files[-1].read_text(encoding="utf-8")))
-            if row.channels:
-                files += plots.save(plots.channels_figure(row.name, np.array(row.channels)), out / "channels" / stem)
-                channels.append(plots.for_page(files[-1].read_text(encoding="utf-8")))
-        for number, figure in enumerate(plots.overview_figures([_layer(row) for row in result.layers])):
-            files += plots.save(figure, out / f"overview-{number + 1}")
-        page = html.write_html(out / PAGE, f"Weights of {result.path.name}", _sections(result, layers, channels))
-        if not channels:
-            (out / "channels").rmdir()
-    except OSError as error:
-        raise DDQError(f"Cannot write pictures into {out}: {error.strerror}; name another folder.") from error
-    if on_progress:
-        on_progress(len(result.layers), len(result.layers), "")
-    return replace(result, pictures=(page, *files))
+    with folder(out):
+        shown = [_layer(row) for row in result.layers]
+        channels = {k: np.array(row.channels) for k, row in enumerate(result.layers) if row.channels}
+        drawn = draw_layers(shown, channels, out, on_progress)
+        page = html.write_html(
+            out / PAGE, f"Weights of {result.path.name}", _sections(result, drawn.layers, drawn.channels)
+        )
+    return replace(result, pictures=(page, *drawn.files))
 
 
 def _layer(row: LayerRow) -> plots.Layer:
@@ -93,7 +74,9 @@ def _sizes(result: InspectResult) -> html.Table:
 
 def _layer_table(result: InspectResult) -> html.Table:
     header = ["layer", "kind", "shape", "distribution", "tail", "parameters", "bytes", "min", "max", "std"]
-    header += [f"{bits}\N{NO-BREAK SPACE}bit {kind.replace('power_of_two', 'pow2')}" for bits in ERROR_BITS for kind in KINDS]
+    header += [
+        f"{bits}\N{NO-BREAK SPACE}bit {kind.replace('power_of_two', 'pow2')}" for bits in ERROR_BITS for kind in KINDS
+    ]
     rows = [
         [
             row.name,

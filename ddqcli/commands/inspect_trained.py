@@ -19,6 +19,12 @@ from ddqcli.quant.shape import shape_of
 from ddqcli.stored import StoredTensor, stored_tensors
 from ddqcli.torchfile import contents, read_place
 
+ERROR = "Error: sum of squared differences to the float weights over the sum of squares, in %."
+FIXED = (
+    "Trained levels serve the loss; uniform, power-of-two and best (Lloyd-Max) ones, fitted to the same weights at the same "
+    "bits, may come closer."
+)
+
 
 @dataclass(frozen=True)
 class TrainedRow:
@@ -49,8 +55,7 @@ class TrainedResult:
     note: str
     histogram_of: str  # "float weights" or, as an exported file has none, "stored values"
     layers: tuple[TrainedRow, ...]
-    totals: dict[str, Any]  # as in the report
-    accuracy: dict[str, float] | None
+    report: dict[str, Any]  # as `ddq report` has it
     pictures: tuple[Path, ...] = ()
 
     def data(self) -> dict[str, Any]:
@@ -62,8 +67,8 @@ class TrainedResult:
             "note": self.note,
             "histogram_of": self.histogram_of,
             "layers": [asdict(row) for row in self.layers],
-            "totals": self.totals,
-            "accuracy": self.accuracy,
+            "totals": self.report["totals"],
+            "accuracy": self.report["accuracy"],
             "pictures": [str(picture) for picture in self.pictures],
         }
 
@@ -78,7 +83,7 @@ def inspect_trained(path: Path, *, out: Path | None = None, on_progress: Progres
         what, histogram_of, tensors = "run", "float weights", run_tensors(path)
     else:
         what, histogram_of, tensors = "artifact", "stored values", _stored(path)
-    rows = {row["name"]: row for row in found["layers"] if row["kind"] != "bias"}
+    rows = {row["name"]: row for row in found["layers"] if row["kind"] != "bias" and 0 not in row["shape"]}
     layers = {}
     for quantized, weights in tensors:
         if quantized.name in rows:
@@ -90,12 +95,12 @@ def inspect_trained(path: Path, *, out: Path | None = None, on_progress: Progres
     steps = found["run"]["steps"]
     note = f"{'finetuned' if what == 'run' else 'exported'} from {found['source']['path']}, {steps:,} steps"
     in_order = tuple(layers[name] for name in rows)
-    result = TrainedResult(what, path, note, histogram_of, in_order, found["totals"], found["accuracy"])
+    result = TrainedResult(what, path, note, histogram_of, in_order, found)
     if out is None:
         return result
-    from ddqcli.commands.inspect_pictures import write_trained_pictures
+    from ddqcli.commands.trained_pictures import write_pictures
 
-    return write_trained_pictures(result, out, on_progress)
+    return write_pictures(result, out, on_progress)
 
 
 def run_tensors(path: Path) -> Iterator[tuple[QuantizedTensor, StoredTensor]]:
@@ -158,9 +163,7 @@ def _row(row: dict[str, Any], quantized: QuantizedTensor, weights: StoredTensor 
 
 def stored_values(tensor: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
     """The level values of all groups, ascending and each once, and how many values of the tensor each one has."""
-    taken = [
-        np.bincount(row, minlength=len(levels)) for row, levels in zip(tensor.rows(), tensor.levels, strict=True)
-    ]
+    taken = [np.bincount(row, minlength=len(levels)) for row, levels in zip(tensor.rows(), tensor.levels, strict=True)]
     values = [
         (levels.astype(np.float32) - zero_point) * scale
         for levels, scale, zero_point in zip(tensor.levels, tensor.scale, tensor.zero_point, strict=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ddqcli.engine.runs import Run
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.recipe import parse_size
+from ddqcli.text import numbers_in_order
 
 if TYPE_CHECKING:
     from ddqcli.artifact.format import Artifact
@@ -72,9 +73,11 @@ class ReportResult:
     source: Path
     report: dict[str, Any]
     unmet: tuple[str, ...] = ()
+    page: Path | None = None  # where it was written as HTML
 
     def data(self) -> dict[str, Any]:
-        return {"target": str(self.source), **self.report}
+        page = {"page": str(self.page)} if self.page else {}
+        return {"target": str(self.source), **page, **self.report}
 
 
 def report(target: Path | None = None, limits: Limits | None = None) -> ReportResult:
@@ -95,7 +98,7 @@ def travelling(report: dict[str, Any]) -> dict[str, Any]:
     rows = sorted(report["layers"], key=lambda row: row["name"])
     return {
         **{key: report[key] for key in _CARRIED},
-        "source": {**report["source"], "path": Path(report["source"]["path"]).name},
+        "source": {**report["source"], **{key: Path(report["source"][key]).name for key in ("path", "arch")}},
         "kind": [row["kind"] for row in rows],
         "error": [row["error"] for row in rows],
         "learned": [a["name"] for a in report["activations"] if a["levels"] == "learned"],
@@ -129,6 +132,7 @@ def _rebuilt(artifact: Artifact, carried: dict[str, Any]) -> dict[str, Any]:
         }
         for tensor, kind, error in zip(tensors, carried["kind"], carried["error"], strict=True)
     ]
+    layers.sort(key=lambda layer: numbers_in_order(layer["name"]))
     quantized, weights = sum(t.nbytes for t in tensors), sum(t.indices.size for t in tensors)
     activations = [
         {"name": name.removesuffix(" (input)"), "bits": table.bits, "bytes": table.nbytes}

@@ -31,12 +31,27 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The share of one process in a run of `count` processes: of every batch, each count-th sample from `rank` on."""
+
+    rank: int = 0
+    count: int = 1
+
+    def of(self, batch: Tensor) -> Tensor:
+        return batch[self.rank :: self.count] if self.count > 1 else batch
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
 class Order:
     """Which samples make which batch; without a seed all of them, in order."""
 
     samples: int
     batch_size: int
     seed: int | None = None
+    shard: Shard = WHOLE
 
     def __len__(self) -> int:
         if self.seed is None or self.samples < self.batch_size:
@@ -49,7 +64,7 @@ class Order:
             indices = torch.arange(self.samples)
         else:
             indices = torch.randperm(self.samples, generator=generator("order", self.seed, epoch))
-        return list(indices.split(self.batch_size))[: len(self)]
+        return [self.shard.of(batch) for batch in indices.split(self.batch_size)[: len(self)]]
 
 
 class MemoryBatches:
@@ -155,8 +170,8 @@ class ReadyBatches:
     Starting in the midst of an epoch fetches the batches before `start` and drops them.
     """
 
-    def __init__(self, batches: Any, device: torch.device, *, seed: int) -> None:
-        self.batches, self.device, self.seed = batches, device, seed
+    def __init__(self, batches: Any, device: torch.device, *, seed: int, shard: Shard = WHOLE) -> None:
+        self.batches, self.device, self.seed, self.shard = batches, device, seed, shard
         if isinstance(batches, DataLoader) and batches.batch_size and hasattr(batches.sampler, "__len__"):
             self._length = len(batches)
             self.samples = len(batches.sampler)
@@ -172,7 +187,7 @@ class ReadyBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for number, (inputs, targets) in enumerate(self._fetched(epoch)):
             if number >= start:
-                yield to_device(inputs, self.device), to_device(targets, self.device)
+                yield to_device(self.shard.of(inputs), self.device), to_device(self.shard.of(targets), self.device)
 
     def _fetched(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         iterator, number = None, 0

@@ -179,6 +179,13 @@ def _check_zip(path: Path, size: int) -> None:
             )
     if sum(record.file_size for record in records) > size:
         raise CheckpointError(f"Cannot read {path}: its records claim more than its {size} bytes; save it again.")
+    with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not look at them
+        try:
+            broken = archive.testzip()
+        except Exception as error:
+            raise _damaged(path, error) from error
+    if broken:
+        raise CheckpointError(f"Cannot read {path}: its record {broken} is damaged; download or save it again.")
 
 
 def _refusal(path: Path, error: UnpicklingError) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ddqcli.engine.augment import Prepare
-from ddqcli.engine.batches import Batches, LoadedBatches, MemoryBatches, Order, ReadyBatches
+from ddqcli.engine.batches import WHOLE, Batches, LoadedBatches, MemoryBatches, Order, ReadyBatches, Shard
 from ddqcli.engine.images import ImageFormat, Reader, choose_format, decode
 from ddqcli.engine.sources import Source, call_factory, is_torchvision, open_folder, open_npz, open_torchvision
 from ddqcli.errors import DataError, UsageError
@@ -37,8 +37,13 @@ class Data:
     note: str  # one line: what was found, and the preprocessing in force
 
 
-def load_data(section: DataSection, *, seed: int, device: torch.device) -> Data:
-    """The data that `section` names, deterministic in `seed`. Raises DataError, UsageError."""
+def load_data(section: DataSection, *, seed: int, device: torch.device, shard: Shard = WHOLE) -> Data:
+    """The data that `section` names, deterministic in `seed`; of each batch, one process's shard.
+
+    Raises DataError, UsageError.
+    """
+    if shard.count > section.batch_size:
+        raise UsageError(f"A batch of {section.batch_size} is too small for {shard.count} processes; set data.batch_size.")
     source = section.source
     if not source:
         raise UsageError("No data are named; set data.source to a folder, a .npz file, DATASET:ROOT or module:factory.")
@@ -52,20 +57,22 @@ def load_data(section: DataSection, *, seed: int, device: torch.device) -> Data:
     elif colon and is_torchvision(head, tail):
         found = open_torchvision(head, str(Path(tail).expanduser()), section.kwargs)
     elif colon:
-        return _from_factory(source, section, seed, device)
+        return _from_factory(source, section, seed, device, shard)
     else:
         raise DataError(f"The data {source} do not exist; give a folder, a .npz file, DATASET:ROOT or module:factory.")
     loss, metric = classification(found.count, exact=found.classes is not None)
     make = _from_tensors if isinstance(found.train, TensorDataset) else _from_images
-    train, val, note = make(found, section, seed, device)
+    train, val, note = make(found, section, seed, device, shard)
     return Data(train, val, loss, metric, found.classes, note)
 
 
-def _from_images(source: Source, section: DataSection, seed: int, device: torch.device) -> tuple[Batches, Batches, str]:
+def _from_images(
+    source: Source, section: DataSection, seed: int, device: torch.device, shard: Shard
+) -> tuple[Batches, Batches, str]:
     """Images: small ones with crops after padding, large ones with crops of random size; in memory if they fit."""
     form = choose_format(source, section)
     pad = section.pad if form.small else 0
-    augment = Prepare(form.mean, form.std, device, seed=seed, pad=pad, flip=section.flip)
+    augment = Prepare(form.mean, form.std, device, seed=seed * shard.count + shard.rank, pad=pad, flip=section.flip)
     plain = Prepare(form.mean, form.std, device)
     val_size = max(SMALL_VAL_BATCH, section.batch_size) if form.small else section.batch_size
 
@@ -75,18 +82,18 @@ def _from_images(source: Source, section: DataSection, seed: int, device: torch.
             return LoadedBatches(reader, order, device, seed=seed, workers=section.workers, prepare=prepare)
         return MemoryBatches(*decode(reader), order, device, prepare)
 
-    train = batches(source.train, Order(len(source.train), section.batch_size, seed), augment, not form.small)
-    val = batches(source.val, Order(len(source.val), val_size), plain, False)
+    train = batches(source.train, Order(len(source.train), section.batch_size, seed, shard), augment, not form.small)
+    val = batches(source.val, Order(len(source.val), val_size, shard=shard), plain, False)
     return train, val, _note(source, form, section, train, val)
 
 
 def _from_tensors(
-    source: Source, section: DataSection, seed: int, device: torch.device
+    source: Source, section: DataSection, seed: int, device: torch.device, shard: Shard
 ) -> tuple[Batches, Batches, str]:
     """Inputs that are ready for the model: passed on as they are."""
     (inputs, targets), (val_inputs, val_targets) = source.train.tensors, source.val.tensors
-    train = MemoryBatches(inputs, targets, Order(len(inputs), section.batch_size, seed), device)
-    val = MemoryBatches(val_inputs, val_targets, Order(len(val_inputs), section.batch_size), device)
+    train = MemoryBatches(inputs, targets, Order(len(inputs), section.batch_size, seed, shard), device)
+    val = MemoryBatches(val_inputs, val_targets, Order(len(val_inputs), section.batch_size, shard=shard), device)
     shape = "x".join(str(side) for side in inputs.shape[1:])
     if val_inputs.shape[1:] != inputs.shape[1:]:
         raise DataError(f"{source.place}: training and evaluation images differ in shape; make them equal.")
@@ -94,7 +101,7 @@ def _from_tensors(
     return train, val, note
 
 
-def _from_factory(spec: str, section: DataSection, seed: int, device: torch.device) -> Data:
+def _from_factory(spec: str, section: DataSection, seed: int, device: torch.device, shard: Shard) -> Data:
     """A user's own data, with their own loss and metric where given."""
     made = call_factory(spec, section.kwargs)
     size, workers = section.batch_size, section.workers
@@ -105,13 +112,13 @@ def _from_factory(spec: str, section: DataSection, seed: int, device: torch.devi
             if not hasattr(part, "__iter__") or iter(part) is part:
                 kind = f"{name} of {spec} is a {type(part).__name__}"
                 raise DataError(f"{kind}; give a data set, or batches that can be run through again.")
-            ready = ReadyBatches(part, device, seed=seed)
+            ready = ReadyBatches(part, device, seed=seed, shard=shard)
         elif not hasattr(part, "__len__"):
             raise DataError(f"{name} of {spec} has no length; give its class a __len__.")
         elif isinstance(part, TensorDataset) and len(part.tensors) == 2:
-            ready = MemoryBatches(*part.tensors, Order(len(part), size, order_seed), device)
+            ready = MemoryBatches(*part.tensors, Order(len(part), size, order_seed, shard), device)
         else:
-            ready = LoadedBatches(part, Order(len(part), size, order_seed), device, seed=seed, workers=workers)
+            ready = LoadedBatches(part, Order(len(part), size, order_seed, shard), device, seed=seed, workers=workers)
         if ready.samples == 0:
             raise DataError(f"{name} of {spec} holds no samples.")
         return ready

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ddqcli.engine.convert import Converted
 from ddqcli.engine.data import Data
+from ddqcli.errors import DataError
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 OnProgress = Callable[[str, int, int], None]  # what is going on, done, total
@@ -70,7 +71,9 @@ def calibrate(converted: Converted, data: Data, batches: int, watch: Callable[[]
         quantizer.observing = True
     model = converted.model
     with frozen_batch_norm(model):
-        for x, y in islice(data.train.epoch(0), batches):
+        for number, (x, y) in enumerate(islice(data.train.epoch(0), batches)):
+            if x.is_floating_point() and not x.isfinite().all():
+                raise DataError(f"Batch {number} of the training data holds NaN or infinite values; repair the data.")
             data.loss(output_of(model(x)), y).backward()
             watch()
             model.zero_grad(set_to_none=True)

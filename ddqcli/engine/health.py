@@ -78,7 +78,7 @@ def _levels_used(tensor: ConvertedTensor) -> int:
 def _idle_gates(trainer: Trainer, metrics: list[dict[str, Any]]) -> str | None:
     """Under the paper's rule: no gate moved before they froze, so the budget was met by force."""
     gates, recipe = trainer.gates, trainer.recipe
-    before = [entry["bits"] for entry in metrics if entry["step"] <= gates.frozen_from]
+    before = [entry["bits"] for entry in metrics if "bits" in entry and entry["step"] <= gates.frozen_from]
     if recipe.gates.rule != "paper" or not gates.moving or not before or any(bits != before[0] for bits in before):
         return None
     if all(before[0][t.name] < t.max_bits for t in trainer.converted.tensors if not t.fixed):

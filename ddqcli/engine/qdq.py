@@ -1,20 +1,21 @@
 """An ONNX graph of torch's exporter with float weights -> the same graph in whole numbers; needs onnx, not torch.
 
-A weight is (k - zero_point) * scale with k in 0..255: exactly the int8 tensor k - 128. BatchNorm after a convolution is one
-factor and one shift a channel: the factor goes into the scale, so the whole numbers stay what was trained. Where all of
+A weight is (level - zero_point) * scale: an int8 tensor without any rounding. BatchNorm after a convolution is one factor and
+one shift a channel: the factor goes into the scale, so the whole numbers stay what was trained. What stands between uint8 and
+uint8,
 
-    u8 -> DequantizeLinear -> Conv <- DequantizeLinear <- int8;  Conv -> BatchNormalization -> Relu -> QuantizeLinear
+    DequantizeLinear -> Conv <- DequantizeLinear <- int8;  Conv -> BatchNormalization -> Relu -> QuantizeLinear
 
-is there, onnxruntime runs it as one QLinearConv. A convolution whose result stays float (before a residual addition) has no
-fast kernel there; as a MatMul over its windows it has one, whose sums are exact and whose scale and shift are float.
+onnxruntime runs as one QLinearConv. A convolution whose result stays float (before a residual addition) has no fast kernel
+there; as a Gemm over its windows it has one. In both, the shift is an int32 in units of the sums: the one value that is rounded.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -23,23 +24,57 @@ from onnx import numpy_helper
 from ddqcli.artifact.tensors import QuantizedTensor
 
 Array = np.ndarray[Any, Any]
-_FEWEST_CHANNELS = 16  # below it, gathering windows costs more than whole numbers save
-_LARGEST_BIAS = 2**30
+_FEWEST_CHANNELS = 16  # of a kernel that is worth gathering windows for
+_LARGEST_SHIFT = 2**30
 
 
 def rewrite(model: Any, weights: Mapping[str, QuantizedTensor]) -> Any:
-    """The onnx.ModelProto with `weights` in the place of the float initializers of these names."""
+    """The onnx.ModelProto with `weights` in the place of the float initializers of these names; changes `model`."""
     return _Rewriter(model, weights).run()
 
 
 @dataclass
 class _Kernel:
-    """A convolution's weights as whole numbers, with one scale and shift for each output channel."""
+    """Weights as whole numbers, with one scale and shift for each output channel."""
 
     integers: Array  # int8 [K, C/groups, ...]
-    scale: Array  # float32 [K]
+    scale: Array  # float32 [K]; may be negative, or 0
     zero_point: Array  # int8 [K]
     shift: Array  # float32 [K]
+
+    @property
+    def small(self) -> bool:
+        """Whether so few channels go in (3, or 1 of a depthwise convolution) that whole numbers save neither time nor bytes."""
+        return bool(self.integers.shape[1] < _FEWEST_CHANNELS)
+
+    def floats(self) -> Array:
+        spread = (-1, *[1] * (self.integers.ndim - 1))
+        return (self.integers - self.zero_point.astype(np.float32).reshape(spread)) * self.scale.reshape(spread)
+
+
+class _Windows(NamedTuple):
+    """How the windows of a convolution lie in an image; pairs are for both axes."""
+
+    source: tuple[int, int]  # [H, W] of the image
+    size: tuple[int, int]  # [H', W'] of the result
+    pads: tuple[int, int, int, int]  # top, left, bottom, right
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    def places(self) -> Array:
+        """int32 [H' * W' * kh * kw]: the pixel of the padded image, counted row by row, that each window has at each tap."""
+        rows, columns = (
+            np.arange(self.size[axis])[:, None] * self.strides[axis]
+            + np.arange(self.kernel[axis])[None] * self.dilations[axis]
+            for axis in (0, 1)
+        )  # [H', kh], [W', kw]
+        width = self.source[1] + self.pads[1] + self.pads[3]
+        return (rows[:, None, :, None] * width + columns[None, :, None, :]).astype(np.int32).reshape(-1)
 
 
 class _Rewriter:
@@ -51,18 +86,19 @@ class _Rewriter:
         self.maker = {name: node for node in self.graph.node for name in node.output}
         self.users: dict[str, list[Any]] = {}
         for node in self.graph.node:
-            for name in set(node.input):
+            for name in {node.input[0]} if node.op_type == "CastLike" else set(node.input):  # which sees but a type
                 self.users.setdefault(name, []).append(node)
         self.results = {output.name for output in self.graph.output}
         self.shapes = {v.name: _shape(v) for v in (*self.graph.value_info, *self.graph.input, *self.graph.output)}
         self.nodes: list[Any] = []
         self.absorbed: set[str] = set()  # outputs of nodes that another one now does the work of
         self.clipped: dict[str, tuple[int, int]] = {}  # output of a QuantizeLinear -> range that it is to be held in
+        self.dequantized: dict[str, str] = {}  # weight -> its value in the graph, where used as it is
         self.names: Counter[str] = Counter()
 
     def run(self) -> Any:
         for node in list(self.graph.node):
-            if node.output[0] not in self.absorbed:
+            if node.output and node.output[0] not in self.absorbed:
                 self._replace(node)
         self._drop_unused()
         return self.model
@@ -83,38 +119,37 @@ class _Rewriter:
     # ---- convolutions
 
     def _conv(self, conv: Any) -> None:
-        x, name = conv.input[0], conv.input[1]
-        bias = self._value(conv.input[2]) if len(conv.input) > 2 else None
+        name, bias = conv.input[1], self._value(conv.input[2]) if len(conv.input) > 2 else None
         kernel, end = self._folded(conv, _kernel(self.weights[name], bias))
-        whole = self._quantize_before(x)
-        after = self._quantize_after(end) if whole else None
-        if after and (rounded := self._rounded_bias(kernel, whole)) is not None:
+        whole = self._dequantize_before(conv.input[0])
+        shift = self._whole_shift(kernel, whole) if whole else None
+        after = self._quantize_after(end)
+        windows = self._windows(conv)
+        if shift is not None and after and len(set(kernel.zero_point.tolist())) == 1:  # as QLinearConv demands
             activation, quantize = after
             if activation is not None:
                 self._move_clip(activation, quantize)
-            bias_scale = kernel.scale * self._value(whole.input[1])
-            shift = self._dequantize(f"{name}.shift", rounded, bias_scale, np.zeros_like(rounded), 0)
-            self._emit_conv(conv, name, kernel, shift, quantize.input[0])
-        elif whole and self._as_windows(conv, kernel):
-            self._emit_windows(conv, name, kernel, whole, end)
+            self._emit_whole(conv, name, kernel, whole, shift, quantize.input[0])
+        elif shift is not None and windows and not kernel.small:
+            self._emit_windows(conv, windows, name, kernel, whole, shift, end)
         else:
-            self._emit_conv(conv, name, kernel, self._constant(f"{name}.shift", kernel.shift), end)
+            weight = self._constant(self._new(f"{name}.float"), kernel.floats()) if kernel.small else None
+            weight = weight or self._dequantize(name, kernel.integers, kernel.scale, kernel.zero_point, 0)
+            self._emit_conv(conv, [conv.input[0], weight, self._constant(f"{name}.shift", kernel.shift)], end)
 
     def _folded(self, conv: Any, kernel: _Kernel) -> tuple[_Kernel, str]:
         """The kernel with the BatchNorm that follows, if one does and nothing else sees what lies between; its output."""
         norm = self._only_user(conv.output[0])
-        if norm is None or norm.op_type != "BatchNormalization":
-            return kernel, conv.output[0]
-        weight, bias, mean, variance = (self._value(name) for name in norm.input[1:5])
-        if any(value is None for value in (weight, bias, mean, variance)):
+        values = [self._value(name) for name in norm.input[1:5]] if norm and norm.op_type == "BatchNormalization" else []
+        if not values or any(value is None for value in values):
             return kernel, conv.output[0]
         self.absorbed.add(norm.output[0])
-        factor = weight.astype(np.float64) / np.sqrt(variance.astype(np.float64) + _attributes(norm)["epsilon"])
-        shift = (kernel.shift - mean.astype(np.float64)) * factor + bias
-        scale = (kernel.scale * factor).astype(np.float32)
-        return _Kernel(kernel.integers, scale, kernel.zero_point, shift.astype(np.float32)), norm.output[0]
+        weight, bias, mean, variance = (value.astype(np.float64) for value in values)
+        factor = weight / np.sqrt(variance + _attributes(norm).get("epsilon", 1e-5))
+        shift = ((kernel.shift - mean) * factor + bias).astype(np.float32)
+        return _Kernel(kernel.integers, (kernel.scale * factor).astype(np.float32), kernel.zero_point, shift), norm.output[0]
 
-    def _quantize_before(self, name: str) -> Any:
+    def _dequantize_before(self, name: str) -> Any:
         """The DequantizeLinear that makes this value, if one does."""
         node = self.maker.get(name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
@@ -127,82 +162,84 @@ class _Rewriter:
             node = self._only_user(activation.output[0])
         return (activation, node) if node is not None and node.op_type == "QuantizeLinear" else None
 
-    def _rounded_bias(self, kernel: _Kernel, whole: Any) -> Array | None:
-        """The shift in units of the sums, as QLinearConv wants it: int32 [K]; None where it cannot be had."""
+    def _whole_shift(self, kernel: _Kernel, whole: Any) -> tuple[Array, Array] | None:
+        """The shift in units of the sums, int32 [K], and the unit, float32 [K]; None where it has no such value."""
+        unit = kernel.scale * self._value(whole.input[1])
         with np.errstate(divide="ignore", invalid="ignore"):
-            rounded = np.rint(kernel.shift / (kernel.scale.astype(np.float64) * self._value(whole.input[1])))
-        rounded[(kernel.scale == 0) & (kernel.shift == 0)] = 0
-        alike = len(set(kernel.zero_point.tolist())) == 1  # which QLinearConv demands
-        return rounded.astype(np.int32) if alike and bool(np.all(np.abs(rounded) < _LARGEST_BIAS)) else None
+            rounded = np.rint(kernel.shift.astype(np.float64) / unit)
+        rounded[(unit == 0) & (kernel.shift == 0)] = 0
+        return (rounded.astype(np.int32), unit) if np.all(np.abs(rounded) < _LARGEST_SHIFT) else None
 
     def _move_clip(self, activation: Any, quantize: Any) -> None:
         """Let the quantizer saturate in place of the activation: rounding keeps order, so clipping may come after it."""
         self.absorbed.add(activation.output[0])
         scale, zero_point = (self._value(name) for name in quantize.input[1:3])
-        low, high = 0.0, np.inf
+        bounds = [0.0, np.inf]
         if activation.op_type == "Clip":
-            bounds = [self._value(name) if name else None for name in activation.input[1:3]]
-            low, high = (default if b is None else float(b) for b, default in zip(bounds, (-np.inf, high), strict=True))
+            given = [self._value(name) if name else None for name in activation.input[1:3]]
+            bounds = [open_end if end is None else end for end, open_end in zip(given, (-np.inf, np.inf), strict=True)]
         with np.errstate(over="ignore"):
-            ends = [np.clip(np.rint(np.float32(end) / scale) + zero_point, 0, 255) for end in (low, high)]
-        if ends != [0, 255]:
-            self.clipped[quantize.output[0]] = (int(ends[0]), int(ends[1]))
+            low, high = (int(np.clip(np.rint(np.float32(end) / scale) + zero_point, 0, 255)) for end in bounds)
+        if (low, high) != (0, 255):
+            self.clipped[quantize.output[0]] = (low, high)
         quantize.input[0] = activation.input[0]
 
     def _clipped_quantize(self, quantize: Any) -> None:
-        low, high = self.clipped[quantize.output[0]]
         out = quantize.output[0]
         quantize.output[0] = self._new(f"{out}.wide")
         self.nodes.append(quantize)
-        bounds = [self._constant(f"{out}.{end}", np.array(v, np.uint8)) for end, v in (("low", low), ("high", high))]
+        bounds = [self._constant(f"{out}.{at}", np.array(end, np.uint8)) for at, end in enumerate(self.clipped[out])]
         self._node("Clip", [quantize.output[0], *bounds], out)
 
-    def _emit_conv(self, conv: Any, name: str, kernel: _Kernel, shift: str, end: str) -> None:
-        weight = self._dequantize(name, kernel.integers, kernel.scale, kernel.zero_point, 0)
-        del conv.input[1:]
-        conv.input.extend([weight, shift])
+    def _emit_whole(
+        self, conv: Any, name: str, kernel: _Kernel, whole: Any, shift: tuple[Array, Array], end: str
+    ) -> None:
+        """The convolution between dequantized integers. Three channels are made four, which halves its time."""
+        x, integers = conv.input[0], kernel.integers
+        lacking = -integers.shape[1] % 4
+        if integers.ndim == 4 and lacking and _attributes(conv).get("group", 1) == 1 and not kernel.zero_point.any():
+            pads = self._constant(f"{name}.pads", np.array([0] * 5 + [lacking, 0, 0], np.int64))
+            padded = self._node("Pad", [whole.input[0], pads, whole.input[2]], self._new(f"{x}.padded"))
+            x = self._node("DequantizeLinear", [padded, *whole.input[1:3]], self._new(f"{x}.wide"))
+            integers = np.pad(integers, ((0, 0), (0, lacking), (0, 0), (0, 0)))
+        weight = self._dequantize(name, integers, kernel.scale, kernel.zero_point, 0)
+        self._emit_conv(conv, [x, weight, self._shift(name, shift)], end)
+
+    def _emit_conv(self, conv: Any, inputs: list[str], end: str) -> None:
+        del conv.input[:]
+        conv.input.extend(inputs)
         conv.output[0] = end
         self.nodes.append(conv)
 
-    # ---- windows: a convolution as a MatMul
-
-    def _as_windows(self, conv: Any, kernel: _Kernel) -> bool:
-        sizes = self.shapes.get(conv.output[0])
-        known = sizes is not None and len(sizes) == 4 and all(isinstance(size, int) for size in sizes[1:])
+    def _windows(self, conv: Any) -> _Windows | None:
+        """Those of a plain 2-D convolution of images of known size."""
+        before, after = (self.shapes.get(name, []) for name in (conv.input[0], conv.output[0]))
         a = _attributes(conv)
         plain = a.get("group", 1) == 1 and a.get("auto_pad", b"NOTSET") == b"NOTSET"
-        return known and plain and kernel.integers.shape[1] >= _FEWEST_CHANNELS
+        if not plain or len(before) != 4 or len(after) != 4 or None in (*before[1:], *after[1:]):
+            return None
+        steps = (tuple(a.get(key, (1, 1))) for key in ("kernel_shape", "strides", "dilations"))
+        return _Windows(tuple(before[2:]), tuple(after[2:]), tuple(a.get("pads", (0, 0, 0, 0))), *steps)
 
-    def _emit_windows(self, conv: Any, name: str, kernel: _Kernel, whole: Any, end: str) -> None:
-        """uint8 [B,C,H,W] -> windows [B,H',W',kh*kw*C] -> MatMul -> [B,H',W',K] -> [B,K,H',W']."""
-        a, out = _attributes(conv), conv.output[0]
-        top, left, bottom, right = a.get("pads", [0, 0, 0, 0])
-        current = self._node("Transpose", [whole.input[0]], self._new(f"{out}.nhwc"), perm=[0, 2, 3, 1])
-        if any((top, left, bottom, right)):
+    def _emit_windows(
+        self, conv: Any, windows: _Windows, name: str, kernel: _Kernel, whole: Any, shift: tuple[Array, Array], end: str
+    ) -> None:
+        """uint8 [B,C,H,W] -> pixels [B,H*W,C] -> windows [B*H'*W',kh*kw*C] -> Gemm -> [B,H',W',K] -> [B,K,H',W']."""
+        out, channels = conv.output[0], kernel.integers.shape[1]
+        current = self._node("Transpose", [whole.input[0]], self._new(f"{out}.pixels"), perm=[0, 2, 3, 1])
+        if any(windows.pads):
+            top, left, bottom, right = windows.pads
             pads = self._constant(f"{out}.pads", np.array([0, top, left, 0, 0, bottom, right, 0], np.int64))
             current = self._node("Pad", [current, pads, whole.input[2]], self._new(f"{out}.padded"))
-        _, _, height, width = self.shapes[out]
-        for axis, size in ((2, width), (1, height)):
-            taps, stride, dilation = (_along(a, key, axis) for key in ("kernel_shape", "strides", "dilations"))
-            current = self._shifted(current, out, axis, size, taps, stride, dilation)
-        inner = self._node("DequantizeLinear", [current, *whole.input[1:3]], self._new(f"{out}.windows"))
+        if windows.taps > 1 or windows.source != windows.size:
+            current = self._reshaped(current, [0, -1, channels])
+            places = self._constant(f"{windows}", windows.places(), shared=True)
+            current = self._node("Gather", [current, places], self._new(f"{out}.windows"), axis=1)
+        current = self._reshaped(current, [-1, windows.taps * channels])
         matrix = kernel.integers.transpose(2, 3, 1, 0).reshape(-1, len(kernel.scale))
-        weight = self._dequantize(name, matrix, kernel.scale, kernel.zero_point, 1)
-        product = self._node("MatMul", [inner, weight], self._new(f"{out}.product"))
-        shift = self._constant(f"{name}.shift", kernel.shift)
-        moved = self._node("Add", [product, shift], self._new(f"{out}.shifted"))
-        self._node("Transpose", [moved], end, perm=[0, 3, 1, 2])
-
-    def _shifted(self, x: str, out: str, axis: int, size: int, taps: int, stride: int, dilation: int) -> str:
-        """x beside itself, once for each tap of the kernel along `axis`, on the channels' axis."""
-        if taps == 1 and stride == 1:
-            return x
-        pieces = []
-        for tap in range(taps):
-            ends = (tap * dilation, tap * dilation + (size - 1) * stride + 1, axis, stride)
-            slices = [self._constant(f"slice.{value}", np.array([value], np.int64), shared=True) for value in ends]
-            pieces.append(self._node("Slice", [x, *slices], self._new(f"{out}.tap")))
-        return pieces[0] if taps == 1 else self._node("Concat", pieces, self._new(f"{out}.taps"), axis=3)
+        product = self._gemm(current, whole, name, matrix, kernel, shift)
+        image = self._reshaped(product, [-1, *windows.size, len(kernel.scale)])
+        self._node("Transpose", [image], end, perm=[0, 3, 1, 2])
 
     # ---- linear layers and the rest
 
@@ -216,35 +253,51 @@ class _Rewriter:
             transpose = self.maker.get(name)
             plain = transpose is not None and transpose.op_type == "Transpose"
             name = transpose.input[0] if plain else name
+        sizes = self.shapes.get(node.output[0])
         plain = plain and name in self.weights and len(self.weights[name].shape) == 2
-        return name if plain and self._quantize_before(node.input[0]) else None
+        known = sizes is not None and None not in sizes[1:] and self._dequantize_before(node.input[0])
+        return name if plain and known else None
 
     def _linear(self, node: Any, name: str) -> None:
-        """MatMul with the weights' scales on its columns, and the bias in float."""
-        kernel = _kernel(self.weights[name], None)
-        weight = self._dequantize(name, kernel.integers.T, kernel.scale, kernel.zero_point, 1)
-        biased = node.op_type == "Gemm" and len(node.input) > 2
-        end = self._new(f"{node.output[0]}.product") if biased else node.output[0]
-        self._node("MatMul", [node.input[0], weight], end)
-        if biased:
-            bias = self._dequantized(node.input[2]) if node.input[2] in self.weights else node.input[2]
-            self._node("Add", [end, bias], node.output[0])
+        """Rows [..., in] as [N, in] -> Gemm -> [N, out] as [..., out]."""
+        kernel = _kernel(self.weights[name], self._value(node.input[2]) if len(node.input) > 2 else None)
+        whole, sizes = self._dequantize_before(node.input[0]), self.shapes[node.output[0]]
+        shift = self._whole_shift(kernel, whole)
+        if shift is None:
+            for at in (1, 2)[: len(node.input) - 1]:
+                node.input[at] = self._dequantized(node.input[at]) if node.input[at] in self.weights else node.input[at]
+            self.nodes.append(node)
+        elif len(sizes) == 2:
+            self._gemm(whole.input[0], whole, name, kernel.integers.T, kernel, shift, node.output[0])
+        else:
+            rows = self._reshaped(whole.input[0], [-1, kernel.integers.shape[1]])
+            product = self._gemm(rows, whole, name, kernel.integers.T, kernel, shift)
+            self._reshaped(product, [-1, *sizes[1:]], node.output[0])
+
+    def _gemm(
+        self, x: str, whole: Any, name: str, matrix: Array, kernel: _Kernel, shift: tuple[Array, Array], end: str = ""
+    ) -> str:
+        """uint8 x [N, n], on the grid of `whole`, times matrix [n, K], plus the shift [K], as float [N, K]."""
+        rows = self._node("DequantizeLinear", [x, *whole.input[1:3]], self._new(f"{x}.rows"))
+        weight = self._dequantize(name, matrix, kernel.scale, kernel.zero_point, 1)
+        return self._node("Gemm", [rows, weight, self._shift(name, shift)], end or self._new(f"{name}.product"))
+
+    def _shift(self, name: str, shift: tuple[Array, Array]) -> str:
+        return self._dequantize(f"{name}.shift", shift[0], shift[1], np.zeros_like(shift[0]), 0)
 
     def _dequantized(self, name: str) -> str:
-        """The weight as a value of the graph, in its own shape."""
-        tensor = self.weights[name]
-        if name in self.names:
-            return f"{name}.value"
-        integers = (tensor.integers().astype(np.int16) - 128).astype(np.int8)
-        zero_point = (tensor.zero_point.astype(np.int16) - 128).astype(np.int8)
-        return self._dequantize(name, integers, tensor.scale, zero_point, tensor.axis)
+        """The weight as a value of the graph, in its own shape; stored once, however often it is used."""
+        if name not in self.dequantized:
+            tensor, (integers, zero_point) = self.weights[name], _int8(self.weights[name])
+            self.dequantized[name] = self._dequantize(name, integers, tensor.scale, zero_point, tensor.axis)
+        return self.dequantized[name]
 
     def _dequantize(self, name: str, integers: Array, scale: Array, zero_point: Array, axis: int | None) -> str:
-        """`name`.value = (integers - zero_point) * scale, along `axis`, or as a whole where it is None."""
+        """(integers - zero_point) * scale, along `axis`, or as a whole where it is None."""
         if axis is None:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
         base = self._new(name)
-        tables = {f"{base}.levels": integers, f"{base}.scale": scale, f"{base}.zero_point": zero_point}
+        tables = {f"{base}.integers": integers, f"{base}.scale": scale, f"{base}.zero_point": zero_point}
         inputs = [self._constant(key, np.ascontiguousarray(value)) for key, value in tables.items()]
         return self._node("DequantizeLinear", inputs, f"{base}.value", **({} if axis is None else {"axis": axis}))
 
@@ -261,19 +314,26 @@ class _Rewriter:
         if name in self.constants:
             return numpy_helper.to_array(self.constants[name])
         node = self.maker.get(name)
-        if node is not None and node.op_type == "Constant":
-            return numpy_helper.to_array(_attributes(node)["value"])
-        return None
+        if node is None or node.op_type not in ("Constant", "Cast", "CastLike", "Identity"):
+            return None
+        if node.op_type != "Constant":
+            return self._value(node.input[0])
+        (value,) = _attributes(node).values()
+        return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.array(value)
 
     def _new(self, name: str) -> str:
         self.names[name] += 1
         return name if self.names[name] == 1 else f"{name}.{self.names[name]}"
 
     def _constant(self, name: str, value: Array, *, shared: bool = False) -> str:
-        if name not in self.constants or not shared:
+        if not shared or name not in self.constants:
             self.constants[name] = numpy_helper.from_array(value, name)
             self.graph.initializer.append(self.constants[name])
         return name
+
+    def _reshaped(self, x: str, shape: list[int], end: str = "") -> str:
+        target = self._constant(f"shape {shape}", np.array(shape, np.int64), shared=True)
+        return self._node("Reshape", [x, target], end or self._new(f"{x}.reshaped"))
 
     def _node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=output, **attributes))
@@ -292,23 +352,29 @@ class _Rewriter:
             getattr(self.graph, field).extend(values)
 
 
+def _int8(tensor: QuantizedTensor) -> tuple[Array, Array]:
+    """int8 [shape] and zero points [groups]: 0 where the values fit so, for that is what onnxruntime is fast at."""
+    spread = [1] * len(tensor.shape)
+    if tensor.axis is not None:
+        spread[tensor.axis] = -1
+    level, zero_point = tensor.integers().astype(np.int16), tensor.zero_point.astype(np.int16)
+    centred = level - zero_point.reshape(spread)
+    if not level.size or (centred.min() >= -128 and centred.max() <= 127):
+        return centred.astype(np.int8), np.zeros(len(zero_point), np.int8)
+    return (level - 128).astype(np.int8), (zero_point - 128).astype(np.int8)
+
+
 def _kernel(tensor: QuantizedTensor, bias: Array | None) -> _Kernel:
     outputs = tensor.shape[0]
-    wide = [np.broadcast_to(part, outputs) for part in (tensor.scale, tensor.zero_point.astype(np.int16) - 128)]
-    shift = np.zeros(outputs, np.float32) if bias is None else bias
-    integers = (tensor.integers().astype(np.int16) - 128).astype(np.int8)
-    return _Kernel(integers, wide[0].astype(np.float32), wide[1].astype(np.int8), shift)
+    integers, zero_point = _int8(tensor)
+    shift = np.zeros(outputs, np.float32) if bias is None else np.broadcast_to(bias, outputs)
+    return _Kernel(integers, np.broadcast_to(tensor.scale, outputs), np.broadcast_to(zero_point, outputs), shift)
 
 
 def _attributes(node: Any) -> dict[str, Any]:
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
-def _along(attributes: Mapping[str, Any], key: str, axis: int) -> int:
-    """A convolution's attribute for an axis of [B,H,W,C]."""
-    return int(attributes.get(key, [1, 1])[axis - 1])
-
-
 def _shape(value: Any) -> list[int | None]:
-    sizes = value.type.tensor_type.shape.dim
-    return [size.dim_value if size.HasField("dim_value") else None for size in sizes]
+    """Sizes; None for those that are open."""
+    return [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]

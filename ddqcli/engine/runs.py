@@ -181,7 +181,11 @@ class Run:
         """Write a torch file, whole or not at all."""
         import torch
 
-        write_whole(self.path / name, lambda temporary: torch.save(state, temporary))
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+
+        write_whole(self.path / name, write)
 
     def load(self, name: str) -> dict[str, Any]:
         """Read a torch file of this run; raises UsageError if it is missing, DDQError if any bit of it changed."""
@@ -265,13 +269,12 @@ def _disk(path: Path) -> Iterator[None]:
     """Turns what the disk refuses into one sentence."""
     try:
         yield
-    except OSError as error:
-        kind = UsageError if isinstance(error, _WRONG_PLACES) else DDQError
-        raise kind(f"{path} cannot be written: {error.strerror}; what was there before is kept.") from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):  # how torch.save reports a full disk
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides it behind its own
+        if not isinstance(cause, OSError):
             raise
-        raise DDQError(f"{path} cannot be written: the disk is full; what was there before is kept.") from error
+        kind = UsageError if isinstance(cause, _WRONG_PLACES) else DDQError
+        raise kind(f"{path} cannot be written: {cause.strerror}; what was there before is kept.") from error
 
 
 def _entry(line: str) -> dict[str, Any] | None:

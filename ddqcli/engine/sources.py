@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,11 +131,21 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays that open_npz may want, the others as empty ones (to be listed in messages)."""
     known = {key for choices in _NPZ_KEYS.values() for pair in choices for key in pair}
     try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(info.file_size for info in archive.infolist())
+        if claimed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            raise DataError(
+                f"{path} claims to hold {claimed:,} bytes, and the memory {memory:,}; give a factory instead."
+            )
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] if key in known else np.empty(0) for key in file.files}
     except FileNotFoundError as error:
         raise DataError(f"The data {path} does not exist.") from error
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except DataError:
+        raise
+    except Exception as error:  # damaged bytes make zipfile and numpy raise nearly anything
         reason = str(error).rstrip(".") or type(error).__name__
         raise DataError(f"{path} cannot be read as a .npz without pickled objects: {reason}.") from error
 

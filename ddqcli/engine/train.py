@@ -98,6 +98,7 @@ class Trainer:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a saved state; raises DDQError if it is not one of this model."""
+        self.model.zero_grad(set_to_none=True)
         try:
             self.step, self.lr_scale = state["step"], state["lr_scale"]
             self.model.load_state_dict(state["model"])

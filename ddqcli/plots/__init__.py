@@ -7,6 +7,7 @@ from ddqcli.plots.training import (
     bits_over_time_figure,
     error_over_time_figure,
     levels_over_time_figure,
+    loss_over_time_figure,
     size_against_accuracy_figure,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "for_page",
     "layer_figure",
     "levels_over_time_figure",
+    "loss_over_time_figure",
     "overview_figures",
     "save",
     "size_against_accuracy_figure",

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 from matplotlib.ticker import MaxNLocator
 
 from ddqcli.plots.style import (
@@ -17,6 +19,7 @@ from ddqcli.plots.style import (
     INK,
     ORANGE,
     PURPLE,
+    SKY,
     new_figure,
     place,
     settings,
@@ -25,7 +28,13 @@ from ddqcli.plots.style import (
 )
 from ddqcli.text import count, shorten
 
-WORD_COLOURS = {"Gaussian-like": BLUE, "heavy-tailed": ORANGE, "multi-peaked": GREEN, "flat": PURPLE}
+WORD_COLOURS = {
+    "Gaussian-like": BLUE,
+    "heavy-tailed": ORANGE,
+    "multi-peaked": GREEN,
+    "flat": PURPLE,
+    "as stored": SKY,  # of an exported file only values on levels are known
+}
 PER_SHEET = (5, 8)  # panels across and down
 FEW_LEVELS = 64  # that a panel of a sheet has room for
 
@@ -53,12 +62,14 @@ def layer_figure(layer: Layer) -> Figure:
         axes = place(figure, 0.62, 0.72, 3.64, 1.55)
         _histogram(axes, layer)
         axes.set_xlabel("weight")
-        axes.set_ylabel("weights per bin" + (" (log)" if axes.get_yscale() == "log" else ""))
+        each = "level" if layer.counts_at_levels else "bin"
+        axes.set_ylabel(f"weights per {each}" + (" (log)" if axes.get_yscale() == "log" else ""))
         axes.grid(axis="y")
         write(figure, 0.12, 2.57, shorten(layer.name, 52), size=9, bold=True)
         write(figure, 0.12, 2.39, f"{layer.kind}, {sum(layer.counts):,} weights, {layer.word}")
         if len(layer.levels):
             write(figure, 0.12, 0.15, "|", size=10, bold=True)
+        if layer.levels_name:
             write(figure, 0.24, 0.14, layer.levels_name)
     return figure
 
@@ -73,15 +84,16 @@ def overview_figures(layers: Sequence[Layer]) -> list[Figure]:
 
 
 def _sheet(layers: Sequence[Layer], across: int, number: int, sheets: int) -> Figure:
-    """Panels drawn by hand on one canvas in inches: axes of their own would take ten times as long."""
+    """Panels drawn by hand on one canvas in inches: axes of their own would take twice as long."""
     panel_width, panel_height, top, bottom = 2.15, 1.35, 0.62, 0.1
     width, height = 0.15 + across * panel_width, top + -(-len(layers) // across) * panel_height + bottom
     figure = new_figure(width, height)
+    title = "Weights and levels by layer" if any(layer.learned for layer in layers) else "Weights by layer"
     page = f", sheet {number} of {sheets}" if sheets > 1 else ""
-    write(figure, 0.15, height - 0.18, f"Weights by layer{page}", size=11, bold=True)
-    legend = {f"{word} (log height)" if word == "heavy-tailed" else word: c for word, c in WORD_COLOURS.items()}
+    write(figure, 0.15, height - 0.18, title + page, size=11, bold=True)
     words = {layer.word for layer in layers}
-    squares(figure, 0.15, height - 0.41, legend if words & set(WORD_COLOURS) else {"values stored at each level": GREY})
+    legend = {word + " (log height)" * (word == "heavy-tailed"): c for word, c in WORD_COLOURS.items() if word in words}
+    squares(figure, 0.15, height - 0.41, legend)
     canvas = place(figure, 0, 0, width, height, xlim=(0, width), ylim=(0, height))
     canvas.set_axis_off()
     for k, layer in enumerate(layers):
@@ -99,23 +111,27 @@ def _panel(canvas: Axes, layer: Layer, left: float, floor: float, width: float) 
         return left + (np.asarray(values) - low + margin) / (high - low + 2 * margin) * width
 
     colour = WORD_COLOURS.get(layer.word, GREY)
+    counts, log = _bins(layer, 48)
+    share = np.log(np.maximum(counts, 0.5) / 0.5) / np.log(2 * counts.max()) if log else counts / counts.max()
     if layer.counts_at_levels:
-        canvas.vlines(at(layer.levels), base, base + room * np.asarray(layer.counts) / max(layer.counts), color=colour, lw=1)
+        canvas.vlines(at(layer.levels), base, base + room * share, color=colour, lw=min(2.5, 50 / len(counts)))
     else:
-        counts, log = _bins(layer, 48)
-        share = np.log(np.maximum(counts, 0.5) / 0.5) / np.log(2 * counts.max()) if log else counts / counts.max()
         edges = at(np.linspace(low, high, len(counts) + 1))
-        canvas.stairs(base + room * share, edges, baseline=base, fill=True, color=colour, alpha=0.65, lw=0)
-        canvas.stairs(base + room * share, edges, baseline=base, color=colour, lw=0.7)
-    if layer.learned and len(layer.levels) <= FEW_LEVELS:
+        fill = StepPatch(base + room * share, edges, baseline=base, fc=to_rgba(colour, 0.65), ec=colour, lw=0.7)
+        canvas.add_artist(fill)
+    if layer.learned and not layer.counts_at_levels and len(layer.levels) <= FEW_LEVELS:
         canvas.vlines(at(layer.levels), base, base + room, color=INK, lw=0.4, alpha=0.6)
     canvas.hlines(base, left, left + width, color=INK, lw=0.6)
     inset = (high - low) * 0.1  # room for the labels of the panel beside
     for tick in MaxNLocator(4).tick_values(low, high):
         if low + inset <= tick <= high - inset:
             canvas.vlines(at(tick), base - 0.03, base, color=INK, lw=0.6)
-            canvas.text(at(tick), base - 0.05, f"{tick:.6g}".replace("-", "\N{MINUS SIGN}"), fontsize=6, ha="center", va="top")
-    canvas.text(left, floor + 1.19, shorten(layer.name.removesuffix(".weight"), 33), fontsize=7, fontweight="bold", va="center")
+            canvas.text(
+                at(tick), base - 0.05, f"{tick:.6g}".replace("-", "\N{MINUS SIGN}"), fontsize=6, ha="center", va="top"
+            )
+    canvas.text(
+        left, floor + 1.19, shorten(layer.name.removesuffix(".weight"), 33), fontsize=7, fontweight="bold", va="center"
+    )
     canvas.text(left, floor + 1.06, f"{layer.kind}, {count(sum(layer.counts))}, {layer.word}", fontsize=6, va="center")
 
 

@@ -82,7 +82,9 @@ def place(figure: Figure, left: float, bottom: float, width: float, height: floa
     return figure.add_axes((left / w, bottom / h, width / w, height / h), **kwargs)
 
 
-def write(figure: Figure, x: float, y: float, text: str, size: float = 7.5, bold: bool = False, color: str = INK) -> None:
+def write(
+    figure: Figure, x: float, y: float, text: str, size: float = 7.5, bold: bool = False, color: str = INK
+) -> None:
     """Text that starts at x and is centred on y, in inches from the lower left corner."""
     width, height = figure.get_size_inches()
     weight = "bold" if bold else "normal"
@@ -97,13 +99,14 @@ def squares(figure: Figure, x: float, y: float, colours: Mapping[str, str]) -> N
         x += 0.36 + 0.065 * len(word)
 
 
-def save(figure: Figure, stem: Path, dpi: int = 144) -> tuple[Path, Path]:
-    """Write `stem`.png and `stem`.svg, the same bytes for the same picture."""
-    png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
-    with settings():
-        figure.savefig(png, dpi=dpi, metadata={"Software": None})
-    svg.write_text(svg_of(figure), encoding="utf-8", newline="\n")
-    return png, svg
+def save(figure: Figure, stem: Path, *, png: bool = True) -> tuple[Path, ...]:
+    """Write `stem`.png, unless told not to, and `stem`.svg; the same bytes for the same picture."""
+    dotted, vector = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
+    if png:
+        with settings():
+            figure.savefig(dotted, dpi=144, metadata={"Software": None})
+    vector.write_text(svg_of(figure), encoding="utf-8", newline="\n")
+    return (dotted, vector) if png else (vector,)
 
 
 def svg_of(figure: Figure) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a finetuning: bits by layer (Fig. 3), bits over time (Fig. 4), error and levels over time (Fig. 5)."""
+"""Pictures of a finetuning: bits by layer (Fig. 3), bits over time (Fig. 4), error and levels over time (Fig. 5), loss."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ddqcli.plots.style import (
     KIND_COLOURS,
     KIND_HATCHES,
     PAPER,
+    SKY,
     VERMILLION,
     new_figure,
     place,
@@ -79,7 +80,7 @@ def bits_over_time_figure(
     bits = np.asarray(bits, float)
     with settings():
         labels = [shorten(name.removesuffix(".weight"), 30) for name in names]
-        left, line = 0.25 + 0.052 * max(map(len, labels), default=0), max(0.12, min(0.3, 2.4 / len(labels)))
+        left, line = max(0.65, 0.25 + 0.052 * max(map(len, labels), default=0)), max(0.12, min(0.3, 2.4 / len(labels)))
         width, map_height = left + 5.0, line * len(labels)
         height = map_height + 2.6
         figure = new_figure(width, height)
@@ -150,21 +151,20 @@ def levels_over_time_figure(
 ) -> Figure:
     """One layer's levels by step beside the histogram of its weights (Fig. 5b). Their number may change on the way."""
     with settings():
-        figure = new_figure(6.4, 3.6)
-        axes = place(figure, 0.75, 0.55, 4.1, 2.45)
+        figure = new_figure(5.6, 3.4)
+        axes = place(figure, 0.75, 0.55, 3.4, 2.25)
         firsts = [0, *(k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])), len(levels)]
         for first, end in pairwise(firsts):
             part = np.array(levels[first:end], float)
             for k, series in enumerate(part.T):
-                colour = colormaps["viridis"](0.9 * k / max(part.shape[1] - 1, 1))
-                axes.plot(steps[first:end], series, color=colour, lw=1.1 if part.shape[1] <= 16 else 0.6,
+                axes.plot(steps[first:end], series, color=(BLUE, SKY)[k % 2], lw=1.1 if part.shape[1] <= 16 else 0.6,
                           marker="." if end - first == 1 else None, ms=3)  # fmt: skip
             if first:
                 axes.axvline(steps[first], color=GREY, lw=0.7, ls=":")
         axes.set_xlabel("step")
         axes.set_ylabel("level")
         axes.grid()
-        beside = place(figure, 4.95, 0.55, 1.25, 2.45, sharey=axes)
+        beside = place(figure, 4.25, 0.55, 1.2, 2.25, sharey=axes)
         beside.stairs(counts, edges, orientation="horizontal", fill=True, color=BLUE, alpha=0.45, lw=0)
         beside.hlines(levels[-1], 0, 1, transform=beside.get_yaxis_transform(), color=VERMILLION, lw=0.7, alpha=0.7)
         beside.tick_params(labelleft=False, left=False)
@@ -172,7 +172,27 @@ def levels_over_time_figure(
         beside.set_xlim(0)
         beside.set_xlabel("weights per bin")
         beside.set_title("last levels", fontsize=7, color=VERMILLION)
-        _title(figure, f"Levels over time: {shorten(name, 56)}")
+        _title(figure, f"Levels over time: {shorten(name, 42)}")
+    return figure
+
+
+def loss_over_time_figure(steps: Sequence[int], loss: Sequence[float], accuracy: Sequence[float]) -> Figure:
+    """Training loss over accuracy on the training batches (percent), by step."""
+    with settings():
+        figure = new_figure(6.4, 3.9)
+        top = place(figure, 0.75, 1.95, 5.45, 1.5)
+        top.plot(steps, loss, color=BLUE, lw=1.2)
+        top.set_ylabel("loss")
+        top.set_ylim(bottom=0)
+        top.tick_params(labelbottom=False)
+        axes = place(figure, 0.75, 0.55, 5.45, 1.15, sharex=top)
+        axes.plot(steps, accuracy, color=VERMILLION, lw=1.2)
+        axes.set_ylabel("training\naccuracy, %")
+        axes.set_xlabel("step")
+        for each in (top, axes):
+            each.grid()
+            each.yaxis.set_major_locator(MaxNLocator(5))
+        _title(figure, "Loss over time")
     return figure
 
 
@@ -217,7 +237,9 @@ def _curve(axes: Axes, name: str, points: Sequence[tuple[float, float, str]], k:
 
 
 def _legend(figure: Figure, y: float, **kwargs: Any) -> None:
-    figure.legend(bbox_to_anchor=(0.12 / figure.get_figwidth(), y), borderaxespad=0.4, borderpad=0, **{"ncols": 4, **kwargs})
+    figure.legend(
+        bbox_to_anchor=(0.12 / figure.get_figwidth(), y), borderaxespad=0.4, borderpad=0, **{"ncols": 4, **kwargs}
+    )
 
 
 def _title(figure: Figure, text: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ddqcli.commands.inspect import ERROR_BITS, TOTAL_BITS, InspectResult, LayerRow
+from ddqcli.commands.inspect import ERROR_BITS, TOTAL_BITS, InspectResult
 from ddqcli.text import count, percent, shorten, size
 
 NAME_WIDTH = 22  # columns the names keep before further columns are shown
@@ -22,10 +23,12 @@ LEVELS = {"uniform": "unif", "power_of_two": "pow2", "best": "best"}
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
+    """A column of a table of layers."""
+
     header: str
     width: int
-    cell: Callable[[LayerRow], str | Text]
+    cell: Callable[[Any], str | Text]
     urgency: int  # columns of low urgency wait for a wider terminal
     right: bool = True
 
@@ -33,11 +36,11 @@ class _Column:
 def show(result: InspectResult, console: Console) -> None:
     """Print the layers, the sizes at each bit-width, where the pictures are, and what to type next."""
     columns = _columns(console)
-    shown = _fitting(columns, console.width, max((len(_bare(row.name)) for row in result.layers), default=0))
+    shown = fitting(columns, console.width, max((len(bare(row.name)) for row in result.layers), default=0))
     console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False, markup=False)
     if result.layers:
         console.print()
-        console.print(_layers(result, shown, console))
+        console.print(layer_table(result.layers, shown, console))
         console.print()
         note = "Bits: squared error in % of the squares, by uniform, power-of-two and best (Lloyd-Max) levels."
         tails = "Tail: reach of the outer 1 %; a Gaussian has 1." if any(c.header == "tail" for c in shown) else ""
@@ -56,42 +59,48 @@ def spark(histogram: tuple[int, ...], width: int, blocks: str = BLOCKS) -> str:
     return "".join(blocks[k] for k in np.ceil(counts / max(counts.max(), 1) * (len(blocks) - 1)).astype(int))
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
     return name.removesuffix(".weight")
+
+
+def blocks_of(console: Console) -> str:
+    """Block characters that the console can show."""
+    return BLOCKS if _is_utf(console) else ASCII_BLOCKS
 
 
 def _is_utf(console: Console) -> bool:
     return console.encoding.lower().startswith("utf")
 
 
-def _columns(console: Console) -> list[_Column]:
-    blocks = BLOCKS if _is_utf(console) else ASCII_BLOCKS
+def _columns(console: Console) -> list[Column]:
+    blocks = blocks_of(console)
     columns = [
-        _Column("kind", 7, lambda row: KINDS.get(row.kind, row.kind), 0, right=False),
-        _Column("shape", 16, lambda row: "x".join(map(str, row.shape)), 6, right=False),
-        _Column("params", 6, lambda row: count(row.parameters), 0),
-        _Column("bytes", 8, lambda row: size(row.bytes), 7),
-        _Column("min", 7, lambda row: f"{row.min:.2g}", 5),
-        _Column("max", 7, lambda row: f"{row.max:.2g}", 5),
-        _Column("std", 7, lambda row: f"{row.std:.2g}", 5),
-        _Column("histogram", 10, lambda row: spark(row.histogram, 10, blocks), 0, right=False),
-        _Column("distribution", 13, _distribution, 0, right=False),
-        _Column("tail", 4, lambda row: f"{row.tail_weight:.{1 if row.tail_weight < 99 else 0}f}", 1),
+        Column("kind", 7, lambda row: KINDS.get(row.kind, row.kind), 0, right=False),
+        Column("shape", 16, lambda row: "x".join(map(str, row.shape)), 6, right=False),
+        Column("params", 6, lambda row: count(row.parameters), 0),
+        Column("bytes", 8, lambda row: size(row.bytes), 7),
+        Column("min", 7, lambda row: f"{row.min:.2g}", 5),
+        Column("max", 7, lambda row: f"{row.max:.2g}", 5),
+        Column("std", 7, lambda row: f"{row.std:.2g}", 5),
+        Column("histogram", 10, lambda row: spark(row.histogram, 10, blocks), 0, right=False),
+        Column("distribution", 13, shape_word, 0, right=False),
+        Column("tail", 4, lambda row: f"{row.tail_weight:.{1 if row.tail_weight < 99 else 0}f}", 1),
     ]
     for bits, urgency in zip(ERROR_BITS, (2, 4, 0, 3), strict=True):
         for kind, label in LEVELS.items():
             error = lambda row, bits=bits, kind=kind: percent(row.error[bits][kind])  # noqa: E731 - one a column
-            columns.append(_Column(f"{bits} bit\n{label}", 5, error, urgency))
+            columns.append(Column(f"{bits} bit\n{label}", 5, error, urgency))
     return columns
 
 
-def _distribution(row: LayerRow) -> Text:
+def shape_word(row: Any) -> Text:
+    """The distribution's shape, those that are hard to quantize in colour."""
     return Text(row.distribution, STYLES.get(row.distribution, ""))
 
 
-def _fitting(columns: list[_Column], width: int, longest: int) -> list[_Column]:
+def fitting(columns: list[Column], width: int, longest: int) -> list[Column]:
     """The columns that fit beside the names, the most urgent ones first."""
-    shown: list[_Column] = []
+    shown: list[Column] = []
     for urgency in sorted({column.urgency for column in columns}):
         more = [column for column in columns if column.urgency <= urgency]
         if urgency and min(longest, NAME_WIDTH) + sum(column.width + 1 for column in more) > width:
@@ -100,7 +109,8 @@ def _fitting(columns: list[_Column], width: int, longest: int) -> list[_Column]:
     return shown
 
 
-def _layers(result: InspectResult, columns: list[_Column], console: Console) -> Table:
+def layer_table(rows: Sequence[Any], columns: list[Column], console: Console) -> Table:
+    """One line a row, its name shortened to what the columns leave."""
     room = max(console.width - sum(column.width + 1 for column in columns), 8)
     dots = "…" if _is_utf(console) else "~"
     table = _table(console)
@@ -109,8 +119,8 @@ def _layers(result: InspectResult, columns: list[_Column], console: Console) -> 
         table.add_column(
             column.header, justify="right" if column.right else "left", min_width=column.width, no_wrap=True
         )
-    for row in result.layers:
-        table.add_row(Text(shorten(_bare(row.name), room, dots)), *(column.cell(row) for column in columns))
+    for row in rows:
+        table.add_row(Text(shorten(bare(row.name), room, dots)), *(column.cell(row) for column in columns))
     return table
 
 

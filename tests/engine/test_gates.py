@@ -212,6 +212,24 @@ def test_the_fisher_is_the_mean_of_squared_gradients() -> None:
     assert gates.fisher == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("count", ["bytes", "eqn6"])
+def test_the_papers_gates_follow_the_gradient_of_the_budgets_own_measure(count: str) -> None:
+    """Eqn (7) with respect to the last open gate: -alpha * loss * what closing it saves / what all tensors cost."""
+    recipe = told("paper", {"target_bits": 3.3, "count": count}, gates={"lr": 1.0, "init": 0.5, "alpha": -0.3})
+    converted = convert(network(), recipe)
+    gates = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)
+    free = [t for t in converted.tensors if not t.fixed]
+    for tensor in free:
+        tensor.quantizer.gate_logits.grad = torch.zeros_like(tensor.quantizer.gate_logits)
+    whole = {t.name: t.max_bits for t in converted.tensors}
+    cost = cost_of(converted, whole, count == "eqn6")
+    gates.after_backward(1, loss=2.0)
+    for tensor in free:
+        saved = cost - cost_of(converted, {**whole, tensor.name: 7}, count == "eqn6")
+        expected = sorted([0.5] * 7 + [0.5 - 0.3 * 2.0 * saved / cost], reverse=True)
+        assert tensor.quantizer.gate_logits[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_papers_gates_close_while_the_budget_is_exceeded() -> None:
     """With steps of the size of the logits, Eqn (7)'s own gradient closes gates before the freeze."""
     recipe = told("paper", {"target_bits": 2}, gates={"freeze": 1.0, "lr": 1.0, "init": 1e-3, "alpha": -1.0})

@@ -1,0 +1,76 @@
+"""The pictures of `ddq inspect` for a run or an exported file: its own levels over the weights, bits by layer, and one page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ddqcli import html, plots
+from ddqcli.commands.inspect import Progress
+from ddqcli.commands.inspect_trained import ERROR, FIXED, TrainedResult, TrainedRow
+from ddqcli.commands.pictures import PAGE, draw_layers, folder
+from ddqcli.text import percent, size
+
+KINDS = ("trained", "uniform", "power_of_two", "best")
+MOST_LEVELS = 128  # more would hide the histogram under them: at 8 bits they are an even grid
+
+
+def write_pictures(result: TrainedResult, out: Path, on_progress: Progress | None = None) -> TrainedResult:
+    """Write PNG and SVG files and the page into `out`; the result then names them, the page first. Raises DDQError."""
+    with folder(out):
+        drawn = draw_layers([_layer(row) for row in result.layers], {}, out, on_progress)
+        bits = plots.bits_by_layer_figure(
+            [row.name for row in result.layers],
+            [row.kind for row in result.layers],
+            [row.bits for row in result.layers],
+        )
+        files = (*plots.save(bits, out / "bits-by-layer"), *drawn.files)
+        sections = _sections(result, plots.for_page(plots.svg_of(bits)), drawn.layers)
+        page = html.write_html(out / PAGE, f"Levels of {result.path.resolve().name}", sections)
+    return replace(result, pictures=(page, *files))
+
+
+def _layer(row: TrainedRow) -> plots.Layer:
+    hidden = len(row.levels) > MOST_LEVELS
+    at_levels = row.distribution is None and bool(row.levels) and not hidden
+    said = f"{len(row.levels)} levels in force ({row.bits:g} bits)" if row.levels else ""
+    said += ", a dense grid that is not drawn" * hidden + ", and how many weights lie on each" * at_levels
+    return plots.Layer(
+        row.name, row.kind, row.distribution or "as stored", row.min, row.max, row.counts if at_levels else row.histogram,
+        () if hidden else row.levels, said, learned=True, counts_at_levels=at_levels,
+    )  # fmt: skip
+
+
+def _sections(result: TrainedResult, bits: str, layers: list[str]) -> list[html.Section]:
+    totals, accuracy = result.report["totals"], result.report["accuracy"]
+    size_text = (
+        f"{size(totals['float_bytes'])} became {size(totals['bytes'])}, {totals['average_bits']:.3f} bits a weight."
+    )
+    if accuracy:
+        size_text += f" Accuracy: {accuracy['float']:.2f} % float, {accuracy['quantized']:.2f} % quantized."
+    of = (
+        "Histograms are of the float weights after finetuning; lines are the levels in force, which every weight is rounded to."
+        if result.what == "run"
+        else "An exported file holds no float weights: the bars are the stored values, as many as lie on each level."
+    )
+    return [
+        html.Section("Size", [f"{result.path}: {result.note}.", size_text]),
+        html.Section("Bits by layer", pictures=[bits]),
+        html.Section("Layers", [ERROR, *([FIXED] if result.what == "run" else [])], _table(result)),
+        html.Section("Weights and their levels", [of], pictures=layers),
+    ]
+
+
+def _table(result: TrainedResult) -> html.Table:
+    kinds = KINDS if result.what == "run" else KINDS[:1]
+    header = ["layer", "kind", "shape", "distribution", "parameters", "bytes", "bits", "levels", "min", "max", *kinds]
+    rows = [
+        [
+            row.name, row.kind, "×".join(map(str, row.shape)), row.distribution or "",
+            f"{row.parameters:,}", f"{row.bytes:,}", f"{row.bits:g}", str(len(row.levels) or ""),
+            f"{row.min:.3g}", f"{row.max:.3g}",
+            *("" if (error := row.error[kind]) is None else percent(error) for kind in kinds),
+        ]
+        for row in result.layers
+    ]  # fmt: skip
+    return html.Table([h.replace("power_of_two", "pow2") for h in header], rows, text=4)

@@ -1,0 +1,92 @@
+"""More than one device: `torchrun` starts the processes, and this is all that sets them apart from a single one.
+
+Every process holds the whole model and a shard of each batch; DDP averages the gradients, so weights, levels and gates move alike
+everywhere. What only one process may decide or write, process 0 does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddqcli.engine.batches import WHOLE, Shard
+from ddqcli.errors import DDQError
+
+
+def shard() -> Shard:
+    """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return Shard(int(os.environ["RANK"]), count) if count > 1 else WHOLE
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and reports."""
+    return shard().rank == 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's own device of that kind."""
+    if device.type != "cuda" or shard().count == 1:
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Within: the processes can talk to each other, over NCCL for CUDA devices and gloo otherwise."""
+    if shard().count == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model with its gradients averaged over all processes; itself where there is but one."""
+    if shard().count == 1:
+        return model
+    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=True)
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's value, in every process; plain objects and tensors on the CPU."""
+    if shard().count == 1:
+        return value
+    box = [value if is_first() else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if shard().count > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        value = value.to(device)
+        dist.all_reduce(value)
+    return value
+
+
+def check_alike(tensors: dict[str, Tensor], what: str) -> None:
+    """Raise DDQError if the tensors are not bit for bit the same in all processes."""
+    if shard().count == 1:
+        return
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    found: list[Any] = [None] * shard().count
+    dist.all_gather_object(found, digest.hexdigest())
+    if len(set(found)) > 1:
+        raise DDQError(f"{what} differ between the processes; this run cannot go on. Resume it from its last state.")

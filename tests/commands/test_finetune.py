@@ -1,0 +1,393 @@
+"""`ddq finetune`: what it leaves behind, that nothing is lost however it ends, and that it says when training goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_project import STEPS, ddq, exit_code, in_child
+
+from ddqcli.engine import runs
+from ddqcli.engine.train import Trainer
+
+RUN = "runs/a"
+BEGIN, RESUME, EXPORT = f"finetune model.pt --run-dir {RUN} -q", f"finetune --resume --run-dir {RUN}", f"export {RUN}"
+
+
+def artifact(run: str = RUN) -> bytes:
+    return (Path(run) / "model.safetensors").read_bytes()
+
+
+def steps(run: str = RUN) -> list[int]:
+    """The steps of which the run reported the loss."""
+    return [entry["step"] for entry in metrics(run) if "loss" in entry]
+
+
+def metrics(run: str = RUN) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unharmed(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file that a run gives which nothing disturbs."""
+    folder = tmp_path_factory.mktemp("unharmed") / "project"
+    shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("runs"))
+    before = Path.cwd()
+    os.chdir(folder)
+    assert exit_code(in_child(BEGIN, EXPORT)) == 0
+    os.chdir(before)
+    return artifact(folder / RUN)
+
+
+# ---- what a run leaves
+
+
+def test_a_run_meets_its_budget_and_says_so_in_its_folder_and_its_answer(project: Path) -> None:
+    data = ddq("finetune", "model.pt", "--json", "-q").data
+    totals = data["totals"]
+    assert totals["bytes"] <= totals["budget_bytes"] < totals["float_bytes"]
+    assert totals["average_bits"] <= 4
+    assert set(data["accuracy"]) == {"float", "quantized", "drop"}
+    assert all(
+        {"name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error"} == set(r) for r in data["layers"]
+    )
+    folder = Path(data.pop("run_dir"))
+    assert {p.name for p in folder.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "last.pt", "final.pt", "report.json", ".lock",
+    }  # fmt: skip
+    assert data.items() <= ddq("report", "--json").data.items()
+    assert steps(folder) == [10, 12]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(project: Path, unharmed: bytes) -> None:
+    assert exit_code(in_child(BEGIN, EXPORT)) == 0
+    assert artifact() == unharmed
+    assert exit_code(in_child("finetune model.pt --seed 1 --run-dir runs/b", "export runs/b")) == 0
+    assert artifact("runs/b") != unharmed
+
+
+def test_a_dry_run_checks_model_recipe_and_budget_and_writes_nothing(project: Path) -> None:
+    Path("images.npz").unlink()
+    data = ddq("finetune", "model.pt", "--dry-run", "--json").data
+    assert (data["run_dir"], data["accuracy"]) == (None, None)
+    assert data["totals"]["bytes"] <= data["totals"]["budget_bytes"]
+    assert not Path("runs").exists()
+
+
+def test_the_model_may_be_named_by_the_recipe_alone(project: Path) -> None:
+    assert ddq("finetune", "--dry-run").code == 0
+
+
+# ---- kills
+
+
+def dying_at(moment: int) -> Callable[[], None]:
+    """Let the process kill itself at its `moment`-th step, metrics line, or stage of writing a file (counted if < 0)."""
+
+    def before() -> None:
+        seen = itertools.count()
+
+        def watched(function: Callable[..., Any], after: bool = False) -> Callable[..., Any]:
+            def watching(*args: Any) -> Any:
+                maybe_die()
+                result = function(*args)
+                if after:
+                    maybe_die()
+                return result
+
+            return watching
+
+        def maybe_die() -> None:
+            number = next(seen)
+            if moment < 0:
+                Path("moments.txt").write_text(str(number + 1))
+            elif number == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Trainer._train_step = watched(Trainer._train_step)
+        runs.Run.add_metrics = watched(runs.Run.add_metrics, after=True)
+        runs.os.fsync = watched(os.fsync)
+        runs.os.replace = watched(os.replace, after=True)
+
+    return before
+
+
+def test_a_kill_at_any_step_and_in_any_write_loses_nothing(project: Path, unharmed: bytes) -> None:
+    assert exit_code(in_child("finetune model.pt --run-dir runs/count", before=dying_at(-1))) == 0
+    undisturbed = [(sorted(entry), entry["step"]) for entry in metrics("runs/count")]
+    moments = range(int(Path("moments.txt").read_text()))
+    assert len(moments) > 30
+    first, last = moments[2], moments[-1]  # before: the recipe is not yet in its place
+    for moment in [first, last, *random.Random(0).sample(moments[3:-1], 8)]:
+        shutil.rmtree(RUN, ignore_errors=True)
+        assert exit_code(in_child(BEGIN, before=dying_at(moment))) == -signal.SIGKILL
+        assert exit_code(in_child(RESUME, EXPORT)) == 0, (moment, Path("child.txt").read_text())
+        assert artifact() == unharmed, moment
+        assert [(sorted(entry), entry["step"]) for entry in metrics()] == undisturbed, moment
+        assert not list(Path(RUN).glob(".*.tmp")), moment
+
+
+def test_processes_that_are_killed_again_and_again_end_with_the_same_bytes(project: Path, unharmed: bytes) -> None:
+    """Real processes and real kills, two of them; tests/benchmarks/kill_resume.py does twenty."""
+    command = [sys.executable, "-m", "ddqcli", *BEGIN.split(), "--resume"]  # begins where there is nothing to resume
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for wanted in ("recipe.yaml", "metrics.jsonl"):
+        process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not (Path(RUN) / wanted).exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert exit_code(in_child(EXPORT)) == 0
+    assert artifact() == unharmed
+
+
+def slowly() -> None:
+    """Let each step take a moment, so that a signal finds the run in its midst."""
+    step = Trainer._train_step
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.05)
+        return step(*args)
+
+    Trainer._train_step = slow
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_and_leave(project: Path, unharmed: bytes, sent: int, code: int) -> None:
+    child = in_child(BEGIN, before=slowly)
+    while not (Path(RUN) / "last.pt").exists():
+        time.sleep(0.002)
+    time.sleep(0.12)  # into the second or third step, none of which is one to save at
+    os.kill(child, sent)
+    assert exit_code(child) == code
+    said = Path("child.txt").read_text()
+    step = torch.load(Path(RUN) / "last.pt")["step"]
+    assert 1 <= step <= STEPS
+    assert said == f"Error: Stopped at step {step} of 12; `ddq finetune --resume` goes on with {RUN}.\n"
+    assert exit_code(in_child(RESUME, EXPORT)) == 0
+    assert artifact() == unharmed
+
+
+def test_a_signal_before_the_first_step_can_be_resumed_too(project: Path, unharmed: bytes) -> None:
+    def slow_start() -> None:
+        from ddqcli.commands import finetune
+
+        def evaluate(*_: object, **__: object) -> float:
+            time.sleep(30)
+
+        finetune.evaluate = evaluate
+
+    child = in_child(BEGIN, before=slow_start)
+    while not (Path(RUN) / "recipe.yaml").exists():
+        time.sleep(0.002)
+    time.sleep(0.1)
+    os.kill(child, signal.SIGTERM)
+    assert exit_code(child) == 143
+    assert Path("child.txt").read_text() == f"Error: Terminated; `ddq finetune --resume` goes on with {RUN}.\n"
+    assert exit_code(in_child(RESUME, EXPORT)) == 0
+    assert artifact() == unharmed
+
+
+# ---- resuming
+
+
+@pytest.fixture
+def halfway(project: Path) -> Path:
+    """A run that was killed in its midst."""
+    assert exit_code(in_child(BEGIN, before=dying_at(20))) == -signal.SIGKILL
+    return project
+
+
+def test_resume_alone_finds_the_newest_unfinished_run_and_its_recipe(halfway: Path, unharmed: bytes) -> None:
+    Path("ddq.yaml").unlink()
+    assert exit_code(in_child("finetune --resume", EXPORT)) == 0
+    assert artifact() == unharmed
+    assert "resumed runs/a at step " in Path("child.txt").read_text()
+
+
+def test_the_same_flags_as_before_are_accepted(project: Path) -> None:
+    flags = ["model.pt", "--epochs", "2", "--set", "train.lr=0.02", "--run-dir", RUN, "--arch", "net.py:build"]
+    assert exit_code(in_child(f"finetune {' '.join(flags)}", before=dying_at(20))) == -signal.SIGKILL
+    assert ddq("finetune", *flags, "--resume").code == 0
+    assert ddq("finetune", project / "model.pt", *flags[1:], "--resume").code == 0, "the same file by another path"
+
+
+@pytest.mark.parametrize(
+    ("flags", "differs"),
+    [
+        (["--set", "train.lr=0.02"], "train.lr: 0.01, now 0.02"),
+        (["model.pt", "--epochs", "4", "--act-bits", "4"], "activations.bits: 8, now 4; train.epochs: 3, now 4"),
+        (["other.pt"], "model.checkpoint: 'model.pt', now 'other.pt'"),
+        (["--recipe", "other.yaml"], "train.save_every: 3, now 4"),
+    ],
+)
+def test_another_recipe_is_refused_saying_what_differs(halfway: Path, flags: list[str], differs: str) -> None:
+    shutil.copy("model.pt", "other.pt")
+    Path("other.yaml").write_text(Path("ddq.yaml").read_text().replace("save_every: 3", "save_every: 4"))
+    answer = ddq("finetune", *flags, "--resume")
+    assert answer.code == 2
+    assert f"runs/a was begun with another recipe ({differs}); begin a new run." in answer.err
+
+
+def test_resume_works_from_another_folder(halfway: Path, unharmed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    (halfway / "else").mkdir()
+    monkeypatch.chdir(halfway / "else")
+    assert exit_code(in_child("finetune --resume --run-dir ../runs/a", "export ../runs/a")) == 0
+    assert artifact("../runs/a") == unharmed
+
+
+def test_resume_works_after_the_folder_moved_as_a_whole(halfway: Path, unharmed: bytes) -> None:
+    moved = halfway.rename(halfway.parent / "moved")
+    os.chdir(moved)
+    assert exit_code(in_child(RESUME, EXPORT)) == 0
+    assert artifact() == unharmed
+
+
+def test_resume_with_a_model_begins_where_nothing_was_begun(project: Path) -> None:
+    assert ddq("finetune", "model.pt", "--resume", "--run-dir", RUN).code == 0
+    assert steps() == [10, 12]
+
+
+def test_resuming_a_finished_run_makes_its_result_again(finished: Path) -> None:
+    before = ddq("report", "--json").data
+    Path("runs/done/report.json").write_text("{")
+    Path("runs/done/final.pt").unlink()
+    assert ddq("finetune", "--resume", "--run-dir", "runs/done").code == 0
+    assert ddq("report", "--json").data == before
+
+
+def test_data_that_vanish_while_resuming_leave_the_run_as_it_was(halfway: Path, unharmed: bytes) -> None:
+    Path("images.npz").rename("away.npz")
+    assert ddq(*RESUME.split()).code == 2
+    Path("away.npz").rename("images.npz")
+    assert exit_code(in_child(RESUME, EXPORT)) == 0
+    assert artifact() == unharmed
+
+
+# ---- training that goes wrong
+
+LOSS = """
+import numpy as np, torch
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+calls = 0
+
+def make(bad=(), kind="gradient"):
+    def loss(output, target):
+        global calls
+        if output.requires_grad and torch.is_grad_enabled():
+            calls += 1
+        value = F.cross_entropy(output, target)
+        if calls - 4 not in bad:  # four calls calibrate
+            return value
+        if kind == "data":
+            x.fill_(torch.nan)
+            return value
+        return value * torch.nan if kind == "loss" else value + (output[0, 0] * 0).sqrt() * 0
+
+    arrays = np.load("images.npz")
+    x, y = torch.tensor(arrays["x_train"] / 255.0, dtype=torch.float32)[:, None], torch.tensor(arrays["y_train"])
+    if kind == "data" and not bad:
+        x[5] = torch.nan
+    return {"train": TensorDataset(x, y), "val": TensorDataset(x[:4], y[:4]), "loss": loss}
+"""
+
+
+def troubled(bad: list[int], kind: str, *flags: str) -> Any:
+    """`ddq finetune` where the loss goes wrong at these of its calls, counted from 1."""
+    Path("data.py").write_text(LOSS)
+    settings = ["--data", "data.py:make", "--set", f"data.kwargs={{bad: {bad}, kind: {kind}}}"]
+    return ddq("finetune", "model.pt", "--run-dir", RUN, *settings, *flags)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("loss", "The loss became nan"), ("gradient", "The gradient of 8.")])
+def test_training_that_diverges_goes_back_once_with_a_smaller_step(project: Path, kind: str, what: str) -> None:
+    answer = troubled([5], kind)
+    assert answer.code == 0, answer.err
+    said = next(line for line in answer.err.splitlines() if what in line)
+    assert said.startswith("warning: ")
+    assert "at step 5 of 12" in said
+    assert said.endswith("; went back to step 4, on with train.lr 0.001")
+    assert steps() == [10, 12]
+    (warning,) = ddq("report", "--json").data["warnings"]
+    assert (
+        "training diverged once and went on with a tenth of the step size; take a smaller train.lr (now 0.01)"
+        in warning
+    )
+    assert max(entry["lr"] for entry in metrics() if "lr" in entry) < 0.001
+
+
+def test_training_that_diverges_again_stops_with_a_usable_run_folder(project: Path) -> None:
+    answer = troubled([5, 6], "loss")  # the second try begins with the sixth call
+    assert answer.code == 1
+    said = answer.err.splitlines()[-1]
+    assert "The loss became nan at step 5 of 12" in said
+    assert f"also with a tenth of the step size. The state at step 4 is kept in {RUN}" in said
+    assert said.endswith("begin a new run with a smaller --set train.lr (now 0.01).")
+    state = torch.load(Path(RUN) / "last.pt")
+    assert (state["step"], state["lr_scale"]) == (4, 0.1)
+    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+    assert "recipe.yaml" in os.listdir(RUN)
+
+
+def test_a_step_size_far_too_large_names_the_layer_where_it_shows(project: Path) -> None:
+    answer = ddq("finetune", "model.pt", "--set", "train.lr=1e30", "--run-dir", RUN)
+    assert answer.code == 1
+    first, last = answer.err.splitlines()[-2:]
+    assert first.startswith("warning: ")
+    assert re.search(
+        r"(first in|of) [0138]\.(weight|bias).* at step [123] of 12|at step [123] of 12, first in [0138]", first
+    )
+    assert "begin a new run with a smaller --set train.lr (now 1e+30)" in last
+
+
+def test_data_that_are_not_finite_are_blamed_and_not_the_step_size(project: Path) -> None:
+    answer = troubled([], "data")
+    assert (answer.code, answer.err.splitlines()[-1]) == (
+        2, "Error: Batch 2 of the training data holds NaN or infinite values; repair the data.",
+    )  # fmt: skip
+    answer = troubled([5], "data")
+    assert (answer.code, answer.err.splitlines()[-1]) == (
+        1, "Error: The batch at step 6 of 12 holds NaN or infinite values; repair the data and resume.",
+    )  # fmt: skip
+    assert "warning" not in answer.err
+
+
+def test_a_network_that_fails_while_training_is_one_sentence(project: Path) -> None:
+    with open("net.py", "a") as file:
+        file.write(
+            "\nclass Moody(nn.Sequential):\n    def forward(self, x):\n        assert not self.training, 'no training'\n"
+        )
+        file.write("        return super().forward(x)\n\ndef moody():\n    return Moody(*build())\n")
+    answer = ddq("finetune", "model.pt", "--arch", "net.py:moody")
+    assert answer.code == 1
+    assert answer.err.splitlines()[-1] == (
+        "Error: Training failed: AssertionError: no training; `ddq --debug ...` shows where."
+    )
+
+
+def test_a_full_memory_names_the_remedy(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "_train_step", full)
+    answer = ddq("finetune", "model.pt")
+    assert answer.code == 1
+    assert answer.err.splitlines()[-1] == (
+        "Error: Training failed: the memory is full; try a smaller --set data.batch_size (now 16)."
+    )
