@@ -159,7 +159,9 @@ def finetune(
             run.check_same(loaded.of(checkpoint))
         from ddqcli.render.progress import Live
 
-        with Live(quiet=quiet) as live:
+        if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first alone speaks
+            sys.stdout = open(os.devnull, "w")
+        with Live(quiet=quiet or os.environ.get("RANK", "0") != "0") as live:
             if path:
                 live.note(f"recipe: {path}")
             from ddqcli.commands.finetune import finetune as command

@@ -72,7 +72,7 @@ def write_html(path: Path, title: str, sections: Sequence[Section]) -> Path:
 
 
 def _section(section: Section) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>", *(f"<p>{escape(text)}</p>" for text in section.text)]
+    parts = [f"<h2>{escape(section.title)}</h2>", *(f"<p>{escape(text)}</p>" for text in section.text if text)]
     if section.table:
         parts.append(_table(section.table))
     if section.pictures:

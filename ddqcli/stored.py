@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ def stored_tensors(path: Path, *, pickle: bool = False) -> tuple[list[StoredTens
     if is_safetensors(path):
         tensors, note = _safetensors(path), "safetensors"
     elif found := tensor_places(path):
-        tensors, note = _of_places(path, found[0]), found[1]
+        tensors, note = of_places(path, found[0]), found[1]
     else:
         from ddqcli.engine.checkpoint import load_checkpoint
 
@@ -148,7 +148,8 @@ def _as_float32(raw: NDArray[Any], dtype: str) -> Piece:
         return raw.astype(np.float32, copy=False)
 
 
-def _of_places(path: Path, places: dict[str, Place]) -> list[StoredTensor]:
+def of_places(path: Path, places: Mapping[str, Place]) -> list[StoredTensor]:
+    """The tensors that lie at these places of a file of torch.save."""
     first: dict[Place, str] = {}
     found = []
     for name, place in places.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -53,6 +54,8 @@ def make(kind: str, n: int) -> list[Figure]:
                 names[0], steps, [np.linspace(-1, 1, 16 if s < 300 else 8) for s in steps], *_edges_and_counts()
             )
         ],
+        "learned": lambda: plots.overview_figures([replace(layer(k), learned=True) for k in range(n)]),
+        "loss": lambda: [plots.loss_over_time_figure(steps, np.exp(-steps / 99) * n, 100 - 50 / (steps + 1))],
         "sweep": lambda: [
             plots.size_against_accuracy_figure(
                 {"learned": [(8e4, 0.86, "2 bits"), (1.5e5, 0.91, "4 bits")], "uniform": [(8e4, 0.7, "2 bits")]},
@@ -67,7 +70,7 @@ def _edges_and_counts() -> tuple[np.ndarray, np.ndarray]:
     return edges, counts
 
 
-FIGURES = ("layer", "overview", "channels", "bits", "bits over time", "error", "levels", "sweep")
+FIGURES = ("layer", "overview", "learned", "channels", "bits", "bits over time", "error", "levels", "loss", "sweep")
 
 
 def texts(figure: Figure) -> list[tuple[str, object]]:
@@ -142,9 +145,40 @@ def test_bins_are_merged_to_suit_the_number_of_weights():
 
 def test_an_overview_has_one_panel_a_layer():
     for n in (1, 5, 45):
-        figures = plots.overview_figures([layer(k) for k in range(n)])
-        assert sum(len(figure.axes) for figure in figures) == n
-        assert max(len(figure.axes) for figure in figures) <= PER_SHEET[0] * PER_SHEET[1]
+        sheets = [figure.axes[0] for figure in plots.overview_figures([layer(k) for k in range(n)])]
+        assert sum(len(sheet.patches) for sheet in sheets) == n
+        assert max(len(sheet.patches) for sheet in sheets) <= PER_SHEET[0] * PER_SHEET[1]
+
+
+def test_a_panel_is_as_wide_as_the_weights_reach_and_as_high_as_most_of_them():
+    low, drawn = 0.28 + 0.1, layer(0)  # panels of one sheet start at the bottom margin
+    heights, edges, baseline = plots.overview_figures([drawn])[0].axes[0].patches[0].get_data()
+    assert baseline == pytest.approx(low)
+    assert heights.max() == pytest.approx(low + 0.68)
+    counts = _coarser(np.array(drawn.counts, float), 48)
+    np.testing.assert_allclose((heights - baseline) / 0.68, counts / counts.max(), atol=1e-12)
+    assert 0.15 < edges[0] < edges[-1] < 0.15 + 2.15 - 0.2
+
+
+def test_a_learned_layers_levels_are_on_its_sheet_and_a_checkpoints_are_not():
+    def lines(drawn: plots.Layer) -> list[int]:
+        return [len(c.get_segments()) for c in plots.overview_figures([drawn])[0].axes[0].collections]
+
+    assert 16 not in lines(layer(0))
+    assert 16 in lines(replace(layer(0), learned=True))
+    assert 300 not in lines(replace(layer(0), learned=True, levels=range(300)))  # they would hide the histogram
+
+
+def test_counts_at_levels_are_drawn_where_the_levels_are():
+    drawn = plots.Layer("a", "conv", "as stored", -1, 2, [3, 0, 5], [-1, 0.5, 2], "3 levels", True, True)
+    bars = plots.layer_figure(drawn).axes[0].collections[0].get_segments()
+    assert [bar.tolist() for bar in bars] == [[[-1, 0], [-1, 3]], [[0.5, 0], [0.5, 0]], [[2, 0], [2, 5]]]
+
+
+def test_the_loss_drawn_is_the_loss():
+    figure = plots.loss_over_time_figure([10, 20, 30], [1.0, 0.5, 0.25], [10, 50, 90])
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[10, 1.0], [20, 0.5], [30, 0.25]]
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [10, 50, 90]
 
 
 def test_bars_are_as_high_as_the_bits_and_depthwise_ones_are_hatched():

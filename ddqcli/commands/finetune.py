@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ddqcli import __version__
+from ddqcli.engine import distributed
 from ddqcli.engine.checkpoint import load_checkpoint
 from ddqcli.engine.convert import Converted, convert
 from ddqcli.engine.data import Data, load_data
@@ -22,7 +23,7 @@ from ddqcli.engine.gates import Budget, Gates, make_budget
 from ddqcli.engine.health import ROLLED_BACK, find_warnings
 from ddqcli.engine.models import build_model
 from ddqcli.engine.results import freeze, make_report
-from ddqcli.engine.runs import FINAL, LAST, Run
+from ddqcli.engine.runs import FINAL, LAST, ReadOnlyRun, Run
 from ddqcli.engine.snapshot import is_due, snapshot
 from ddqcli.engine.train import REPORT_EVERY, Diverged, StepMetrics, Trainer
 from ddqcli.errors import DDQError, Interrupted, UsageError
@@ -71,9 +72,9 @@ def finetune(
     `run` is an unfinished run to go on with; otherwise a new one is made at `run_dir`. With `dry_run`, stop where data
     would be read.
     """
-    listener = listener or Listener()
+    listener = listener if listener and distributed.is_first() else Listener()
     recipe = recipe.of(checkpoint_path)
-    device = _device(recipe.train.device)
+    device = distributed.local_device(_device(recipe.train.device))
     checkpoint = load_checkpoint(checkpoint_path, pickle=recipe.model.pickle)
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
     listener.note(f"model: {built.note}; {checkpoint.note}")
@@ -87,12 +88,12 @@ def finetune(
             converted, budget, accuracy=None, source=source, run={"steps": 0, "seed": recipe.train.seed}
         )
         return FinetuneResult(None, report)
-    with _in_folder(run, run_dir, recipe) as run:
-        data = load_data(recipe.data, seed=recipe.train.seed, device=device)
+    with distributed.processes(device), _in_folder(run, run_dir, recipe) as run:
+        data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
         listener.note(f"data: {data.note}")
         steps = _steps(recipe, data)
         facts = {"sha256": checkpoint.sha256, "recipe": run.recipe_text(), "steps": steps}
-        saved = run.saved(facts)
+        saved = distributed.from_first(run.saved(facts) if distributed.is_first() else None)
         with _explained("The model cannot run on these data", UsageError, recipe):
             before = saved["float_accuracy"] if saved else evaluate(teacher, data, on_progress=listener.progress)
             listener.note(f"float accuracy: {before:.2f} %")
@@ -124,11 +125,15 @@ def finetune(
 def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterator[Run]:
     """The run to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
     new = run is None
-    run = run or Run.create(run_dir, recipe.name or Path(recipe.model.checkpoint or "model").stem)
+    if distributed.is_first():
+        run = run or Run.create(run_dir, recipe.name or Path(recipe.model.checkpoint or "model").stem)
+    path = distributed.from_first(run and run.path)
+    run = run if run and distributed.is_first() else ReadOnlyRun(path)
     with run.held():
         try:
             if new:
                 run.write_recipe(recipe)
+            distributed.wait()
             yield run
         except (KeyboardInterrupt, Interrupted) as stop:
             number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
@@ -165,6 +170,7 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
         listener.step(metrics)
 
     def keep() -> None:
+        distributed.check_alike(dict(trainer.model.named_parameters()), "The weights, levels and gates")
         run.save(LAST, {**trainer.state(), **facts})
 
     if trainer.step == 0:
@@ -174,6 +180,7 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
         trainer.run(on_step, keep)
     except Diverged as error:
         lr, first = trainer.recipe.train.lr, trainer.lr_scale == 1
+        distributed.wait()
         trainer.load(run.load(LAST))
         if not first:
             raise DDQError(
@@ -212,6 +219,8 @@ def _trainer(
     trainer = Trainer(converted, teacher if recipe.train.distill.weight else None, data, gates, recipe, steps)
     if saved:
         trainer.load(saved)
+    elif distributed.shard().count > 1:
+        trainer.load(distributed.from_first(trainer.state()))  # each process calibrated on its own shard
     return trainer
 
 

@@ -16,7 +16,7 @@ from ddqcli.commands.report import report
 from ddqcli.engine.runs import FINAL, Run
 from ddqcli.errors import DDQError
 from ddqcli.quant.shape import shape_of
-from ddqcli.stored import StoredTensor, stored_tensors
+from ddqcli.stored import StoredTensor, of_places
 from ddqcli.torchfile import contents, read_place
 
 ERROR = "Error: sum of squared differences to the float weights over the sum of squares, in %."
@@ -109,10 +109,10 @@ def run_tensors(path: Path) -> Iterator[tuple[QuantizedTensor, StoredTensor]]:
     file = run.path / FINAL
     content = contents(file)
     try:
-        weights = {tensor.name: tensor for tensor in stored_tensors(file)[0]} if content else {}
+        weights = {tensor.name: tensor for tensor in of_places(file, content["weights"])}
         for entry in content["quantized"]:
             yield _quantized(file, entry), weights[entry["name"]]
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         run.load(FINAL)  # says what is wrong with it
         raise DDQError(f"{file} is not as this version of ddq writes it; run `ddq finetune` again.") from error
 

@@ -19,6 +19,8 @@ def write_pictures(result: TrainedResult, out: Path, on_progress: Progress | Non
     """Write PNG and SVG files and the page into `out`; the result then names them, the page first. Raises DDQError."""
     with folder(out):
         drawn = draw_layers([_layer(row) for row in result.layers], {}, out, on_progress)
+        rows = [row for row in result.report["layers"] if row["name"] in {layer.name for layer in result.layers}]
+        course = draw_course(Run.open(result.path), rows) if result.what == "run" else []
         bits = plots.bits_by_layer_figure(
             [row.name for row in result.layers],
             [row.kind for row in result.layers],

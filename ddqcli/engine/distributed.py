@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,7 +59,8 @@ def parallel(model: nn.Module) -> nn.Module:
     """The model with its gradients averaged over all processes; itself where there is but one."""
     if shard().count == 1:
         return model
-    return DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=True)
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # costs a copy of small tensors
+    return DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def from_first(value: Any) -> Any:
@@ -68,6 +70,19 @@ def from_first(value: Any) -> Any:
     box = [value if is_first() else None]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def wait() -> None:
+    """Until all processes are here: what process 0 wrote can then be read."""
+    if shard().count > 1:
+        dist.barrier()
+
+
+def agreed(wish: bool, now: bool) -> bool:
+    """Whether any process wishes it. Asked where `now` is true only; a single process needs to ask nobody."""
+    if shard().count == 1:
+        return wish
+    return now and bool(total(torch.tensor(float(wish))))
 
 
 def total(value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddqcli.engine import distributed
 from ddqcli.engine.convert import Converted
 from ddqcli.engine.data import Data
 from ddqcli.errors import DataError
@@ -29,12 +30,14 @@ def evaluate(model: nn.Module, data: Data, *, autocast: bool = False, on_progres
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     for done, (x, y) in enumerate(data.val.epoch(0)):
+        if not len(x):
+            continue  # a last batch with fewer samples than there are processes
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             scores = data.metric(output_of(model(x)), y)
         total += scores.double().sum().cpu()
         if on_progress:
             on_progress("evaluate", done + 1, len(data.val))
-    return 100 * float(total) / data.val.samples
+    return 100 * float(distributed.total(total)) / data.val.samples
 
 
 @torch.no_grad()
@@ -52,6 +55,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
         model(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            statistic.copy_(distributed.total(statistic.clone()) / distributed.shard().count)
     model.eval()
 
 

@@ -230,6 +230,26 @@ class Run:
         write_whole(self.path / name, lambda temporary: temporary.write_bytes(content))
 
 
+class ReadOnlyRun(Run):
+    """A run folder in the hands of a process that must not write into it: of several, the first alone does."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        yield
+
+    def add_metrics(self, metrics: Any) -> None:
+        pass
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        pass
+
+    def discard_if_empty(self) -> None:
+        pass
+
+    def _write(self, name: str, content: bytes) -> None:
+        pass
+
+
 def _checksum(report: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
 

@@ -40,10 +40,10 @@ def is_due(step: int, steps: int, every: int) -> bool:
 
 @torch.no_grad()
 def relative_error(tensor: ConvertedTensor) -> float:
-    """Sum of squared differences between quantized and float values over the sum of squares, to 6 digits."""
+    """Sum of squared differences between quantized and float values over the sum of squares (1 if all are 0), to 6 digits."""
     x = tensor.parameter.detach().double()
-    error = (tensor.quantizer(tensor.parameter).double() - x).square().sum() / x.square().sum().clamp_min(1e-300)
-    return float(f"{float(error):.6g}")
+    error = float((tensor.quantizer(tensor.parameter).double() - x).square().sum())
+    return float(f"{error / (float(x.square().sum()) or 1.0):.6g}")
 
 
 def _levels(tensor: ConvertedTensor) -> list[float]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddqcli.engine import distributed
 from ddqcli.engine.convert import Converted, quantizers
 from ddqcli.engine.data import Data
 from ddqcli.engine.evaluate import output_of
@@ -59,6 +60,7 @@ class Trainer:
         self.converted, self.teacher, self.data, self.gates, self.recipe = converted, teacher, data, gates, recipe
         self.model, self.steps, self.step = converted.model, steps, 0
         self.lr_scale = 1.0  # of every step size
+        self.parallel = distributed.parallel(self.model)
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
 
     def run(self, on_step: Callable[[StepMetrics], None], on_save: Callable[[], None]) -> None:
@@ -78,11 +80,13 @@ class Trainer:
                 if self.step % REPORT_EVERY == 0 or self.step == self.steps:
                     on_step(self._metrics(loss_sum / count, 100 * hits / count, (time.monotonic() - began), first))
                     loss_sum, hits, count = 0.0, 0.0, 0
-                if caught or self._worth_keeping():
+                stopping = distributed.agreed(bool(caught), self.step % REPORT_EVERY == 0)
+                if stopping or self._worth_keeping():
                     self._check(dict(self.model.named_parameters()), "A parameter")
                     on_save()
-                if caught:
-                    raise Interrupted(f"Stopped at step {self.step} of {self.steps}", caught[0])
+                if stopping:
+                    number = caught[0] if caught else signal.SIGTERM
+                    raise Interrupted(f"Stopped at step {self.step} of {self.steps}", number)
         self.gates.finish()
 
     def state(self) -> dict[str, Any]:
@@ -124,17 +128,18 @@ class Trainer:
                     break
 
     def _train_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        train = self.recipe.train
+        train, shard = self.recipe.train, distributed.shard()
         factor = self.lr_scale * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         for optimizer in self._optimizers():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-        torch.manual_seed(train.seed * 1_000_003 + self.step)  # dropout and the like: a function of the step alone
+        # Dropout and the like: a function of the step alone.
+        torch.manual_seed(train.seed * 1_000_003 + self.step + 2**40 * shard.rank)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-            output = output_of(self.model(x))
+            output = output_of(self.parallel(x))
             loss = self._loss(x, y, output)
         value = float(loss.detach())
-        if not math.isfinite(value):
+        if not math.isfinite(value) and shard.count == 1:  # with more, the averaged gradients tell all processes at once
             raise self._divergence(x, value)
         penalty = self.gates.penalty()
         (loss * penalty if penalty != 1 else loss).backward()

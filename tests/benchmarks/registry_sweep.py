@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -86,11 +87,11 @@ def registry(arch: str) -> tuple[Callable[[], nn.Module], int]:
     return lambda: torchvision.models.get_model(arch, weights=None, **kwargs), size
 
 
-def check(arch: str, build: Callable[[], nn.Module], size: int) -> Row:
-    """Run one architecture through the engine. Raises whatever goes wrong."""
+def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any) -> Row:
+    """Run one architecture through the engine, with these sections of the recipe. Raises whatever goes wrong."""
     began = time.monotonic()
     torch.manual_seed(0)
-    recipe, noise = Recipe.model_validate(RECIPE), Noise(size)
+    recipe, noise = Recipe.model_validate({**RECIPE, **sections}), Noise(size)
     data = Data(noise, noise, F.cross_entropy, lambda out, y: (out.argmax(1) == y).float(), None, "noise")
     model = build()
     names = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}

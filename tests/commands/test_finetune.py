@@ -361,6 +361,9 @@ def test_data_that_are_not_finite_are_blamed_and_not_the_step_size(project: Path
     assert (answer.code, answer.err.splitlines()[-1]) == (
         2, "Error: Batch 2 of the training data holds NaN or infinite values; repair the data.",
     )  # fmt: skip
+
+
+def test_a_batch_that_is_not_finite_is_blamed_too(project: Path) -> None:
     answer = troubled([5], "data")
     assert (answer.code, answer.err.splitlines()[-1]) == (
         1, "Error: The batch at step 6 of 12 holds NaN or infinite values; repair the data and resume.",

@@ -152,7 +152,8 @@ def test_totals_add_up(result):
 
 def test_json_keys_are_these(result):
     data = json.loads(json.dumps(result.data()))
-    assert list(data) == ["path", "note", "layers", "rest", "tied", "totals", "pictures"]
+    assert list(data) == ["version", "what", "path", "note", "layers", "rest", "tied", "totals", "pictures"]
+    assert (data["version"], data["what"]) == (1, "checkpoint")
     assert list(data["totals"]) == ["parameters", "bytes", "bytes_at"]
     assert list(data["totals"]["bytes_at"]) == ["8", "6", "4", "3", "2"]
     assert list(data["rest"]) == ["tensors", "parameters", "bytes"]

@@ -417,18 +417,15 @@ def test_a_training_step_under_bfloat16_autocast(act_bits: int | None) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_torch_compile_computes_the_same(backend: str) -> None:
-    if backend == "inductor" and not can_fuse(CPU):
+def test_torch_compile_computes_the_same() -> None:
+    if not can_fuse(CPU):
         pytest.skip("torch.compile finds no compiler here")
-    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    model = linear if backend == "inductor" else nn.Sequential(nn.Conv2d(3, 4, 1), *linear)  # compiling takes time
-    told = recipe({"type": "Linear", "granularity": "channel"}, max_bits=4, act_bits=8)
-    converted, x = convert(model, told), images(4 if backend == "inductor" else 3, 4, 4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))  # a small one: compiling takes seconds
+    converted, x = convert(model, recipe(max_bits=4, granularity="channel", act_bits=8)), images(4, 4, 4)
     assert fit_inputs(converted, x) == []
     twin = copy.deepcopy(converted)
     torch._dynamo.reset()
-    eager, compiled = converted.model.train(), torch.compile(twin.model.train(), backend=backend)
+    eager, compiled = converted.model.train(), torch.compile(twin.model.train())
     expected, found = eager(x), compiled(x)
     torch.testing.assert_close(found, expected)
     expected.square().sum().backward()

@@ -31,7 +31,7 @@ def network() -> nn.Sequential:
 
 
 def told(rule: str, budget: dict[str, Any] | None, **sections: Any) -> Recipe:
-    gates = {"rule": rule, "looks": 3, **sections.pop("gates", {})}
+    gates = {"rule": rule, "looks": 2, **sections.pop("gates", {})}
     return Recipe.model_validate({"gates": gates, "budget": budget or {}, "data": {"batch_size": 8}, **sections})
 
 
@@ -103,9 +103,14 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 20])
-@pytest.mark.parametrize("rule", ["fisher", "paper", "fixed"])
-@pytest.mark.parametrize("name", BUDGETS)
+LENGTHS = {"fisher": (0, 1, 3), "paper": (0, 1, 3), "fixed": (0, 1, 3, 8)}
+SHORT = ("2.5 bits", "20 % with 4-bit inputs", "falling beyond the freeze", "freezing at the end")
+CASES = [(name, rule, 8) for name in BUDGETS for rule in ("fisher", "paper")]
+CASES += [(name, rule, n) for name in SHORT for rule, lengths in LENGTHS.items() for n in lengths]
+CASES += [("2.5 bits", rule, 50) for rule in ("fisher", "paper", "fixed")]
+
+
+@pytest.mark.parametrize(("name", "rule", "steps"), CASES)
 def test_a_finished_run_keeps_its_budget(name: str, rule: str, steps: int) -> None:
     sections = {key: dict(value) if isinstance(value, dict) else value for key, value in BUDGETS[name].items()}
     recipe = told(rule, sections.pop("budget"), **sections)

@@ -52,6 +52,12 @@ def small_efficientnet() -> nn.Module:
     return models.EfficientNet(blocks, 0.2, num_classes=10, last_channel=channels)
 
 
+def small_vit() -> nn.Module:
+    model = models.VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)  # it starts at 0, which would hide everything before it
+    return model
+
+
 def small_regnet() -> nn.Module:
     shape = BlockParams.from_init_params(depth=5, w_0=16, w_a=16.0, w_m=2.0, group_width=8, se_ratio=0.25)
     return models.RegNet(shape, num_classes=10)
@@ -78,14 +84,15 @@ FAMILIES: dict[str, tuple[Any, int]] = {
     "squeezenet": (partial(models.SqueezeNet, "1_1", 10), 64),
     "swin": (partial(models.SwinTransformer, [4, 4], 8, [2, 2], [2, 2], [4, 4], num_classes=10), 32),
     "vgg": (SmallVGG, 32),
-    "vit": (partial(models.VisionTransformer, 32, 16, 2, 2, 16, 32, num_classes=10), 32),
+    "vit": (small_vit, 32),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_member_of_each_family_trains_and_keeps_its_budget(family: str) -> None:
     build, size = FAMILIES[family]
-    row = sweep.check(family, build, size)
+    few = {"min_bits": 3, "max_bits": 5}  # the fits of 1 to 8 bits to every tensor are what takes time
+    row = sweep.check(family, build, size, weights=few, budget={"target_bits": 4.5}, gates={"rule": "fixed"})
     assert row.quantized >= 10
     assert row.inputs >= 5
 
@@ -95,9 +102,6 @@ def test_a_fresh_float_model_with_the_quantized_values_computes_the_same(family:
     build, size = FAMILIES[family]
     torch.manual_seed(0)
     model, fresh = build(), build()
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)  # heads that start at 0 would hide everything before them
     converted = convert(model, recipe(max_bits=4))
     fresh.load_state_dict(quantized_state(converted), strict=True)
     x = torch.randn(2, 3, size, size)

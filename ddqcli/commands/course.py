@@ -1,0 +1,90 @@
+"""A run's course in figures: bits, loss, quantization error and levels over time; without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ddqcli import plots
+from ddqcli.commands.inspect import SHOWN_BINS, shown_histogram, summarise
+from ddqcli.commands.inspect_trained import run_tensors
+from ddqcli.engine.runs import METRICS, Run
+from ddqcli.errors import DDQError
+
+POINTS = 400  # along the step axis; a picture has no room for more
+LAYERS_WITH_LEVELS = 6
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What belongs under one heading: a text, and figures by the names of their files."""
+
+    title: str
+    text: str
+    figures: dict[str, Figure]
+
+
+def draw_course(run: Run, rows: Sequence[dict[str, Any]]) -> list[Drawing]:
+    """What the metrics tell of the weights in `rows`, which are the report's; nothing of a run without steps.
+
+    Raises DDQError for a damaged run.
+    """
+    names = [row["name"] for row in rows]
+    try:
+        reported, snapshots = run.metrics(), run.snapshots()
+        drawings = _of_steps(reported, names, run.recipe().budget.target_bits) if reported else []
+        return drawings + (_of_snapshots(run, snapshots, rows) if snapshots else [])
+    except (LookupError, TypeError, ValueError) as error:
+        raise DDQError(f"{run.path / METRICS} is damaged; move it away for pictures without the course.") from error
+
+
+def _of_steps(reported: list[dict[str, Any]], names: list[str], target: float | None) -> list[Drawing]:
+    shown = [reported[k] for k in np.unique(np.linspace(0, len(reported) - 1, POINTS).round().astype(int))]
+    steps, average = [entry["step"] for entry in shown], [entry["average_bits"] for entry in shown]
+    bits = np.array([[entry["bits"][name] for name in names] for entry in shown], float)
+    text = "The target counts levels, scales and gates too; the bits drawn are those of the weights alone." if target else ""
+    columns = (_thinned([entry[key] for entry in reported]) for key in ("step", "loss", "train_accuracy"))
+    return [
+        Drawing(
+            "Bits over time", text, {"bits-over-time": plots.bits_over_time_figure(steps, names, bits, average, target)}
+        ),
+        Drawing("Loss", "", {"loss": plots.loss_over_time_figure(*columns)}),
+    ]
+
+
+def _of_snapshots(run: Run, snapshots: list[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[Drawing]:
+    steps = [entry["step"] for entry in snapshots]
+    errors = {row["name"]: [entry["error"][row["name"]] for entry in snapshots] for row in rows}
+    text = "Sum of squared differences between quantized and float weights over the sum of squares."
+    figure = plots.error_over_time_figure(steps, errors)
+    drawings = [Drawing("Quantization error over time", text, {"error-over-time": figure})]
+    if levels := _levels(run, snapshots, rows):
+        text = "Layers of the largest error; beside the levels, the float weights at the end."
+        drawings.append(Drawing("Levels over time", text, levels))
+    return drawings
+
+
+def _levels(run: Run, snapshots: list[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+    """The movement of levels, of the layers with the largest error: there they have most to do."""
+    drawn = [row for row in rows if row["name"] in snapshots[-1]["levels"]]
+    chosen = [row["name"] for row in sorted(drawn, key=lambda row: -row["error"])[:LAYERS_WITH_LEVELS]]
+    figures = {}
+    for tensor, stored in run_tensors(run.path):
+        if tensor.name in chosen:
+            distribution = summarise(stored, run.path)
+            counts = np.array(shown_histogram(distribution)).reshape(-1, 2).sum(1)
+            edges = np.linspace(distribution.low, distribution.high, SHOWN_BINS // 2 + 1)
+            seen = [entry for entry in snapshots if tensor.name in entry["levels"]]
+            steps, levels = [entry["step"] for entry in seen], [entry["levels"][tensor.name] for entry in seen]
+            figures[tensor.name] = plots.levels_over_time_figure(tensor.name, steps, levels, edges, counts)
+    return {f"levels-over-time-{k + 1}": figures[name] for k, name in enumerate(chosen)}
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    """Means of neighbours, so that at most POINTS are left."""
+    parts = np.array_split(np.asarray(values, float), min(POINTS, len(values)))
+    return [float(part.mean()) for part in parts]

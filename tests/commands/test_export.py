@@ -1,0 +1,88 @@
+"""`ddq export`: what it writes is what was trained, or it writes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_project import ddq, images
+
+import ddqcli
+from ddqcli.artifact.decoder import decode
+from ddqcli.commands import export as commands
+from ddqcli.engine.runs import FINAL, Run
+
+RUN = Path("runs/done")
+
+
+def test_the_file_holds_bit_for_bit_what_was_trained(finished: Path) -> None:
+    data = ddq("export", "--json").data
+    path = Path(data["path"])
+    assert path == RUN / "model.safetensors"
+    tensors, _ = decode(str(path))
+    frozen = Run(RUN).load(FINAL)
+    expected = {**frozen["trained"], **frozen["floats"]}
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(tensors[name], value.numpy()), name
+    assert data["sizes"]["file"] == path.stat().st_size
+    assert data["sizes"]["payload"] == ddq("report", "--json").data["totals"]["bytes"]
+    assert data["verified"] == {"tensors": len(expected), "values": sum(v.numel() for v in expected.values())}
+
+
+def test_the_accuracy_of_the_file_is_the_reported_one(finished: Path) -> None:
+    assert ddq("export").code == 0
+    scope: dict = {}
+    exec(Path("net.py").read_text(), scope)
+    model = ddqcli.load(RUN / "model.safetensors", scope["build"]())
+    held_out = images(32, "x", "y")
+    x = torch.tensor((held_out["x"] / 255 - 0.5) / 0.5, dtype=torch.float32)[:, None]
+    with torch.no_grad():
+        hits = (model(x).argmax(1).numpy() == held_out["y"]).mean()
+    assert 100 * hits == pytest.approx(ddq("report", "--json").data["accuracy"]["quantized"])
+
+
+def test_the_same_run_gives_the_same_bytes_wherever_they_go(finished: Path) -> None:
+    assert ddq("export").code == ddq("export", RUN, "-o", "a b.safetensors").code == 0
+    assert Path("a b.safetensors").read_bytes() == (RUN / "model.safetensors").read_bytes()
+
+
+def test_a_file_that_differs_from_what_was_trained_never_gets_its_name(finished: Path) -> None:
+    run, name = Run(RUN), "0.weight"
+    assert ddq("export").code == 0
+    before = (RUN / "model.safetensors").read_bytes()
+    frozen = run.load(FINAL)
+    frozen["trained"][name].view(-1)[3] += 1e-6
+    run.save(FINAL, frozen)
+    answer = ddq("export", "--json")
+    assert answer.code == 4
+    assert answer.err == f"Error: {RUN}/model.safetensors would differ from what was trained in {name}; it was not written.\n"
+    assert (RUN / "model.safetensors").read_bytes() == before
+    assert not [path for path in os.listdir(RUN) if path.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("changed", [lambda a: a.reshape(2, -1), lambda a: a.astype(np.float64)], ids=["shape", "dtype"])
+def test_shapes_and_dtypes_are_compared_too(
+    finished: Path, changed: Callable[[np.ndarray], np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = commands.encode_artifact
+
+    def wrong(quantized: object, activations: object, floats: dict[str, np.ndarray], *rest: object) -> object:
+        return encode(quantized, activations, {**floats, "1.running_mean": changed(floats["1.running_mean"])}, *rest)
+
+    monkeypatch.setattr(commands, "encode_artifact", wrong)
+    answer = ddq("export")
+    assert answer.code == 4
+    assert "would differ from what was trained in 1.running_mean" in answer.err
+
+
+def test_a_file_that_cannot_be_decoded_never_gets_its_name(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddqcli.commands.export._FINGERPRINTS", "raise SystemExit('no numpy')")
+    answer = ddq("export")
+    assert answer.code == 4
+    assert "model.safetensors cannot be decoded: no numpy; it was not written." in answer.err
+    assert not (RUN / "model.safetensors").exists()

@@ -1,0 +1,127 @@
+"""`ddq report`: the same report in every format, and gates that say what is unmet and by how much."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny_project import ddq
+
+from ddqcli.commands.report import Limits
+
+RUN = "runs/done"
+
+
+def test_the_newest_run_is_reported_where_none_is_named(finished: Path) -> None:
+    assert ddq("report").out == ddq("report", RUN).out
+
+
+def test_the_table_shows_every_tensor_and_the_totals(finished: Path) -> None:
+    data, text = ddq("report", "--json").data, ddq("report").out
+    for layer in data["layers"]:
+        assert re.search(rf"^{re.escape(layer['name'])} .* {layer['bits']:g} +{layer['levels']} +{layer['bytes']:,} ", text, re.M)
+    totals = data["totals"]
+    assert f"{totals['float_bytes']:,} -> {totals['bytes']:,} bytes" in text
+    assert f"budget     {totals['budget_bytes']:,} bytes" in text
+
+
+def test_sizes_add_up_to_what_the_budget_counts(finished: Path) -> None:
+    data = ddq("report", "--json").data
+    totals = data["totals"]
+    assert sum(layer["bytes"] for layer in data["layers"]) == totals["quantized_bytes"]
+    assert totals["quantized_bytes"] + totals["kept_bytes"] == totals["bytes"] <= totals["budget_bytes"]
+    assert round(8 * totals["quantized_bytes"] / totals["weights"], 4) == totals["average_bits"]
+
+
+def test_csv_and_markdown_hold_the_same_rows_as_json(finished: Path) -> None:
+    layers = ddq("report", "--json").data["layers"]
+    rows = list(csv.DictReader(io.StringIO(ddq("report", "--csv").out)))
+    assert [{**row, "shape": "x".join(map(str, row["shape"]))} for row in layers] == [
+        {**row, **{key: json.loads(row[key]) for key in ("bits", "levels", "bytes", "float_bytes", "error")}} for row in rows
+    ]
+    lines = ddq("report", "--md").out.splitlines()
+    table = [line for line in lines if line.startswith("| ")]
+    assert lines[0] == "### ddq report"
+    assert len(table) == 2 + len(layers)
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_warnings_are_shown_in_every_format(finished: Path) -> None:
+    file = Path(RUN) / "report.json"
+    from ddqcli.engine.runs import Run
+
+    run = Run(file.parent)
+    run.write_report({**run.report(), "warnings": ["it went [wrong]"]})
+    assert "warning    it went [wrong]" in ddq("report").out
+    assert "it went [wrong]" in ddq("report", "--md").out
+    assert ddq("report", "--json").data["warnings"] == ["it went [wrong]"]
+    assert ddq("export", "-o", "x.safetensors").code == 0
+    assert ddq("report", "x.safetensors", "--json").data["warnings"] == ["it went [wrong]"]
+
+
+# ---- gates
+
+
+def a_report(accuracy: bool = True) -> dict:
+    return {
+        "totals": {"bytes": 1000, "float_bytes": 8000, "average_bits": 3.5},
+        "accuracy": {"float": 90.0, "quantized": 88.5, "drop": 1.5} if accuracy else None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("limits", "unmet"),
+    [
+        (Limits(), []),
+        (Limits(max_size="1kB", max_bits=3.5, max_drop=1.5, min_accuracy=88.5), []),
+        (Limits(max_size="12.5%"), []),
+        (Limits(max_size="999"), ["--max-size is unmet: 1,000 bytes are 1 above 999."]),
+        (Limits(max_size="10%"), ["--max-size is unmet: 1,000 bytes are 200 above 800."]),
+        (Limits(max_bits=3.25), ["--max-bits is unmet: 3.5 bits a weight are 0.25 above 3.25."]),
+        (Limits(max_drop=1), ["--max-drop is unmet: 1.5 points are 0.5 above 1."]),
+        (Limits(min_accuracy=89), ["--min-accuracy is unmet: 88.5 % are 0.5 below 89."]),
+    ],
+)
+def test_a_gate_is_met_at_its_limit_and_unmet_beyond(limits: Limits, unmet: list[str]) -> None:
+    assert list(limits.unmet(a_report())) == unmet
+
+
+def test_a_gate_on_an_accuracy_that_nobody_measured_is_unmet() -> None:
+    unmet = Limits(max_drop=5, min_accuracy=1, max_size="1kB").unmet(a_report(accuracy=False))
+    assert unmet == tuple(f"{gate} is unmet: nothing was evaluated in this run." for gate in ("--max-drop", "--min-accuracy"))
+
+
+def test_a_limit_that_is_no_number_is_never_met() -> None:
+    nan = float("nan")
+    assert len(Limits(max_bits=nan, max_drop=nan, min_accuracy=nan).unmet(a_report())) == 3
+
+
+GATES = ["--max-size", "10%", "--max-bits", "1", "--max-drop=-100", "--min-accuracy", "101"]
+NAMES = ["--max-size", "--max-bits", "--max-drop", "--min-accuracy"]
+
+
+@pytest.mark.parametrize("target", [RUN, "small.safetensors"])
+def test_unmet_gates_end_with_3_all_at_once_and_the_report_is_still_there(finished: Path, target: str) -> None:
+    assert ddq("export", "-o", "small.safetensors").code == 0
+    plain, gated = ddq("report", target), ddq("report", target, *GATES)
+    assert (plain.code, gated.code) == (0, 3)
+    assert gated.out == plain.out
+    said = gated.err.removeprefix("Error: ").splitlines()
+    assert [line.split(" is unmet: ")[0] for line in said] == NAMES
+
+
+def test_unmet_gates_are_errors_in_the_envelope_beside_the_data(finished: Path) -> None:
+    plain, gated = ddq("report", "--json"), ddq("report", "--json", *GATES)
+    assert gated.code == 3
+    assert gated.envelope["data"] == plain.data
+    assert (gated.envelope["status"], gated.envelope["exit_code"]) == ("error", 3)
+    assert [error.split(" is unmet: ")[0] for error in gated.envelope["errors"]] == NAMES
+
+
+def test_gates_that_are_met_change_nothing(finished: Path) -> None:
+    met = ddq("report", "--max-size", "100%", "--max-bits", "8", "--max-drop", "100", "--min-accuracy", "0")
+    assert met == ddq("report")

@@ -1,0 +1,52 @@
+"""The JSON keys of `ddq report`: the same for a run and for the file exported from it, and these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_project import ddq, inside
+
+
+@pytest.fixture(scope="module")
+def reports(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    file = tmp_path_factory.mktemp("report") / "model.safetensors"
+    with inside(pristine):
+        assert ddq("export", "runs/done", "-o", file).code == 0
+        return [ddq("report", target, "--json").data for target in ("runs/done", file)]
+
+
+def test_json_keys_are_these(reports: list[dict]) -> None:
+    for data in reports:
+        assert set(data) == {
+            *(
+                "target",
+                "version",
+                "layers",
+                "totals",
+                "accuracy",
+                "activations",
+                "kept_float",
+                "source",
+                "run",
+                "warnings",
+            )
+        }
+        assert data["version"] == 1
+        assert list(data["layers"][0]) == ["name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error"]
+        assert list(data["totals"]) == [
+            *("bytes", "float_bytes", "budget_bytes", "average_bits", "quantized_bytes", "kept_bytes", "weights")
+        ]
+        assert set(data["accuracy"]) == {"float", "quantized", "drop"}
+        assert set(data["activations"][0]) == {"name", "bits", "levels", "bytes"}
+        assert set(data["source"]) == {"path", "sha256", "arch", "ddq"}
+        assert set(data["run"]) == {"steps", "seed"}
+
+
+def test_a_file_reports_what_its_run_does(reports: list[dict]) -> None:
+    run, file = ({key: value for key, value in data.items() if key != "target"} for data in reports)
+    by_name = [
+        sorted(data.pop(key), key=lambda row: row["name"]) for data in (run, file) for key in ("layers", "activations")
+    ]
+    assert by_name[:2] == by_name[2:]
+    assert run == file
