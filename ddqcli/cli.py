@@ -184,7 +184,7 @@ def finetune(
         "ddq report model.safetensors --md >> $GITHUB_STEP_SUMMARY",
         "ddq report --max-size 20kB --max-drop 0.5",
         "ddq report --html report.html",
-        "ddq report --diff runs/a runs/b",
+        "ddq report --diff model.safetensors runs/20260131-142310-model",
     ),
 )
 def report(
@@ -200,7 +200,8 @@ def report(
     as_csv: Annotated[bool, typer.Option("--csv", help="The layers as CSV.")] = False,
     as_md: Annotated[bool, typer.Option("--md", help="Markdown.")] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with pictures: FILE.html, or index.html in a folder.", show_default=False)
+        Path | None,
+        typer.Option(help="Write a page with pictures: FILE.html, or index.html in a folder.", show_default=False),
     ] = None,
     diff: Annotated[
         tuple[Path, Path] | None,
@@ -226,7 +227,9 @@ def report(
         limits = Limits(max_size, max_bits, max_drop, min_accuracy)
         if diff:
             if target or html or limits != Limits():
-                raise UsageError("--diff takes A and B, and neither a third one, nor --html, nor gates; leave them out.")
+                raise UsageError(
+                    "--diff takes A and B, and neither a third one, nor --html, nor gates; leave them out."
+                )
             from ddqcli.commands.diff import diff as compare
 
             return compare(*diff)
@@ -293,13 +296,17 @@ def export(
 
 @app.command(
     short_help="Show a model's weight distributions.",
-    epilog=_example("ddq inspect model.pt", "ddq inspect model.pt -o pictures", "ddq inspect runs/20260131-142310-model"),
+    epilog=_example(
+        "ddq inspect model.pt", "ddq inspect model.pt -o pictures", "ddq inspect runs/20260131-142310-model"
+    ),
 )
 def inspect(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", help="State dict (.pt, .pth, .th, .safetensors), run folder or exported file.", show_default=False
+            metavar="MODEL",
+            help="State dict (.pt, .pth, .th, .safetensors), run folder or exported file.",
+            show_default=False,
         ),
     ],
     out: Annotated[

@@ -88,4 +88,6 @@ def _table(table: Table) -> str:
         return f"<tr>{inner}</tr>"
 
     rows = "\n".join(row(cells, "td") for cells in table.rows)
-    return f'<div class="table"><table>\n<thead>{row(table.header, "th")}</thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    return (
+        f'<div class="table"><table>\n<thead>{row(table.header, "th")}</thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    )

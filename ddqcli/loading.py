@@ -43,7 +43,9 @@ def to_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     }
 
 
-def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], tables: Mapping[str, ActivationTable], what: str) -> None:
+def fill(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], tables: Mapping[str, ActivationTable], what: str
+) -> None:
     """`load` from memory; `what` names the source in errors. Raises CheckpointError, and then leaves the model as it was."""
     layers = {name.removesuffix(INPUT): table for name, table in tables.items()}
     _check_fit(model, tensors, layers, what)

@@ -1,4 +1,4 @@
-"""A run's course in figures: bits, loss, quantization error and levels over time; without torch."""
+"""What was learned in figures: bits by layer, and a run's course: bits, loss, error and levels over time; without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ddqcli import plots
 from ddqcli.commands.inspect import SHOWN_BINS, shown_histogram, summarise
-from ddqcli.commands.inspect_trained import run_tensors
+from ddqcli.commands.inspect_trained import plain_kind, run_tensors
 from ddqcli.engine.runs import METRICS, Run
 from ddqcli.errors import DDQError
 
@@ -26,6 +26,13 @@ class Drawing:
     title: str
     text: str
     figures: dict[str, Figure]
+
+
+def draw_bits(rows: Sequence[dict[str, Any]], order: str = "the network's") -> Drawing:
+    """Bits by layer, of the report's `rows`."""
+    names, kinds, bits = ([row[key] for row in rows] for key in ("name", "kind", "bits"))
+    figure = plots.bits_by_layer_figure(names, [plain_kind(kind) for kind in kinds], bits)
+    return Drawing("Bits by layer", f"In {order} order; biases are left out.", {"bits-by-layer": figure})
 
 
 def draw_course(run: Run, rows: Sequence[dict[str, Any]]) -> list[Drawing]:
@@ -46,7 +53,11 @@ def _of_steps(reported: list[dict[str, Any]], names: list[str], target: float | 
     shown = [reported[k] for k in np.unique(np.linspace(0, len(reported) - 1, POINTS).round().astype(int))]
     steps, average = [entry["step"] for entry in shown], [entry["average_bits"] for entry in shown]
     bits = np.array([[entry["bits"][name] for name in names] for entry in shown], float)
-    text = "The target counts levels, scales and gates too; the bits drawn are those of the weights alone." if target else ""
+    text = (
+        "The target counts levels, scales and gates too; the bits drawn are those of the weights alone."
+        if target
+        else ""
+    )
     columns = (_thinned([entry[key] for entry in reported]) for key in ("step", "loss", "train_accuracy"))
     return [
         Drawing(

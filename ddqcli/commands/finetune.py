@@ -18,10 +18,11 @@ from ddqcli.engine import distributed
 from ddqcli.engine.checkpoint import load_checkpoint
 from ddqcli.engine.convert import Converted, convert
 from ddqcli.engine.data import Data, load_data
-from ddqcli.engine.evaluate import calibrate, evaluate, reestimate_batch_norm
+from ddqcli.engine.evaluate import calibrate, evaluate, probe, reestimate_batch_norm
 from ddqcli.engine.gates import Budget, Gates, make_budget
 from ddqcli.engine.health import ROLLED_BACK, find_warnings
 from ddqcli.engine.models import build_model
+from ddqcli.engine.placing import device_named, placed
 from ddqcli.engine.results import freeze, make_report
 from ddqcli.engine.runs import FINAL, LAST, ReadOnlyRun, Run
 from ddqcli.engine.snapshot import is_due, snapshot
@@ -74,12 +75,13 @@ def finetune(
     """
     listener = listener if listener and distributed.is_first() else Listener()
     recipe = recipe.of(checkpoint_path)
-    device = distributed.local_device(_device(recipe.train.device))
+    device = distributed.local_device(device_named(recipe.train.device))
     checkpoint = load_checkpoint(checkpoint_path, pickle=recipe.model.pickle)
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
     listener.note(f"model: {built.note}; {checkpoint.note}")
-    teacher = _on(built.model, device).eval().requires_grad_(False)  # the float model, which stays as it is
-    converted = convert(copy.deepcopy(teacher).requires_grad_(True), recipe)
+    model = placed(built.model, device).eval()
+    converted = convert(copy.deepcopy(model), recipe)
+    teacher = model.requires_grad_(False)  # the float model, which stays as it is
     budget = make_budget(converted, recipe)  # an impossible budget is refused before any data are read
     source = {"path": str(checkpoint_path), "sha256": checkpoint.sha256, "arch": built.arch, "ddq": __version__}
     if dry_run:
@@ -116,7 +118,7 @@ def finetune(
         report = make_report(
             converted, budget, accuracy=(before, after), source=source, run=facts_of_run, warnings=found
         )
-        run.save(FINAL, freeze(converted))
+        run.save(FINAL, freeze(converted) | {"probe": probe(converted.model, data)})
         run.write_report(report)
     return FinetuneResult(run.path, report)
 
@@ -213,7 +215,7 @@ def _trainer(
     gates = Gates(converted, recipe, budget, steps, recipe.data.batch_size)
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch)
     gates.start()
-    fused = bool(converted.activations) and steps >= _FUSE_FROM_STEPS and can_fuse(_device(recipe.train.device))
+    fused = bool(converted.activations) and steps >= _FUSE_FROM_STEPS and can_fuse(device_named(recipe.train.device))
     for activation in converted.activations.values():
         activation.fused = fused
     trainer = Trainer(converted, teacher if recipe.train.distill.weight else None, data, gates, recipe, steps)
@@ -222,18 +224,6 @@ def _trainer(
     elif distributed.shard().count > 1:
         trainer.load(distributed.from_first(trainer.state()))  # each process calibrated on its own shard
     return trainer
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device is cuda, and no CUDA device is available here; use auto or cpu.")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def _on(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model on the device, in the memory format that is faster for images."""
-    images = any(isinstance(m, torch.nn.Conv2d) for m in model.modules())
-    return model.to(device, memory_format=torch.channels_last) if images else model.to(device)
 
 
 def _steps(recipe: Recipe, data: Data) -> int:

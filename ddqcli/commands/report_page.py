@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from ddqcli import html, plots
-from ddqcli.commands.course import draw_course
-from ddqcli.commands.inspect_trained import ERROR, plain_kind
+from ddqcli.commands.course import draw_bits, draw_course
+from ddqcli.commands.inspect_trained import ERROR
 from ddqcli.commands.pictures import PAGE, folder
 from ddqcli.commands.report import ReportResult
 from ddqcli.engine.runs import Run
@@ -21,15 +20,17 @@ def write_page(result: ReportResult, path: Path) -> Path:
     page = path if path.suffix in {".html", ".htm"} and not path.is_dir() else path / PAGE
     report = result.report
     weights = [row for row in report["layers"] if row["kind"] != "bias"]
-    sections = [_totals(result), _bits(weights, "network's" if result.source.is_dir() else "names'")]
     if result.source.is_dir():
-        sections += [
-            html.Section(drawing.title, [drawing.text], pictures=[_element(figure) for figure in drawing.figures.values()])
-            for drawing in draw_course(Run.open(result.source), weights)
-        ]
+        drawings = [draw_bits(weights), *draw_course(Run.open(result.source), weights)]
+    else:
+        drawings = [draw_bits(weights, "the names'")]
+    pictures = [
+        html.Section(drawing.title, [drawing.text], pictures=[_element(figure) for figure in drawing.figures.values()])
+        for drawing in drawings
+    ]
     with folder(page.parent):
         name = result.source.resolve().name
-        return html.write_html(page, f"ddq report: {name}", [*sections, _layers(report)])
+        return html.write_html(page, f"ddq report: {name}", [_totals(result), *pictures, _layers(report)])
 
 
 def _totals(result: ReportResult) -> html.Section:
@@ -54,12 +55,6 @@ def _totals(result: ReportResult) -> html.Section:
         text.append(f"Inputs of {len(inputs)} layers are quantized to {bits} bits.")
     text += [f"Warning: {warning}." for warning in report["warnings"]]
     return html.Section("Result", text, html.Table(["", "float", "quantized"], rows))
-
-
-def _bits(weights: Sequence[dict[str, Any]], order: str) -> html.Section:
-    names, kinds, bits = ([row[key] for row in weights] for key in ("name", "kind", "bits"))
-    figure = plots.bits_by_layer_figure(names, [plain_kind(kind) for kind in kinds], bits)
-    return html.Section("Bits by layer", [f"In the {order} order; biases are left out."], pictures=[_element(figure)])
 
 
 def _layers(report: dict[str, Any]) -> html.Section:

@@ -6,12 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from ddqcli import html, plots
+from ddqcli.commands.course import Drawing, draw_bits, draw_course
 from ddqcli.commands.inspect import Progress
 from ddqcli.commands.inspect_trained import ERROR, FIXED, TrainedResult, TrainedRow
 from ddqcli.commands.pictures import PAGE, draw_layers, folder
+from ddqcli.engine.runs import Run
 from ddqcli.text import percent, size
 
 KINDS = ("trained", "uniform", "power_of_two", "best")
+OF = {
+    "run": "Histograms are of the float weights after finetuning; lines are the levels in force, to which each is rounded.",
+    "artifact": "An exported file holds no float weights: the bars are the stored values, as many as lie on each level.",
+}
 MOST_LEVELS = 128  # more would hide the histogram under them: at 8 bits they are an even grid
 
 
@@ -19,17 +25,24 @@ def write_pictures(result: TrainedResult, out: Path, on_progress: Progress | Non
     """Write PNG and SVG files and the page into `out`; the result then names them, the page first. Raises DDQError."""
     with folder(out):
         drawn = draw_layers([_layer(row) for row in result.layers], {}, out, on_progress)
-        rows = [row for row in result.report["layers"] if row["name"] in {layer.name for layer in result.layers}]
-        course = draw_course(Run.open(result.path), rows) if result.what == "run" else []
-        bits = plots.bits_by_layer_figure(
-            [row.name for row in result.layers],
-            [row.kind for row in result.layers],
-            [row.bits for row in result.layers],
-        )
-        files = (*plots.save(bits, out / "bits-by-layer"), *drawn.files)
-        sections = _sections(result, plots.for_page(plots.svg_of(bits)), drawn.layers)
+        sections = [_size(result), html.Section("Layers", _notes(result), _table(result))]
+        sections.append(html.Section("Weights and their levels", [OF[result.what]], pictures=drawn.layers))
+        for drawing in _drawings(result):
+            elements = []
+            for stem, figure in drawing.figures.items():
+                drawn.files.extend(plots.save(figure, out / stem))
+                elements.append(plots.for_page(drawn.files[-1].read_text(encoding="utf-8")))
+            sections.append(html.Section(drawing.title, [drawing.text], pictures=elements))
         page = html.write_html(out / PAGE, f"Levels of {result.path.resolve().name}", sections)
-    return replace(result, pictures=(page, *files))
+    return replace(result, pictures=(page, *drawn.files))
+
+
+def _drawings(result: TrainedResult) -> list[Drawing]:
+    shown = {row.name for row in result.layers}
+    rows = [row for row in result.report["layers"] if row["name"] in shown]
+    if result.what == "run":
+        return [draw_bits(rows), *draw_course(Run.open(result.path), rows)]
+    return [draw_bits(rows, "the names'")]
 
 
 def _layer(row: TrainedRow) -> plots.Layer:
@@ -43,24 +56,16 @@ def _layer(row: TrainedRow) -> plots.Layer:
     )  # fmt: skip
 
 
-def _sections(result: TrainedResult, bits: str, layers: list[str]) -> list[html.Section]:
+def _size(result: TrainedResult) -> html.Section:
     totals, accuracy = result.report["totals"], result.report["accuracy"]
-    size_text = (
-        f"{size(totals['float_bytes'])} became {size(totals['bytes'])}, {totals['average_bits']:.3f} bits a weight."
-    )
+    sizes = f"{size(totals['float_bytes'])} became {size(totals['bytes'])}, {totals['average_bits']:.3f} bits a weight."
     if accuracy:
-        size_text += f" Accuracy: {accuracy['float']:.2f} % float, {accuracy['quantized']:.2f} % quantized."
-    of = (
-        "Histograms are of the float weights after finetuning; lines are the levels in force, which every weight is rounded to."
-        if result.what == "run"
-        else "An exported file holds no float weights: the bars are the stored values, as many as lie on each level."
-    )
-    return [
-        html.Section("Size", [f"{result.path}: {result.note}.", size_text]),
-        html.Section("Bits by layer", pictures=[bits]),
-        html.Section("Layers", [ERROR, *([FIXED] if result.what == "run" else [])], _table(result)),
-        html.Section("Weights and their levels", [of], pictures=layers),
-    ]
+        sizes += f" Accuracy: {accuracy['float']:.2f} % float, {accuracy['quantized']:.2f} % quantized."
+    return html.Section("Size", [f"{result.path}: {result.note}.", sizes])
+
+
+def _notes(result: TrainedResult) -> list[str]:
+    return [ERROR, FIXED] if result.what == "run" else [ERROR]
 
 
 def _table(result: TrainedResult) -> html.Table:

@@ -43,7 +43,9 @@ def load_data(section: DataSection, *, seed: int, device: torch.device, shard: S
     Raises DataError, UsageError.
     """
     if shard.count > section.batch_size:
-        raise UsageError(f"A batch of {section.batch_size} is too small for {shard.count} processes; set data.batch_size.")
+        raise UsageError(
+            f"A batch of {section.batch_size} is too small for {shard.count} processes; set data.batch_size."
+        )
     source = section.source
     if not source:
         raise UsageError("No data are named; set data.source to a folder, a .npz file, DATASET:ROOT or module:factory.")

@@ -100,7 +100,9 @@ def check_alike(tensors: dict[str, Tensor], what: str) -> None:
         return
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     found: list[Any] = [None] * shard().count
     dist.all_gather_object(found, digest.hexdigest())
     if len(set(found)) > 1:

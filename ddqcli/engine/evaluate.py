@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ddqcli.engine import distributed
 from ddqcli.engine.convert import Converted
@@ -16,6 +17,7 @@ from ddqcli.engine.data import Data
 from ddqcli.errors import DataError
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PROBE = 8  # samples
 OnProgress = Callable[[str, int, int], None]  # what is going on, done, total
 
 
@@ -32,12 +34,21 @@ def evaluate(model: nn.Module, data: Data, *, autocast: bool = False, on_progres
     for done, (x, y) in enumerate(data.val.epoch(0)):
         if not len(x):
             continue  # a last batch with fewer samples than there are processes
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast), parametrize.cached():
             scores = data.metric(output_of(model(x)), y)
         total += scores.double().sum().cpu()
         if on_progress:
             on_progress("evaluate", done + 1, len(data.val))
     return 100 * float(distributed.total(total)) / data.val.samples
+
+
+@torch.no_grad()
+def probe(model: nn.Module, data: Data) -> dict[str, Tensor] | None:
+    """The first held-out inputs and what the model makes of them, to compare a loaded one with; None for no tensor."""
+    model.eval()
+    x = next(iter(data.val.epoch(0)))[0][:_PROBE].clone()
+    output = output_of(model(x))
+    return {"input": x.cpu(), "output": output.cpu()} if isinstance(output, Tensor) else None
 
 
 @torch.no_grad()
@@ -82,7 +93,5 @@ def calibrate(converted: Converted, data: Data, batches: int, watch: Callable[[]
             data.loss(output_of(model(x)), y).backward()
             watch()
             model.zero_grad(set_to_none=True)
-    unreached = [name for name, quantizer in activations.items() if not quantizer.fit()]
-    for name in unreached:
-        del activations[name]
-        converted.kept[f"{name} (input)"] = "the layer's own forward is never called, so its input is not seen"
+    for name in [name for name, quantizer in activations.items() if not quantizer.fit()]:
+        converted.keep_input(name, "the layer's own forward is never called, so its input is not seen")

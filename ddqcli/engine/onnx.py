@@ -81,7 +81,8 @@ class _OnnxInput(nn.Module):
                 code = torch.clamp(code, max=self.top)
         else:
             cell = torch.floor(x / (self.fixed.scale / 2)) + (2 * self.fixed.zero_point + 1)
-            code = self.level_of_cell[torch.clamp(cell, 0, CELLS - 1).to(torch.int32)]
+            cell = torch.clamp(cell, 0, CELLS - 1).to(torch.int32)
+            code = self.level_of_cell.index_select(0, cell.reshape(-1)).reshape(x.shape)
         return _node("DequantizeLinear", code, *grid, dtype=torch.float32)
 
 

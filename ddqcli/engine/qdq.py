@@ -140,14 +140,18 @@ class _Rewriter:
     def _folded(self, conv: Any, kernel: _Kernel) -> tuple[_Kernel, str]:
         """The kernel with the BatchNorm that follows, if one does and nothing else sees what lies between; its output."""
         norm = self._only_user(conv.output[0])
-        values = [self._value(name) for name in norm.input[1:5]] if norm and norm.op_type == "BatchNormalization" else []
+        values = (
+            [self._value(name) for name in norm.input[1:5]] if norm and norm.op_type == "BatchNormalization" else []
+        )
         if not values or any(value is None for value in values):
             return kernel, conv.output[0]
         self.absorbed.add(norm.output[0])
         weight, bias, mean, variance = (value.astype(np.float64) for value in values)
         factor = weight / np.sqrt(variance + _attributes(norm).get("epsilon", 1e-5))
         shift = ((kernel.shift - mean) * factor + bias).astype(np.float32)
-        return _Kernel(kernel.integers, (kernel.scale * factor).astype(np.float32), kernel.zero_point, shift), norm.output[0]
+        return _Kernel(
+            kernel.integers, (kernel.scale * factor).astype(np.float32), kernel.zero_point, shift
+        ), norm.output[0]
 
     def _dequantize_before(self, name: str) -> Any:
         """The DequantizeLinear that makes this value, if one does."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from ddqcli.engine import distributed
 from ddqcli.engine.convert import Converted, quantizers
@@ -135,11 +136,14 @@ class Trainer:
                 group["lr"] = group["initial_lr"] * factor
         # Dropout and the like: a function of the step alone.
         torch.manual_seed(train.seed * 1_000_003 + self.step + 2**40 * shard.rank)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+        autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
+        with autocast, parametrize.cached():  # a weight that is read more than once is quantized once
             output = output_of(self.parallel(x))
             loss = self._loss(x, y, output)
         value = float(loss.detach())
-        if not math.isfinite(value) and shard.count == 1:  # with more, the averaged gradients tell all processes at once
+        if (
+            not math.isfinite(value) and shard.count == 1
+        ):  # with more, the averaged gradients tell all processes at once
             raise self._divergence(x, value)
         penalty = self.gates.penalty()
         (loss * penalty if penalty != 1 else loss).backward()

@@ -188,6 +188,7 @@ def loss_over_time_figure(steps: Sequence[int], loss: Sequence[float], accuracy:
         axes = place(figure, 0.75, 0.55, 5.45, 1.15, sharex=top)
         axes.plot(steps, accuracy, color=VERMILLION, lw=1.2)
         axes.set_ylabel("training\naccuracy, %")
+        axes.set_ylim(max(0, min(accuracy) - 2), 100.5)
         axes.set_xlabel("step")
         for each in (top, axes):
             each.grid()

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/benchmarks/registry_sweep.py [--only NAME ...] [--threads N] [--json FILE]
 
-All 80 take half an hour and 20 GB on one thread; --only resnet takes those whose name contains "resnet".
+All 80 take half an hour on one thread, the largest 11 GB; --only resnet takes those whose name contains "resnet".
 The exit code is 1 if any failed.
 """
 

@@ -60,12 +60,17 @@ def test_a_file_that_differs_from_what_was_trained_never_gets_its_name(finished:
     run.save(FINAL, frozen)
     answer = ddq("export", "--json")
     assert answer.code == 4
-    assert answer.err == f"Error: {RUN}/model.safetensors would differ from what was trained in {name}; it was not written.\n"
+    assert (
+        answer.err
+        == f"Error: {RUN}/model.safetensors would differ from what was trained in {name}; it was not written.\n"
+    )
     assert (RUN / "model.safetensors").read_bytes() == before
     assert not [path for path in os.listdir(RUN) if path.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("changed", [lambda a: a.reshape(2, -1), lambda a: a.astype(np.float64)], ids=["shape", "dtype"])
+@pytest.mark.parametrize(
+    "changed", [lambda a: a.reshape(2, -1), lambda a: a.astype(np.float64)], ids=["shape", "dtype"]
+)
 def test_shapes_and_dtypes_are_compared_too(
     finished: Path, changed: Callable[[np.ndarray], np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,9 +130,10 @@ def test_pictures_and_page_are_written(run: Run, tmp_path: Path) -> None:
     names = {str(p.relative_to(tmp_path / "out")) for p in found.pictures}
     assert found.pictures[0] == tmp_path / "out" / "index.html"
     assert {"overview-1.png", "overview-1.svg", "bits-by-layer.svg", "layers/001-block1.conv.weight.png"} <= names
-    assert len(names) == 1 + 2 + 2 + 2 * 4
+    assert {"bits-over-time.png", "loss.svg", "error-over-time.png", "levels-over-time-4.svg"} <= names
+    assert len(names) == 1 + 2 + 2 * 4 + 2 * (4 + 4)
     page = found.pictures[0].read_text(encoding="utf-8")
-    assert page.count("<figure>") == 1 + 4
+    assert page.count("<figure>") == 4 + 4 + 4
     assert "4 levels in force (2 bits)" in page
 
 

@@ -23,7 +23,9 @@ def test_the_newest_run_is_reported_where_none_is_named(finished: Path) -> None:
 def test_the_table_shows_every_tensor_and_the_totals(finished: Path) -> None:
     data, text = ddq("report", "--json").data, ddq("report").out
     for layer in data["layers"]:
-        assert re.search(rf"^{re.escape(layer['name'])} .* {layer['bits']:g} +{layer['levels']} +{layer['bytes']:,} ", text, re.M)
+        assert re.search(
+            rf"^{re.escape(layer['name'])} .* {layer['bits']:g} +{layer['levels']} +{layer['bytes']:,} ", text, re.M
+        )
     totals = data["totals"]
     assert f"{totals['float_bytes']:,} -> {totals['bytes']:,} bytes" in text
     assert f"budget     {totals['budget_bytes']:,} bytes" in text
@@ -41,7 +43,8 @@ def test_csv_and_markdown_hold_the_same_rows_as_json(finished: Path) -> None:
     layers = ddq("report", "--json").data["layers"]
     rows = list(csv.DictReader(io.StringIO(ddq("report", "--csv").out)))
     assert [{**row, "shape": "x".join(map(str, row["shape"]))} for row in layers] == [
-        {**row, **{key: json.loads(row[key]) for key in ("bits", "levels", "bytes", "float_bytes", "error")}} for row in rows
+        {**row, **{key: json.loads(row[key]) for key in ("bits", "levels", "bytes", "float_bytes", "error")}}
+        for row in rows
     ]
     lines = ddq("report", "--md").out.splitlines()
     table = [line for line in lines if line.startswith("| ")]
@@ -92,7 +95,9 @@ def test_a_gate_is_met_at_its_limit_and_unmet_beyond(limits: Limits, unmet: list
 
 def test_a_gate_on_an_accuracy_that_nobody_measured_is_unmet() -> None:
     unmet = Limits(max_drop=5, min_accuracy=1, max_size="1kB").unmet(a_report(accuracy=False))
-    assert unmet == tuple(f"{gate} is unmet: nothing was evaluated in this run." for gate in ("--max-drop", "--min-accuracy"))
+    assert unmet == tuple(
+        f"{gate} is unmet: nothing was evaluated in this run." for gate in ("--max-drop", "--min-accuracy")
+    )
 
 
 def test_a_limit_that_is_no_number_is_never_met() -> None:

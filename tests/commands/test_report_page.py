@@ -13,7 +13,7 @@ import pytest
 from made_run import export_made, make_run
 from tiny_project import ddq
 
-from ddqcli.commands import report_page
+from ddqcli.commands import course
 from ddqcli.commands.report import report
 from ddqcli.commands.report_page import write_page
 from ddqcli.engine.runs import Run
@@ -123,9 +123,9 @@ def test_long_runs_are_thinned_to_what_a_picture_can_show(tmp_path: Path, monkey
     (made.path / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in long))
     drawn = {}
     for name in ("bits_over_time_figure", "loss_over_time_figure"):
-        draw = getattr(report_page.plots, name)
+        draw = getattr(course.plots, name)
         monkeypatch.setattr(
-            report_page.plots, name, lambda *args, draw=draw, name=name: drawn.update({name: args}) or draw(*args)
+            course.plots, name, lambda *args, draw=draw, name=name: drawn.update({name: args}) or draw(*args)
         )
     page_of(made.path, tmp_path)
     steps, loss = drawn["loss_over_time_figure"][:2]

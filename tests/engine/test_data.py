@@ -51,7 +51,9 @@ def write_npz(path: Path, **arrays: Any) -> Path:
     return path
 
 
-def write_folder(root: Path, split: str = "val", mode: str = "RGB", size: tuple[int, int] = (6, 5), each: int = 3) -> Path:
+def write_folder(
+    root: Path, split: str = "val", mode: str = "RGB", size: tuple[int, int] = (6, 5), each: int = 3
+) -> Path:
     for part, name, number in itertools.product(("train", split), ("ant", "bee"), range(each)):
         file = root / part / name / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,9 @@ def make_batches(kind: str, tmp_path: Path, seed: int) -> Any:
         return load(write_npz_once(tmp_path), seed=seed, batch_size=5).train
     if kind == "random crops":
         folder = tmp_path / "large"
-        return load(folder if folder.exists() else write_folder(folder, size=(150, 140), each=6), seed, batch_size=3).train
+        return load(
+            folder if folder.exists() else write_folder(folder, size=(150, 140), each=6), seed, batch_size=3
+        ).train
     if kind == "ready":
         return ReadyBatches(DataLoader(Noisy(), batch_size=5, shuffle=True), CPU, seed=seed)
     workers = 2 if kind == "two workers" else 0

@@ -97,7 +97,9 @@ def test_a_member_of_each_family_trains_and_keeps_its_budget(family: str) -> Non
     assert row.inputs >= 5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["convnext", "maxvit", "mnasnet", "regnet", "shufflenet", "squeezenet", "swin", "vit"]
+)
 def test_a_fresh_float_model_with_the_quantized_values_computes_the_same(family: str) -> None:
     build, size = FAMILIES[family]
     torch.manual_seed(0)

@@ -142,7 +142,9 @@ def test_the_layout_in_memory_changes_neither_values_nor_gradients(axis, layout)
         (out, grad_x, grad_levels), (out_2, grad_x_2, grad_levels_2) = results
         assert torch.equal(out, out_2)
         assert torch.equal(grad_x, grad_x_2)
-        torch.testing.assert_close(grad_levels, grad_levels_2, rtol=1e-5, atol=1e-6)  # summed in the order of the memory
+        torch.testing.assert_close(
+            grad_levels, grad_levels_2, rtol=1e-5, atol=1e-6
+        )  # summed in the order of the memory
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,13 @@ def result(names: list[str] = NAMES, **kwargs: object) -> InspectResult:
     layers = tuple(row(name) for name in names)
     rest = {"tensors": 4, "parameters": 99, "bytes": 396}
     return InspectResult(
-        Path("net.pt"), "state dict", layers, rest, kwargs.pop("tied", {}), dict.fromkeys((8, 6, 4, 3, 2), 5000), **kwargs
+        Path("net.pt"),
+        "state dict",
+        layers,
+        rest,
+        kwargs.pop("tied", {}),
+        dict.fromkeys((8, 6, 4, 3, 2), 5000),
+        **kwargs,
     )
 
 
