@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -160,7 +160,7 @@ def finetune(
         from ddqcli.render.progress import Live
 
         if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first alone speaks
-            sys.stdout = open(os.devnull, "w")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with Live(quiet=quiet or os.environ.get("RANK", "0") != "0") as live:
             if path:
                 live.note(f"recipe: {path}")
@@ -262,8 +262,13 @@ def report(
 
 
 @app.command(
+    epilog=_example(
+        "ddq export",
+        "ddq export runs/20260131-142310-model -o small.safetensors --half",
+        "ddq export --format onnx",
+        "ddq export --check small.safetensors",
+    ),
     short_help="Write a run's model as one verified file.",
-    epilog=_example("ddq export", "ddq export runs/20260131-142310-model -o small.safetensors"),
 )
 def export(
     run: Annotated[
@@ -273,21 +278,50 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", help="File to write.  [default: model.safetensors in the run folder]", show_default=False
+            "-o",
+            "--out",
+            help="File to write.  [default: model.safetensors or model.onnx in the run folder]",
+            show_default=False,
         ),
     ] = None,
+    form: Annotated[
+        Literal["ddq", "onnx"],
+        typer.Option("--format", help="ddq: the smallest file; onnx: whole numbers for onnxruntime."),
+    ] = "ddq",
+    half: Annotated[
+        bool, typer.Option("--half", help="Store what stays float as float16, and say what that costs.")
+    ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write nothing; verify this file of the run.", show_default=False),
+    ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write the newest run's model as one safetensors file, and prove that it holds what was trained."""
+    """Write the newest run's model as one file, and prove that it is what was trained."""
 
     def work() -> Any:
-        from ddqcli.commands.export import export as command
+        from ddqcli.commands import export as ddq
+        from ddqcli.commands import export_onnx as onnx
+        from ddqcli.errors import UsageError
+        from ddqcli.render.progress import Live
 
-        return command(run, out)
+        onnx_wanted = form == "onnx" or (check is not None and check.suffix == ".onnx")
+        if check is not None and (out or half):
+            raise UsageError("--check writes nothing: leave out --out and --half.")
+        if onnx_wanted and half:
+            raise UsageError("--half is for the ddq format; an ONNX file keeps float32.")
+        with Live(quiet=quiet) as live:
+            if check is not None:
+                verify = onnx.check_onnx if onnx_wanted else ddq.check
+                return verify(check, run, on_progress=live.progress)
+            if onnx_wanted:
+                return onnx.export_onnx(run, out, on_progress=live.progress)
+            return ddq.export(run, out, half=half, on_progress=live.progress)
 
     def show(result: Any) -> None:
+        from ddqcli.render import export as render
         from ddqcli.render import output
-        from ddqcli.render import report as render
 
         render.exported(result.data(), output.out)
 

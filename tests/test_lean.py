@@ -131,9 +131,9 @@ def test_report_never_imports_torch(finished: Path, target: str) -> None:
 
 
 def seconds(*command: str) -> float:
-    """Processor time of a Python process, which other processes prolong less than they do the clock's; the best of five."""
+    """Processor time of a Python process, which other processes prolong less than they do the clock's; the best of three."""
     taken = []
-    for _ in range(5):
+    for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, *command], check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,29 @@ import numpy as np
 import torch
 
 from ddqcli.artifact import decoder
-from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, Sizes, encode_artifact
+from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, Sizes, encode_artifact, read_artifact
 from ddqcli.commands.report import travelling
-from ddqcli.engine.runs import FINAL, Run, write_whole
-from ddqcli.errors import DDQError, VerificationError
+from ddqcli.commands.verify import Behaviour, behaviour, judge
+from ddqcli.engine.evaluate import OnProgress
+from ddqcli.engine.runs import FINAL, REPORT, Run, write_whole
+from ddqcli.errors import DDQError, UsageError, VerificationError
+from ddqcli.loading import INPUT
 from ddqcli.recipe import Recipe
 
 ARTIFACT = "model.safetensors"
+_HALF = "float16"  # in the file's meta: what stays float was rounded to it
 _FINGERPRINTS = """
 import hashlib, json, runpy, sys
-tensors = runpy.run_path(sys.argv[1])["decode"](sys.argv[2])[0].items()
-seen = {name: [str(t.dtype), list(t.shape), hashlib.sha256(t.tobytes()).hexdigest()] for name, t in tensors}
+tensors, manifest = runpy.run_path(sys.argv[1])["decode"](sys.argv[2])
+tensors.update(manifest["activations"])
+seen = {name: [str(t.dtype), list(t.shape), hashlib.sha256(t.tobytes()).hexdigest()] for name, t in tensors.items()}
 print(json.dumps(seen))
 """
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A written and verified file."""
+    """A verified file."""
 
     run_dir: Path
     path: Path
@@ -39,40 +45,129 @@ class ExportResult:
     float_bytes: int
     tensors: int  # compared bit for bit
     values: int
+    behaviour: Behaviour
+    half: bool
 
     def data(self) -> dict[str, Any]:
         sizes = {**asdict(self.sizes), "payload": self.sizes.payload, "file": self.sizes.file}
         return {
-            "run_dir": str(self.run_dir), "path": str(self.path), "float_bytes": self.float_bytes, "sizes": sizes,
-            "verified": {"tensors": self.tensors, "values": self.values},
+            "run_dir": str(self.run_dir), "path": str(self.path), "format": "ddq", "float_bytes": self.float_bytes,
+            "half": self.half, "sizes": sizes, "verified": {"tensors": self.tensors, "values": self.values},
+            "behaviour": asdict(self.behaviour),
         }  # fmt: skip
 
 
-def export(run_dir: Path | None = None, out: Path | None = None) -> ExportResult:
+@dataclass(frozen=True)
+class Frozen:
+    """What a run's final state holds, as a file does."""
+
+    quantized: list[QuantizedTensor]
+    activations: list[ActivationTable]
+    floats: dict[str, np.ndarray]
+    aliases: dict[str, str]
+    trained: dict[str, np.ndarray]  # values of the quantized tensors, as the trained network had them
+
+    @classmethod
+    def of(cls, run: Run, *, half: bool = False) -> Frozen:
+        """Of a finished run; with `half`, what stays float rounded to float16. Raises UsageError, DDQError."""
+        frozen = run.load(FINAL)
+        floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
+        return cls(
+            [_quantized(entry) for entry in frozen["quantized"]],
+            [_activation(entry) for entry in frozen["activations"]],
+            {name: _halved(name, value) for name, value in floats.items()} if half else floats,
+            frozen["aliases"],
+            {name: value.numpy() for name, value in frozen["trained"].items()},
+        )
+
+    def expected(self) -> dict[str, np.ndarray]:
+        """What a reader of the file must find, by name."""
+        found = self.trained | self.floats
+        found |= {alias: found[name] for alias, name in self.aliases.items()}
+        return found | {table.name: table.values() for table in self.activations}
+
+
+def export(
+    run_dir: Path | None = None, out: Path | None = None, *, half: bool = False, on_progress: OnProgress | None = None
+) -> ExportResult:
     """Write the run's model to `out` (default: model.safetensors in the run folder) and verify it.
 
+    `half` stores what stays float as float16, and measures the accuracy that the file then has.
+
     Raises UsageError, and VerificationError if the file, read back by the numpy-only decoder in another process, differs
-    in any bit from what was trained; it is then not written.
+    in any bit from what was trained, or the network made of it in what it computes; it is then not written.
     """
     run = Run.open(run_dir)
-    frozen, report = run.load(FINAL), run.report()
+    frozen, report = Frozen.of(run, half=half), run.report()
     path = out or run.path / ARTIFACT
-    floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
-    meta = {"report": travelling(report), "recipe": _portable(run.recipe())}
-    raw, sizes = encode_artifact(
-        [_quantized(entry) for entry in frozen["quantized"]], [_activation(a) for a in frozen["activations"]],
-        floats, frozen["aliases"], meta,
-    )  # fmt: skip
-    expected = {name: value.numpy() for name, value in frozen["trained"].items()} | floats
-    expected |= {alias: expected[name] for alias, name in frozen["aliases"].items()}
+    carried = travelling(report)
+    meta = {"report": carried, "recipe": _portable(run.recipe()), **({_HALF: True} if half else {})}
+    results = []
+
+    def encoded() -> tuple[bytes, Sizes]:
+        return encode_artifact(frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, meta)
 
     def write(temporary: Path) -> None:
+        raw, sizes = encoded()
         temporary.write_bytes(raw)
-        _verify(temporary, expected, path)
+        _verify(temporary, frozen.expected(), f"{path} would", "; it was not written")
+        found = behaviour(temporary, run, on_progress)
+        if half:
+            carried["accuracy"] = _accuracy_of(found, report)
+            raw, sizes = encoded()
+            temporary.write_bytes(raw)
+            _verify(temporary, frozen.expected(), f"{path} would", "; it was not written")
+        else:
+            judge(found, path, quantized_inputs=bool(frozen.activations))
+        results.append((sizes, found))
 
     write_whole(path, write)  # what is not as trained never gets its name
-    values = sum(array.size for array in expected.values())
-    return ExportResult(run.path, path, sizes, report["totals"]["float_bytes"], len(expected), values)
+    return _result(run, path, *results[0], frozen, half)
+
+
+def check(file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None) -> ExportResult:
+    """Verify a file found later against the run it came from: `run_dir`, or the folder it lies in, or the newest run.
+
+    Raises UsageError, and VerificationError if it is damaged or not what was trained.
+    """
+    beside = file.parent if (file.parent / REPORT).is_file() else None
+    artifact = read_artifact(file)
+    run = Run.open(run_dir or beside)
+    half = bool(artifact.meta.get(_HALF))
+    _check_origin(file, artifact.meta.get("report"), travelling(run.report()), run)
+    frozen = Frozen.of(run, half=half)
+    _verify(file, frozen.expected(), f"{file} does", "")
+    found = behaviour(file, run, on_progress)
+    if not half:
+        judge(found, file, quantized_inputs=bool(frozen.activations))
+    return _result(run, file, artifact.sizes, found, frozen, half)
+
+
+def _result(run: Run, path: Path, sizes: Sizes, found: Behaviour, frozen: Frozen, half: bool) -> ExportResult:
+    tensors = {name: value for name, value in frozen.expected().items() if not name.endswith(INPUT)}
+    values = sum(array.size for array in tensors.values())
+    return ExportResult(run.path, path, sizes, run.report()["totals"]["float_bytes"], len(tensors), values, found, half)
+
+
+def _check_origin(file: Path, carried: Any, report: Mapping[str, Any], run: Run) -> None:
+    """Raise VerificationError if the file says that it came from another run."""
+    carried = carried if isinstance(carried, dict) else {}
+    other = [key for key in sorted(report) if key != "accuracy" and carried.get(key) != report[key]]
+    if other:
+        raise VerificationError(
+            f"{file} does not come from {run.path}: its {', '.join(other)} differ; "
+            f"name its own run, `ddq export RUN --check {file}`."
+        )
+
+
+def _accuracy_of(found: Behaviour, report: Mapping[str, Any]) -> dict[str, float] | None:
+    """The report's accuracy with that of the file in the place of the run's. Raises UsageError if it was not measured."""
+    if report["accuracy"] is None:
+        return None
+    if found.accuracy is None:
+        raise UsageError(f"--half must say what it costs, and cannot: {'; '.join(found.unchecked)}")
+    before = report["accuracy"]["float"]
+    return {"float": before, "quantized": round(found.accuracy, 4), "drop": round(before - found.accuracy, 4)}
 
 
 def _portable(recipe: Recipe) -> dict[str, Any]:
@@ -84,20 +179,20 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
     return said
 
 
-def _verify(file: Path, expected: dict[str, np.ndarray], name: Path) -> None:
-    """Decode the file, which is to become `name`, in a fresh process that knows nothing but numpy; compare every bit."""
+def _verify(file: Path, expected: dict[str, np.ndarray], who: str, end: str) -> None:
+    """Decode the file in a fresh process that knows nothing but numpy; compare every bit."""
     command = [sys.executable, "-I", "-c", _FINGERPRINTS, decoder.__file__, str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise VerificationError(f"{name} cannot be decoded: {reason[-1]}; it was not written.")
+        raise VerificationError(f"{who.rpartition(' ')[0]} cannot be decoded: {reason[-1]}{end}.")
     found = json.loads(done.stdout)
     if found.keys() != expected.keys():
-        raise VerificationError(f"{name} would not hold the tensors that were trained; it was not written.")
+        raise VerificationError(f"{who} not hold the tensors that were trained{end}.")
     for tensor, array in expected.items():
         fingerprint = [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
         if found[tensor] != fingerprint:
-            raise VerificationError(f"{name} would differ from what was trained in {tensor}; it was not written.")
+            raise VerificationError(f"{who} differ from what was trained in {tensor}{end}.")
 
 
 def _quantized(entry: dict[str, Any]) -> QuantizedTensor:
@@ -108,7 +203,18 @@ def _quantized(entry: dict[str, Any]) -> QuantizedTensor:
 
 
 def _activation(entry: dict[str, Any]) -> ActivationTable:
-    return ActivationTable(f"{entry['name']} (input)", entry["levels"].numpy(), entry["scale"], entry["zero_point"])
+    return ActivationTable(entry["name"] + INPUT, entry["levels"].numpy(), entry["scale"], entry["zero_point"])
+
+
+def _halved(name: str, array: np.ndarray) -> np.ndarray:
+    """A float tensor as float16, all else as it is. Raises UsageError for values too large."""
+    if array.dtype not in (np.float32, np.float64):
+        return array
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if np.any(np.isinf(half) & np.isfinite(array)):
+        raise UsageError(f"{name} holds values up to {np.abs(array).max():.3g}, beyond float16; export without --half.")
+    return half
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -40,7 +40,7 @@ def write_onnx(
 ) -> None:
     """Write `model`, as `ddqcli.load` gives it, with `weights` as the file holds them; the batch size stays open.
 
-    `example` is an input of at least two samples, `about` goes into the metadata. Raises UsageError, which names the layer,
+    `example` is some samples, `about` goes into the metadata. Raises UsageError, which names the layer,
     for what ONNX cannot express.
     """
     require_onnx()
@@ -50,7 +50,8 @@ def write_onnx(
     for module in model.modules():
         if isinstance(getattr(module, "input_quantizer", None), FixedInput):
             module.input_quantizer = _OnnxInput(module.input_quantizer)
-    proto = rewrite(_exported(model, example.cpu().contiguous()), weights)
+    two = example.cpu().contiguous()[[0, -1]]  # of one sample the exporter would conclude that there is always one
+    proto = rewrite(_exported(model, two), weights)
     onnx.helper.set_model_props(proto, dict(about))
     onnx.checker.check_model(proto)
     onnx.save(proto, path)

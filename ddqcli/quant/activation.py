@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -68,6 +69,9 @@ def _kernel(function: Callable[..., Any], fused: bool) -> Callable[..., Any]:
 
 def can_fuse(device: torch.device) -> bool:
     """Whether torch.compile works here: tried once on a few values, since a missing compiler shows only then."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(
+        logging.ERROR
+    )  # it warns where CUDA is installed but absent
     try:
         x = torch.zeros(8, device=device)
         quantized, byte = _kernel(_forward, True)(x, torch.ones((), device=device), 0, 255)

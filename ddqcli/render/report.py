@@ -1,4 +1,4 @@
-"""A run's report as a table, CSV or Markdown; and the closing words of finetune and export."""
+"""A run's report as a table, CSV or Markdown; and the closing words of finetune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ddqcli.text import shorten, size
+from ddqcli.text import shorten
 
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
 _NUMBERS = {"bits", "levels", "bytes", "share", "error"}
@@ -101,23 +101,4 @@ def finetuned(data: dict[str, Any], console: Console) -> None:
     console.print(f"run        {data['run_dir']}", markup=False, soft_wrap=True)
     console.print(
         "next       ddq report   ddq export   ddq inspect " + data["source"]["path"], markup=False, soft_wrap=True
-    )
-
-
-def exported(data: dict[str, Any], console: Console) -> None:
-    """Where every byte of the file went."""
-    s = data["sizes"]
-    grid = Table(box=None, pad_edge=False, show_header=False)
-    grid.add_column()
-    grid.add_column(justify="right")
-    grid.add_column(justify="right")
-    parts = ("indices", "levels", "scales", "gates", "floats", "manifest", "header", "file")
-    for part in parts:
-        grid.add_row(part, f"{s[part]:,}", f"{100 * s[part] / s['file']:.1f}%", style="bold" if part == "file" else "")
-    console.print(grid)
-    console.print(
-        f"{data['path']}: {size(data['float_bytes'])} -> {size(s['file'])}; all {data['verified']['values']:,} values of "
-        f"{data['verified']['tensors']} tensors read back bit for bit as trained",
-        markup=False,
-        soft_wrap=True,
     )

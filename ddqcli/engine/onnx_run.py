@@ -1,0 +1,76 @@
+"""Running an ONNX file in onnxruntime beside the torch model, to see how far they are from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddqcli.engine.data import Score
+from ddqcli.engine.evaluate import output_of
+from ddqcli.errors import VerificationError
+
+
+@dataclass
+class Comparison:
+    """onnxruntime beside torch on the same samples."""
+
+    samples: int = 0
+    outputs: float = 0.0  # root mean square of the difference, as a share of torch's outputs
+    accuracy: float | None = None  # percent
+    torch_accuracy: float | None = None
+
+
+def session(path: Path, *, optimised: bool) -> Any:
+    """An onnxruntime session on the CPU with torch's number of threads. Raises VerificationError for a damaged file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    # For CPUs without VNNI, whose kernels else clip sums of uint8 times int8; no other CPU looks at it.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes have no other parent
+        said = str(error).strip().splitlines()
+        raise VerificationError(
+            f"onnxruntime cannot load {path}: {said[0] if said else type(error).__name__}"
+        ) from error
+
+
+@torch.no_grad()
+def compare(
+    path: Path,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    metric: Score | None,
+    *,
+    optimised: bool,
+    most: int | None = None,
+) -> Comparison:
+    """Both on `batches`, up to about `most` samples."""
+    run = session(path, optimised=optimised)
+    (name,) = [value.name for value in run.get_inputs()]
+    found, error, energy = Comparison(), 0.0, 0.0
+    hits = torch.zeros(2, dtype=torch.float64)
+    for x, y in batches:
+        theirs = torch.from_numpy(run.run(None, {name: x.contiguous().cpu().numpy()})[0])
+        ours = output_of(model(x)).cpu()
+        error += float((theirs.double() - ours).square().sum())
+        energy += float(ours.double().square().sum())
+        found.samples += len(x)
+        if metric is not None and y is not None:
+            hits += torch.stack([metric(out.to(y.device), y).double().sum().cpu() for out in (theirs, ours)])
+        if most is not None and found.samples >= most:
+            break
+    found.outputs = (error / energy) ** 0.5 if energy else float("inf") if error else 0.0
+    if metric is not None:
+        found.accuracy, found.torch_accuracy = (100 * float(h) / found.samples for h in hits)
+    return found

@@ -1,0 +1,49 @@
+"""`torchrun` with two processes: one writer, everything evaluated once, and a run that goes on with another number of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddqcli.engine.batches import Order, Shard
+
+
+@pytest.mark.parametrize("samples", [1, 5, 16, 33])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_shards_of_a_set_are_the_set_each_sample_once(samples: int, count: int) -> None:
+    shards = [Order(samples, 8, shard=Shard(rank, count)) for rank in range(count)]
+    found = [index for order in shards for batch in order.batches(0) for index in batch.tolist()]
+    assert sorted(found) == list(range(samples))
+
+
+def test_the_shards_of_a_training_batch_are_that_batch() -> None:
+    whole = Order(100, 16, seed=3).batches(5)
+    shards = [Order(100, 16, seed=3, shard=Shard(rank, 2)).batches(5) for rank in range(2)]
+    for batch, *parts in zip(whole, *shards, strict=True):
+        assert sorted(batch.tolist()) == sorted(torch.cat(parts).tolist())
+
+
+def torchrun(processes: int, *args: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*command, "-m", "ddqcli", *args], cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_train_one_model_and_one_goes_on_with_it(project: Path) -> None:
+    first = torchrun(2, "finetune", "--run-dir", "run", "--max-steps", "7", "--json", folder=project)
+    assert first.returncode == 0, first.stderr
+    envelope = json.loads(first.stdout)  # one object: one process speaks
+    assert envelope["data"]["totals"]["bytes"] <= envelope["data"]["totals"]["budget_bytes"]
+    steps = [json.loads(line)["step"] for line in (project / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+    (project / "run/report.json").unlink()  # as if it had been killed after its last checkpoint
+    second = torchrun(1, "finetune", "--resume", "--run-dir", "run", "--json", folder=project)
+    assert second.returncode == 0, second.stderr
+    again = json.loads(second.stdout)["data"]
+    assert [row["bits"] for row in again["layers"]] == [row["bits"] for row in envelope["data"]["layers"]]
+    assert again["totals"] == envelope["data"]["totals"]
