@@ -1,4 +1,4 @@
-"""The command line: options in, exit codes out; the one place where an error becomes a message.
+"""The command line: options in, results out. How a command ends is in ddqcli.outcome.
 
 Nothing heavy is imported before a command runs, so that help and report answer at once.
 """
@@ -6,47 +6,19 @@ Nothing heavy is imported before a command runs, so that help and report answer 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from ddqcli import __version__
-from ddqcli.errors import DDQError, GateUnmet, Interrupted
-
-_WrongUse: Any = typer.BadParameter.__base__  # of Typer's parser; where it is defined differs between versions
-
-
-class _Answering(TyperGroup):
-    """Turns whatever goes wrong, on the command line itself or later, into one message and its exit code."""
-
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
-        given = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in given  # wherever it stands, so that it can be added to the end of what failed
-        given = [arg for arg in given if arg != "--debug"]
-        command = next((arg for arg in given if arg in self.commands), None)
-        try:
-            code = super().main(given, "ddq", **{**extra, "standalone_mode": False})
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has seen enough
-            code = 0
-            _abandon_stdout()
-        except Exception as error:
-            if debug:
-                traceback.print_exc()
-            code = _answer(error, command, as_json="--json" in given)
-        sys.exit(code if isinstance(code, int) else 0)
-
+from ddqcli.outcome import Answering, run_command
 
 app = typer.Typer(
     name="ddq",
-    cls=_Answering,
+    cls=Answering,
     help="Finetune a trained PyTorch model under a memory budget with Differentiable Dynamic Quantization.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 a gate is unmet, 4 a verification differs, 130 Ctrl-C, 143 SIGTERM.",
     no_args_is_help=True,
@@ -72,7 +44,7 @@ def _root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error; may stand anywhere.")] = False,
 ) -> None:
-    pass  # --debug is taken by _Answering
+    pass  # --debug is taken by Answering
 
 
 def _example(*lines: str) -> str:
@@ -174,7 +146,7 @@ def finetune(
 
         render.finetuned(result.data(), output.out)
 
-    _run("finetune", work, show, as_json)
+    run_command("finetune", work, show, as_json)
 
 
 @app.command(
@@ -258,7 +230,7 @@ def report(
             if result.page:
                 output.out.print(f"page       {result.page}", markup=False, soft_wrap=True)
 
-    _run("report", work, show, as_json)
+    run_command("report", work, show, as_json)
 
 
 @app.command(
@@ -325,7 +297,7 @@ def export(
 
         render.exported(result.data(), output.out)
 
-    _run("export", work, show, as_json)
+    run_command("export", work, show, as_json)
 
 
 @app.command(
@@ -374,67 +346,11 @@ def inspect(
 
         (render if isinstance(result, InspectResult) else inspect_trained).show(result, output.out)
 
-    _run("inspect", work, show, as_json)
-
-
-def _run(command: str, work: Callable[[], Any], show: Callable[[Any], None], as_json: bool) -> None:
-    """Do the work and show its result."""
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        result = work()
-    except KeyboardInterrupt:
-        raise Interrupted("Interrupted", signal.SIGINT) from None
-    unmet = list(getattr(result, "unmet", ()))
-    if as_json:
-        from ddqcli.render.output import envelope, plain
-
-        plain(envelope(command, result.data(), exit_code=GateUnmet.exit_code if unmet else 0, errors=unmet))
-    else:
-        show(result)
-    if unmet:
-        sys.stdout.flush()
-        _say("\n".join(unmet))
-        raise typer.Exit(GateUnmet.exit_code)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise Interrupted("Terminated", number)
-
-
-def _answer(error: Exception, command: str | None, as_json: bool) -> int:
-    """Say what went wrong, and give the exit code."""
-    if isinstance(error, DDQError):
-        message, code = str(error), error.exit_code
-    elif isinstance(error, _WrongUse):
-        message, code = error.format_message(), 2
-        if not message.startswith("Usage:"):  # which is the help that `ddq` alone shows
-            end = "" if message.endswith(("?", ".")) else "."
-            message += f"{end} `ddq {command + ' ' if command else ''}--help` lists what there is."
-    elif isinstance(error, OSError) and error.strerror:
-        message, code = f"{error.filename or 'Standard output'}: {error.strerror}.", 1
-        if error.filename is None:
-            _abandon_stdout()
-    else:
-        said = " ".join(str(error).split())[:300]
-        message = f"{type(error).__name__}{': ' + said if said else ''}; `ddq --debug ...` shows where it comes from."
-        code = 1
-    if as_json:
-        from ddqcli.render.output import envelope, plain
-
-        plain(envelope(command, exit_code=code, errors=[message]))
-    _say(message)
-    return code
-
-
-def _say(message: str) -> None:
-    sys.stderr.write(f"{message}\n" if message.startswith("Usage:") else f"Error: {message}\n")
-
-
-def _abandon_stdout() -> None:
-    """Let what is still to be written, which Python tries at exit, go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_command("inspect", work, show, as_json)
 
 
 def main() -> None:
     """Entry point of `ddq` and `python -m ddqcli`."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - None if the caller closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     app()

@@ -51,7 +51,7 @@ def fill(
     _check_fit(model, tensors, layers, what)
     model.load_state_dict(dict(tensors))
     for module in model.modules():
-        if hasattr(module, "input_quantizer"):  # from an earlier file
+        if isinstance(getattr(module, "input_quantizer", None), FixedInput):  # of an earlier file
             module.input_quantizer = None
     for layer, table in layers.items():
         quantizer = FixedInput(torch.from_numpy(table.levels.copy()), table.scale, table.zero_point)

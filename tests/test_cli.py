@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -221,17 +222,45 @@ def test_a_terminal_gets_a_bar_and_colours_unless_no_color_is_set(project: Path,
     assert bool(re.search(r"\x1b\[[\d;]*3\d", seen)) == colours
 
 
-def test_a_reader_who_leaves_early_is_no_error(finished: Path) -> None:
+@pytest.mark.parametrize("args", [["report"], ["report", "--json"], ["report", "--csv"], ["--help"]], ids=" ".join)
+def test_a_reader_who_leaves_early_is_no_error(finished: Path, args: list[str]) -> None:
+    assert as_process(nobody(), *args) == (0, "")
+
+
+def test_a_reader_who_leaves_early_hides_no_failure(finished: Path) -> None:
+    code, said = as_process(nobody(), "report", "--max-bits", "1")
+    assert code == 3
+    assert said.startswith("Error: --max-bits is unmet")
+    assert as_process(nobody(), "report", "gone", "--json")[0] == 2
+
+
+def test_work_goes_on_though_nobody_reads_its_notes(project: Path) -> None:
+    reader, writer = os.pipe()
+    assert exit_code(forked(writer, nobody(), "finetune", "model.pt", "--run-dir", "run", "--json")) == 0
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        assert json.load(file)["status"] == "ok"
+
+
+def nobody() -> int:
+    """The writing end of a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
-    code, said = as_process(writer, "report", "--json")
-    assert (code, said) == (0, "")
+    return writer
+
+
+def test_closed_streams_are_no_error(finished: Path) -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(f"{sys.executable} -m ddqcli report {closed}", shell=True, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, a disk that is always full, is Linux's")
 def test_a_result_that_cannot_be_written_is_an_error(finished: Path) -> None:
-    code, said = as_process(os.open("/dev/full", os.O_WRONLY), "report", "--json")
-    assert (code, said) == (1, "Error: Standard output: No space left on device.\n")
+    for format_ in ("--json", "--csv", "--md"):
+        answer = as_process(os.open("/dev/full", os.O_WRONLY), "report", format_)
+        assert answer == (1, "Error: Standard output: No space left on device.\n")
+    assert as_process(os.open("/dev/full", os.O_WRONLY), "report", "gone", "--json")[0] == 2
 
 
 def as_process(stdout: int, *args: str) -> tuple[int, str]:

@@ -32,7 +32,7 @@ from ddqcli.quant.activation import can_fuse
 from ddqcli.recipe import Recipe
 
 _CALIBRATION_BATCHES = 16
-_FUSE_FROM_STEPS = 200  # compiling takes some seconds; a shorter run does not win them back
+_FUSE_FROM = 2e9  # activations in all; compiling takes some seconds, which fewer of them do not win back
 
 
 class Listener:
@@ -154,7 +154,7 @@ def _explained(what: str, kind: type[DDQError], recipe: Recipe) -> Iterator[None
         yield
     except DDQError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())[:300]
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in said:
             batch = f"try a smaller --set data.batch_size (now {recipe.data.batch_size})"
@@ -215,7 +215,8 @@ def _trainer(
     gates = Gates(converted, recipe, budget, steps, recipe.data.batch_size)
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch)
     gates.start()
-    fused = bool(converted.activations) and steps >= _FUSE_FROM_STEPS and can_fuse(device_named(recipe.train.device))
+    work = steps * sum(activation.values for activation in converted.activations.values())
+    fused = work >= _FUSE_FROM and can_fuse(device_named(recipe.train.device))
     for activation in converted.activations.values():
         activation.fused = fused
     trainer = Trainer(converted, teacher if recipe.train.distill.weight else None, data, gates, recipe, steps)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.artifact.format import QuantizedTensor
-from ddqcli.engine.qdq import rewrite
 from ddqcli.errors import UsageError
 from ddqcli.quant.fixed import FixedInput
 from ddqcli.quant.functional import CELLS
@@ -45,6 +44,8 @@ def write_onnx(
     """
     require_onnx()
     import onnx
+
+    from ddqcli.engine.qdq import rewrite
 
     model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in model.modules():

@@ -344,16 +344,22 @@ class _Rewriter:
         return output
 
     def _drop_unused(self) -> None:
-        """Leave only what the outputs need, and no shapes of values that are gone."""
+        """Leave only what the outputs need, no shapes of values that are gone, and nothing of where the source code lay."""
         needed, kept = set(self.results), []
         for node in reversed(self.nodes):
             if needed & set(node.output):
                 needed |= set(node.input)
+                node.ClearField("metadata_props")
                 kept.append(node)
         initializers = [tensor for tensor in self.graph.initializer if tensor.name in needed]
         for field, values in (("node", kept[::-1]), ("initializer", initializers), ("value_info", [])):
             self.graph.ClearField(field)
             getattr(self.graph, field).extend(values)
+        self.graph.ClearField("metadata_props")
+        for value in (*self.graph.input, *self.graph.output):
+            value.ClearField("metadata_props")
+            if value.type.tensor_type.shape.dim and (batch := value.type.tensor_type.shape.dim[0]).dim_param:
+                batch.dim_param = "batch"
 
 
 def _int8(tensor: QuantizedTensor) -> tuple[Array, Array]:

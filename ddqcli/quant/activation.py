@@ -103,6 +103,7 @@ class ActivationQuantizer(nn.Module):
         use_levels = levels == "learned" or (levels == "auto" and bits <= 4)
         self.learned = DDQuantizer(1, bits) if use_levels and bits < LEVEL_BITS else None
         self.seen: Distribution | None = None
+        self.values = 0  # in the batch that was seen
         self.observing = False
 
     def extra_repr(self) -> str:
@@ -145,7 +146,7 @@ class ActivationQuantizer(nn.Module):
         seen, self.seen = self.seen, None
         if seen is None:
             return False  # never reached: goes on passing through
-        self.observing = False
+        self.observing, self.values = False, int(seen.count.sum())
         if self.learned is not None:
             scale, zero_point = fitting_grid(seen)
             fitted = lloyd_max(seen, 2**self.bits) / scale + zero_point

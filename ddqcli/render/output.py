@@ -12,8 +12,23 @@ ENVELOPE_VERSION = 1
 
 _PIPE_WIDTH = 160  # where nobody tells a width: no name is cut short
 
-out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-err = Console(stderr=True, highlight=False, emoji=False)
+
+class _Result(Console):
+    """Stdout: who reads no further is for the command line to answer."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class _Notes(Console):
+    """Stderr: work goes on though nobody reads of it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+out = _Result(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = _Notes(stderr=True, highlight=False, emoji=False)
 
 
 def envelope(command: str, data: Any = None, *, exit_code: int = 0, errors: list[str] | None = None) -> str:

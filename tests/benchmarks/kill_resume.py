@@ -59,9 +59,12 @@ def main() -> None:
         shutil.copy(QUICKSTART / name, folder)
     os.chdir(folder)
     flags = ["finetune", "model.pt", "--target-bits", "4", "--set", f"train.save_every={given.save_every}", "-q"]
+    finish(*flags, "--run-dir", "first")  # compiles what later processes find compiled
     began = time.monotonic()
     finish(*flags, "--run-dir", "undisturbed")
     span, expected = time.monotonic() - began, artifact("undisturbed")
+    if artifact("first") != expected:
+        sys.exit(f"two undisturbed runs differ; see {folder}")
     print(f"undisturbed: {span:.1f} s, {len(expected):,} bytes")
     draw, killed, equal, run = random.Random(given.seed), Counter(), 0, 0
     while killed.total() < given.kills:

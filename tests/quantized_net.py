@@ -1,0 +1,60 @@
+"""A float network quantized without training, and the file of it: for tests of what becomes of a file."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddqcli.artifact.format import QuantizedTensor, write_artifact
+from ddqcli.commands.export import _activation, _numpy, _quantized
+from ddqcli.engine.convert import convert
+from ddqcli.engine.results import freeze
+from ddqcli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The network that was quantized, with its quantizers, and the file that holds it."""
+
+    model: nn.Module
+    path: Path
+    weights: dict[str, QuantizedTensor]
+
+
+def quantize(
+    model: nn.Module, x: Tensor, path: Path, *, bits: int = 4, act_bits: int | None = 8, **more: Any
+) -> Quantized:
+    """`model` stays as it is; the inputs' quantizers are fitted to x. `more`: fields of the recipe's `weights`."""
+    sections = {"weights": {"max_bits": bits, **more}, "activations": {"bits": act_bits}}
+    converted = convert(copy.deepcopy(model).eval(), Recipe.model_validate(sections))
+    for quantizer in converted.activations.values():
+        quantizer.observing = True
+    with torch.no_grad():
+        converted.model(x)
+    for quantizer in converted.activations.values():
+        quantizer.fit()
+    frozen = freeze(converted)
+    weights = [_quantized(entry) for entry in frozen["quantized"]]
+    floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
+    write_artifact(path, weights, [_activation(a) for a in frozen["activations"]], floats, frozen["aliases"], {})
+    return Quantized(converted.model, path, {tensor.name: tensor for tensor in weights})
+
+
+def shake(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give BatchNorm the uneven statistics and factors, some negative, of a trained network; eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (norm.running_mean, -0.3, 0.3),
+                (norm.running_var, 0.5, 2.0),
+                (norm.bias, -0.3, 0.3),
+            ):
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+            norm.weight.data.copy_(torch.randn(norm.weight.shape, generator=generator) * 0.4 + 1)
+    return model.eval()
