@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddqcli.artifact.format import ActivationTable, decode_model
 from ddqcli.engine.checkpoint import Checkpoint, load_checkpoint
 from ddqcli.engine.data import Data, load_data
-from ddqcli.engine.evaluate import OnProgress, evaluate, output_of
+from ddqcli.engine.evaluate import OnProgress, evaluate, output_of, sample_differences
 from ddqcli.engine.models import build_model
 from ddqcli.engine.placing import device_named, placed
 from ddqcli.engine.runs import FINAL, Run
@@ -22,7 +22,7 @@ from ddqcli.loading import fill, to_torch
 
 # On the machine and with the number of threads of the training, both are 0. Elsewhere sums are rounded in another order;
 # a value that lies on the edge between two levels of an input may then take the other one.
-SAME_OUTPUTS = {False: 1e-3, True: 0.05}  # root mean square, as a share of the outputs'; True: with quantized inputs
+SAME_OUTPUTS = {False: 1e-3, True: 0.05}  # of a typical sample, as a share of the outputs; True: with quantized inputs
 SAME_ACCURACY = 0.1  # points
 
 
@@ -30,7 +30,7 @@ SAME_ACCURACY = 0.1  # points
 class Behaviour:
     """How the network made of a file answers; None for what could not be compared, and `unchecked` says why."""
 
-    outputs: float | None  # difference from the trained one's, root mean square, as a share of those; 0.0: bit for bit
+    outputs: float | None  # a typical sample's difference from the trained one's, as a share of those; 0.0: bit for bit
     accuracy: float | None  # on the held-out data, percent
     expected: float | None  # what the run's report says of it
     unchecked: tuple[str, ...] = ()
@@ -107,13 +107,10 @@ def answers(model: nn.Module, x: Tensor) -> Any:
 
 
 def difference(found: Any, expected: Tensor) -> float:
-    """Root mean square of the difference as a share of the expected values'; 0.0 for the same bits, infinite for NaN."""
+    """Of a typical sample, see `sample_differences`: the median, so that single values on an edge do not matter."""
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return float("inf")
-    if torch.equal(found, expected):
-        return 0.0
-    share = float((found.double() - expected).square().mean().sqrt() / expected.double().square().mean().sqrt())
-    return share if share == share else float("inf")
+    return float(sample_differences(found, expected).median())
 
 
 def _device(run: Run) -> torch.device:

@@ -51,6 +51,12 @@ def probe(model: nn.Module, data: Data) -> dict[str, Tensor] | None:
     return {"input": x.cpu(), "output": output.cpu()} if isinstance(output, Tensor) else None
 
 
+def sample_differences(found: Tensor, expected: Tensor) -> Tensor:
+    """[B]: root mean square of each sample's difference, as a share of that of all expected values; infinite for NaN."""
+    error = (found.double() - expected.double()).flatten(1).square().mean(1).sqrt()
+    return (error / expected.double().square().mean().sqrt()).nan_to_num(nan=torch.inf) * (error != 0)
+
+
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set BatchNorm's running statistics to the plain mean over `batches`, with the weights as they now are."""

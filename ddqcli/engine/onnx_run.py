@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.engine.data import Score
-from ddqcli.engine.evaluate import output_of
+from ddqcli.engine.evaluate import output_of, sample_differences
 from ddqcli.errors import VerificationError
 
 
@@ -20,7 +20,7 @@ class Comparison:
     """onnxruntime beside torch on the same samples."""
 
     samples: int = 0
-    outputs: float = 0.0  # root mean square of the difference, as a share of torch's outputs
+    outputs: float = 0.0  # a typical (median) sample's difference, root mean square, as a share of torch's outputs
     accuracy: float | None = None  # percent
     torch_accuracy: float | None = None
 
@@ -58,19 +58,18 @@ def compare(
     """Both on `batches`, up to about `most` samples."""
     run = session(path, optimised=optimised)
     (name,) = [value.name for value in run.get_inputs()]
-    found, error, energy = Comparison(), 0.0, 0.0
+    found, differences = Comparison(), []
     hits = torch.zeros(2, dtype=torch.float64)
     for x, y in batches:
         theirs = torch.from_numpy(run.run(None, {name: x.contiguous().cpu().numpy()})[0])
         ours = output_of(model(x)).cpu()
-        error += float((theirs.double() - ours).square().sum())
-        energy += float(ours.double().square().sum())
+        differences.append(sample_differences(theirs, ours))
         found.samples += len(x)
         if metric is not None and y is not None:
             hits += torch.stack([metric(out.to(y.device), y).double().sum().cpu() for out in (theirs, ours)])
         if most is not None and found.samples >= most:
             break
-    found.outputs = (error / energy) ** 0.5 if energy else float("inf") if error else 0.0
+    found.outputs = float(torch.cat(differences).median())
     if metric is not None:
         found.accuracy, found.torch_accuracy = (100 * float(h) / found.samples for h in hits)
     return found

@@ -6,8 +6,9 @@ uint8,
 
     DequantizeLinear -> Conv <- DequantizeLinear <- int8;  Conv -> BatchNormalization -> Relu -> QuantizeLinear
 
-onnxruntime runs as one QLinearConv. A convolution whose result stays float (before a residual addition) has no fast kernel
-there; as a Gemm over its windows it has one. In both, the shift is an int32 in units of the sums: the one value that is rounded.
+onnxruntime runs as one QLinearConv, for which the shift is rounded to an int32 in units of the sums: the one value that is
+rounded. A convolution whose result stays float (before a residual addition) has no fast kernel there; as a MatMul over its
+windows it has one, and the shift stays float.
 """
 
 from __future__ import annotations
@@ -130,12 +131,14 @@ class _Rewriter:
             if activation is not None:
                 self._move_clip(activation, quantize)
             self._emit_whole(conv, name, kernel, whole, shift, quantize.input[0])
-        elif shift is not None and windows and not kernel.small:
-            self._emit_windows(conv, windows, name, kernel, whole, shift, end)
+        elif whole and windows and not kernel.small:
+            self._emit_windows(conv, windows, name, kernel, whole, end)
         else:
             weight = self._constant(self._new(f"{name}.float"), kernel.floats()) if kernel.small else None
             weight = weight or self._dequantize(name, kernel.integers, kernel.scale, kernel.zero_point, 0)
-            self._emit_conv(conv, [conv.input[0], weight, self._constant(f"{name}.shift", kernel.shift)], end)
+            self._emit_conv(
+                conv, [conv.input[0], weight, self._constant(self._new(f"{name}.shift"), kernel.shift)], end
+            )
 
     def _folded(self, conv: Any, kernel: _Kernel) -> tuple[_Kernel, str]:
         """The kernel with the BatchNorm that follows, if one does and nothing else sees what lies between; its output."""
@@ -202,7 +205,7 @@ class _Rewriter:
         x, integers = conv.input[0], kernel.integers
         lacking = -integers.shape[1] % 4
         if integers.ndim == 4 and lacking and _attributes(conv).get("group", 1) == 1 and not kernel.zero_point.any():
-            pads = self._constant(f"{name}.pads", np.array([0] * 5 + [lacking, 0, 0], np.int64))
+            pads = self._constant(self._new(f"{name}.pads"), np.array([0] * 5 + [lacking, 0, 0], np.int64))
             padded = self._node("Pad", [whole.input[0], pads, whole.input[2]], self._new(f"{x}.padded"))
             x = self._node("DequantizeLinear", [padded, *whole.input[1:3]], self._new(f"{x}.wide"))
             integers = np.pad(integers, ((0, 0), (0, lacking), (0, 0), (0, 0)))
@@ -225,10 +228,8 @@ class _Rewriter:
         steps = (tuple(a.get(key, (1, 1))) for key in ("kernel_shape", "strides", "dilations"))
         return _Windows(tuple(before[2:]), tuple(after[2:]), tuple(a.get("pads", (0, 0, 0, 0))), *steps)
 
-    def _emit_windows(
-        self, conv: Any, windows: _Windows, name: str, kernel: _Kernel, whole: Any, shift: tuple[Array, Array], end: str
-    ) -> None:
-        """uint8 [B,C,H,W] -> pixels [B,H*W,C] -> windows [B*H'*W',kh*kw*C] -> Gemm -> [B,H',W',K] -> [B,K,H',W']."""
+    def _emit_windows(self, conv: Any, windows: _Windows, name: str, kernel: _Kernel, whole: Any, end: str) -> None:
+        """uint8 [B,C,H,W] -> pixels [B,H*W,C] -> windows [B,H',W',kh*kw*C] -> MatMul -> [B,H',W',K] -> [B,K,H',W']."""
         out, channels = conv.output[0], kernel.integers.shape[1]
         current = self._node("Transpose", [whole.input[0]], self._new(f"{out}.pixels"), perm=[0, 2, 3, 1])
         if any(windows.pads):
@@ -239,10 +240,11 @@ class _Rewriter:
             current = self._reshaped(current, [0, -1, channels])
             places = self._constant(f"{windows}", windows.places(), shared=True)
             current = self._node("Gather", [current, places], self._new(f"{out}.windows"), axis=1)
-        current = self._reshaped(current, [-1, windows.taps * channels])
+            current = self._reshaped(current, [0, *windows.size, windows.taps * channels])
+        rows = self._node("DequantizeLinear", [current, *whole.input[1:3]], self._new(f"{out}.rows"))
         matrix = kernel.integers.transpose(2, 3, 1, 0).reshape(-1, len(kernel.scale))
-        product = self._gemm(current, whole, name, matrix, kernel, shift)
-        image = self._reshaped(product, [-1, *windows.size, len(kernel.scale)])
+        image = self._new(f"{out}.image")
+        self._product(rows, name, matrix, kernel, image)
         self._node("Transpose", [image], end, perm=[0, 3, 1, 2])
 
     # ---- linear layers and the rest
@@ -257,34 +259,19 @@ class _Rewriter:
             transpose = self.maker.get(name)
             plain = transpose is not None and transpose.op_type == "Transpose"
             name = transpose.input[0] if plain else name
-        sizes = self.shapes.get(node.output[0])
         plain = plain and name in self.weights and len(self.weights[name].shape) == 2
-        known = sizes is not None and None not in sizes[1:] and self._dequantize_before(node.input[0])
-        return name if plain and known else None
+        return name if plain and self._dequantize_before(node.input[0]) else None
 
     def _linear(self, node: Any, name: str) -> None:
-        """Rows [..., in] as [N, in] -> Gemm -> [N, out] as [..., out]."""
         kernel = _kernel(self.weights[name], self._value(node.input[2]) if len(node.input) > 2 else None)
-        whole, sizes = self._dequantize_before(node.input[0]), self.shapes[node.output[0]]
-        shift = self._whole_shift(kernel, whole)
-        if shift is None:
-            for at in (1, 2)[: len(node.input) - 1]:
-                node.input[at] = self._dequantized(node.input[at]) if node.input[at] in self.weights else node.input[at]
-            self.nodes.append(node)
-        elif len(sizes) == 2:
-            self._gemm(whole.input[0], whole, name, kernel.integers.T, kernel, shift, node.output[0])
-        else:
-            rows = self._reshaped(whole.input[0], [-1, kernel.integers.shape[1]])
-            product = self._gemm(rows, whole, name, kernel.integers.T, kernel, shift)
-            self._reshaped(product, [-1, *sizes[1:]], node.output[0])
+        self._product(node.input[0], name, kernel.integers.T, kernel, node.output[0])
 
-    def _gemm(
-        self, x: str, whole: Any, name: str, matrix: Array, kernel: _Kernel, shift: tuple[Array, Array], end: str = ""
-    ) -> str:
-        """uint8 x [N, n], on the grid of `whole`, times matrix [n, K], plus the shift [K], as float [N, K]."""
-        rows = self._node("DequantizeLinear", [x, *whole.input[1:3]], self._new(f"{x}.rows"))
+    def _product(self, x: str, name: str, matrix: Array, kernel: _Kernel, end: str) -> None:
+        """Dequantized x [..., n] times matrix [n, K], plus the shift [K]."""
         weight = self._dequantize(name, matrix, kernel.scale, kernel.zero_point, 1)
-        return self._node("Gemm", [rows, weight, self._shift(name, shift)], end or self._new(f"{name}.product"))
+        product = self._node("MatMul", [x, weight], self._new(f"{name}.product"))
+        # Sub, for of MatMul and Add onnxruntime makes a Gemm, which takes no float shift beside whole numbers.
+        self._node("Sub", [product, self._constant(self._new(f"{name}.minus_shift"), -kernel.shift)], end)
 
     def _shift(self, name: str, shift: tuple[Array, Array]) -> str:
         return self._dequantize(f"{name}.shift", shift[0], shift[1], np.zeros_like(shift[0]), 0)
@@ -335,9 +322,9 @@ class _Rewriter:
             self.graph.initializer.append(self.constants[name])
         return name
 
-    def _reshaped(self, x: str, shape: list[int], end: str = "") -> str:
+    def _reshaped(self, x: str, shape: list[int]) -> str:
         target = self._constant(f"shape {shape}", np.array(shape, np.int64), shared=True)
-        return self._node("Reshape", [x, target], end or self._new(f"{x}.reshaped"))
+        return self._node("Reshape", [x, target], self._new(f"{x}.reshaped"))
 
     def _node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=output, **attributes))
