@@ -140,6 +140,8 @@ class BudgetSection(_Section):
     def _one_target(self) -> BudgetSection:
         if self.target_bits is not None and self.target_size is not None:
             raise ValueError("target_bits and target_size are both given; give one")
+        if self.target_size is not None and self.count == "eqn6":
+            raise ValueError("count eqn6 knows no sizes; give target_bits with it")
         return self
 
 

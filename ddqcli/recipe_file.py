@@ -132,9 +132,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
     *sections, field = key.split(".")
     for section in sections:
-        below = raw.setdefault(section, {})
+        below = raw.get(section)
+        if below is None:
+            below = raw[section] = {}
         if not isinstance(below, dict):
-            return  # a fault of the recipe, which validation reports
+            if section == sections[0] and not isinstance(below, list):
+                return  # a fault of the recipe, which validation reports
+            raise UsageError(f"{key} cannot be set: {section} is a {type(below).__name__}, which has no named fields.")
         raw = below
     if field == "target_bits":
         raw.pop("target_size", None)  # a flag replaces the recipe's target, whichever of the two it was

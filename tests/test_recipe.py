@@ -221,3 +221,11 @@ def test_the_recipe_of_the_working_folder_comes_before_the_checkpoint_s(
 
 def test_every_default_survives_being_written_and_read(tmp_path: Path) -> None:
     assert load_recipe(written(tmp_path, dump_recipe(Recipe(), tmp_path))) == Recipe()
+
+
+@pytest.mark.parametrize("key", ["train.lr.x", "overrides.0.bits"])
+def test_a_flag_below_what_has_no_fields_is_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "ddq.yaml"
+    path.write_text("train: {lr: 0.1}\noverrides: [{type: Linear, bits: 8}]\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="cannot be set"):
+        load_recipe(path, {key: 3})

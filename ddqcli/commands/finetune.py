@@ -140,7 +140,9 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterato
         except (KeyboardInterrupt, Interrupted) as stop:
             number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
             what = str(stop) or "Interrupted"
-            raise Interrupted(f"{what}; `ddq finetune --resume` goes on with {run.path}.", number) from stop
+            raise Interrupted(
+                f"{what}; `ddq finetune --resume --run-dir {run.path}` goes on with it.", number
+            ) from stop
         except Exception:
             if new:
                 run.discard_if_empty()
@@ -213,7 +215,8 @@ def _trainer(
 ) -> Trainer:
     """A trainer at its first step, or where `saved` left off."""
     gates = Gates(converted, recipe, budget, steps, recipe.data.batch_size)
-    calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch)
+    unlabelled = recipe.train.distill.weight == 1
+    calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch, teacher if unlabelled else None)
     gates.start()
     work = steps * sum(activation.values for activation in converted.activations.values())
     fused = work >= _FUSE_FROM and can_fuse(device_named(recipe.train.device))

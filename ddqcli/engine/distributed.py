@@ -94,6 +94,11 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
+def mean(value: float) -> float:
+    """The mean of a number over all processes."""
+    return value if shard().count == 1 else float(total(torch.tensor(value))) / shard().count
+
+
 def check_alike(tensors: dict[str, Tensor], what: str) -> None:
     """Raise DDQError if the tensors are not bit for bit the same in all processes."""
     if shard().count == 1:

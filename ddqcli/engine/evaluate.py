@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ddqcli.engine import distributed
+from ddqcli.engine.augment import generator
 from ddqcli.engine.convert import Converted
 from ddqcli.engine.data import Data
 from ddqcli.errors import DataError
@@ -27,14 +28,14 @@ def output_of(result: Any) -> Any:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, *, autocast: bool = False, on_progress: OnProgress | None = None) -> float:
+def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = None) -> float:
     """Mean of the metric over every held-out sample once, in percent."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     for done, (x, y) in enumerate(data.val.epoch(0)):
         if not len(x):
             continue  # a last batch with fewer samples than there are processes
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast), parametrize.cached():
+        with parametrize.cached():
             scores = data.metric(output_of(model(x)), y)
         total += scores.double().sum().cpu()
         if on_progress:
@@ -86,8 +87,14 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
     model.train(was)
 
 
-def calibrate(converted: Converted, data: Data, batches: int, watch: Callable[[], None]) -> None:
-    """Fit the activations' quantizers to a batch and let `watch` see the weights' gradients of `batches` batches."""
+def calibrate(
+    converted: Converted, data: Data, batches: int, watch: Callable[[], None], teacher: nn.Module | None = None
+) -> None:
+    """Fit the activations' quantizers to a batch and let `watch` see the weights' gradients of `batches` batches.
+
+    With a `teacher` (the float model, where a run needs no labels) the labels are classes drawn from its outputs [B, C]: that is
+    Fisher's definition, whereas a divergence from the float model has no gradient at the float weights.
+    """
     activations = converted.activations
     for quantizer in activations.values():
         quantizer.observing = True
@@ -96,7 +103,14 @@ def calibrate(converted: Converted, data: Data, batches: int, watch: Callable[[]
         for number, (x, y) in enumerate(islice(data.train.epoch(0), batches)):
             if x.is_floating_point() and not x.isfinite().all():
                 raise DataError(f"Batch {number} of the training data holds NaN or infinite values; repair the data.")
-            data.loss(output_of(model(x)), y).backward()
+            output = output_of(model(x))
+            if teacher is None:
+                loss = data.loss(output, y)
+            else:
+                shares = output_of(teacher(x)).detach().float().softmax(-1).cpu()
+                drawn = torch.multinomial(shares, 1, generator=generator("calibrate", number))[:, 0]
+                loss = nn.functional.cross_entropy(output, drawn.to(output.device))
+            loss.backward()
             watch()
             model.zero_grad(set_to_none=True)
     for name in [name for name, quantizer in activations.items() if not quantizer.fit()]:

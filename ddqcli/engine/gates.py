@@ -117,7 +117,6 @@ class Gates:
         self.frozen_from = 0 if rule.rule == "fixed" else min(int(rule.freeze * self.steps), last)
         span = max(1, self.frozen_from // max(1, rule.looks))
         self.looks_at = set(range(span, self.frozen_from, span)) | {self.frozen_from}
-        self.quantizers = [t.quantizer for t in self.converted.tensors]
         if self.budget.limit is not None and rule.rule == "paper":
             for tensor in self.converted.tensors:
                 gates = tensor.quantizer.gate_logits

@@ -21,7 +21,7 @@ from ddqcli.engine.convert import Converted, quantizers
 from ddqcli.engine.data import Data
 from ddqcli.engine.evaluate import output_of
 from ddqcli.engine.gates import Gates
-from ddqcli.errors import DDQError, Interrupted
+from ddqcli.errors import DataError, DDQError, Interrupted
 from ddqcli.recipe import Recipe, TrainSection
 
 _STEP_LR = 0.05  # log2 of a learned step or clip moves by this share of levels_lr
@@ -123,10 +123,15 @@ class Trainer:
         per_epoch = len(self.data.train)
         while self.step < self.steps:
             epoch, start = divmod(self.step, per_epoch)
+            before = self.step
             for number, batch in enumerate(self.data.train.epoch(epoch, start)):
                 yield batch
                 if self.step >= self.steps or number + start + 1 >= per_epoch:
                     break
+            if self.step == before:
+                raise DataError(
+                    f"The training data gave {start} batches in epoch {epoch + 1}, where {per_epoch} were counted."
+                )
 
     def _train_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
         train, shard = self.recipe.train, distributed.shard()
@@ -148,7 +153,7 @@ class Trainer:
         penalty = self.gates.penalty()
         (loss * penalty if penalty != 1 else loss).backward()
         self._check({n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}, "The gradient")
-        self.gates.after_backward(self.step, value)
+        self.gates.after_backward(self.step, distributed.mean(value))
         for optimizer in self._optimizers():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -190,11 +195,8 @@ class Trainer:
         if self.teacher is None:
             return self.data.loss(output, y)
         with torch.no_grad():
-            target = self.teacher(x)
-        t = distill.temperature
-        divergence = F.kl_div(
-            F.log_softmax(output / t, -1), F.log_softmax(target / t, -1), reduction="batchmean", log_target=True
-        ) * (t * t)
+            target = output_of(self.teacher(x))
+        divergence = distillation(output, target, distill.temperature)
         if distill.weight == 1:
             return divergence
         return distill.weight * divergence + (1 - distill.weight) * self.data.loss(output, y)
@@ -211,6 +213,12 @@ class Trainer:
             self.step, self.steps, (self.step - 1) // len(self.data.train) + 1, loss, accuracy,
             self.weights_optimizer.param_groups[0]["lr"], average, pace * self.step, bits,
         )  # fmt: skip
+
+
+def distillation(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KL divergence of the outputs from the float model's, both softened (Hinton et al. 2015); mean over the batch."""
+    soft, goal = F.log_softmax(output / temperature, -1), F.log_softmax(target / temperature, -1)
+    return F.kl_div(soft, goal, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _plain(name: str) -> str:

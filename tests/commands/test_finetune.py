@@ -177,7 +177,7 @@ def test_ctrl_c_and_sigterm_save_and_leave(project: Path, unharmed: bytes, sent:
     said = Path("child.txt").read_text()
     step = torch.load(Path(RUN) / "last.pt")["step"]
     assert 1 <= step <= STEPS
-    assert said == f"Error: Stopped at step {step} of 12; `ddq finetune --resume` goes on with {RUN}.\n"
+    assert said == f"Error: Stopped at step {step} of 12; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
     assert exit_code(in_child(RESUME, EXPORT)) == 0
     assert artifact() == unharmed
 
@@ -197,7 +197,7 @@ def test_a_signal_before_the_first_step_can_be_resumed_too(project: Path, unharm
     time.sleep(0.1)
     os.kill(child, signal.SIGTERM)
     assert exit_code(child) == 143
-    assert Path("child.txt").read_text() == f"Error: Terminated; `ddq finetune --resume` goes on with {RUN}.\n"
+    assert Path("child.txt").read_text() == f"Error: Terminated; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
     assert exit_code(in_child(RESUME, EXPORT)) == 0
     assert artifact() == unharmed
 
