@@ -83,6 +83,6 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, torch.Tensor], layers: Ma
     said = [f"{words} {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for words, names in faults.items() if names]
     if said:
         raise CheckpointError(
-            f"{what} is not of this {type(model).__name__}: {'; '.join(said)}. "
-            "Build the network as it was built for `ddq finetune`."
+            f"{what} is not of this {type(model).__name__}: {'; '.join(said)}; "
+            "build the network as it was built for `ddq finetune`."
         )

@@ -23,7 +23,7 @@ class Quantized:
 
     model: nn.Module
     path: Path
-    weights: dict[str, QuantizedTensor]
+    weights: dict[str, QuantizedTensor]  # under all of their names
 
 
 def quantize(
@@ -39,10 +39,13 @@ def quantize(
     for quantizer in converted.activations.values():
         quantizer.fit()
     frozen = freeze(converted)
+    aliases = frozen["aliases"].items()
     weights = [_quantized(entry) for entry in frozen["quantized"]]
     floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
     write_artifact(path, weights, [_activation(a) for a in frozen["activations"]], floats, frozen["aliases"], {})
-    return Quantized(converted.model, path, {tensor.name: tensor for tensor in weights})
+    by_name = {tensor.name: tensor for tensor in weights}
+    by_name |= {alias: by_name[name] for alias, name in aliases if name in by_name}
+    return Quantized(converted.model, path, by_name)
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:

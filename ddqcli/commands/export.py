@@ -80,6 +80,11 @@ class Frozen:
             {name: value.numpy() for name, value in frozen["trained"].items()},
         )
 
+    def weights(self) -> dict[str, QuantizedTensor]:
+        """The quantized tensors under all of their names."""
+        found = {tensor.name: tensor for tensor in self.quantized}
+        return found | {alias: found[name] for alias, name in self.aliases.items() if name in found}
+
     def expected(self) -> dict[str, np.ndarray]:
         """What a reader of the file must find, by name."""
         found = self.trained | self.floats

@@ -86,7 +86,7 @@ def export_onnx(
     compared = []
 
     def write(temporary: Path) -> None:
-        write_onnx(temporary, reference.model, {t.name: t for t in frozen.quantized}, reference.example, about)
+        write_onnx(temporary, reference.model, frozen.weights(), reference.example, about)
         compared.extend(_compared(temporary, path, reference, on_progress))
 
     write_whole(path, write)  # what does not answer as trained never gets its name

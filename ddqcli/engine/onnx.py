@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,37 +59,43 @@ def write_onnx(
 
 
 class _OnnxInput(nn.Module):
-    """Stands for a FixedInput while exporting; its forward becomes QuantizeLinear, or a table, and DequantizeLinear."""
+    """Stands for a FixedInput while exporting: its forward becomes nodes of ONNX, the last of them DequantizeLinear."""
 
     observing = False
 
     def __init__(self, fixed: FixedInput) -> None:
         super().__init__()
-        self.fixed = fixed
-        self.top = len(fixed.values) - 1
-        levels = torch.arange(len(fixed.values)) if fixed.uniform else self._levels(fixed)
-        self.register_buffer("zero_point", torch.tensor(fixed.zero_point, dtype=torch.uint8), persistent=False)
-        self.register_buffer("level_of_cell", levels[fixed.nearest.long()].to(torch.uint8), persistent=False)
-
-    @staticmethod
-    def _levels(fixed: FixedInput) -> Tensor:
-        return (fixed.values / fixed.scale + fixed.zero_point).round()
+        self.uniform, self.top = fixed.uniform, len(fixed.values) - 1
+        level = (fixed.values / fixed.scale + fixed.zero_point).to(torch.uint8)
+        tables = {"scale": fixed.scale, "zero_point": torch.tensor(fixed.zero_point, dtype=torch.uint8)}
+        if not fixed.uniform:
+            tables |= {"half_step": fixed.scale / 2, "offset": torch.tensor(2.0 * fixed.zero_point + 1)}
+            tables |= {"low": torch.tensor(0.0), "high": torch.tensor(CELLS - 1.0)}
+            tables |= {"level_of_cell": level[fixed.nearest.long()]}
+        elif self.top < 255:
+            tables |= {"low": torch.tensor(0, dtype=torch.uint8), "high": torch.tensor(self.top, dtype=torch.uint8)}
+        for name, table in tables.items():
+            self.register_buffer(name, table.clone(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = (self.fixed.scale, self.zero_point)
-        if self.fixed.uniform:
-            code = _node("QuantizeLinear", x, *grid, dtype=torch.uint8)
+        u8, shape = torch.uint8, x.shape
+        if self.uniform:
+            code = _node("QuantizeLinear", x, self.scale, self.zero_point, dtype=u8, shape=shape)
             if self.top < 255:
-                code = torch.clamp(code, max=self.top)
-        else:
-            cell = torch.floor(x / (self.fixed.scale / 2)) + (2 * self.fixed.zero_point + 1)
-            cell = torch.clamp(cell, 0, CELLS - 1).to(torch.int32)
-            code = self.level_of_cell.index_select(0, cell.reshape(-1)).reshape(x.shape)
-        return _node("DequantizeLinear", code, *grid, dtype=torch.float32)
+                code = _node("Clip", code, self.low, self.high, dtype=u8, shape=shape)
+        else:  # as FixedInput has it
+            steps = _node("Floor", _node("Div", x, self.half_step, shape=shape), shape=shape)
+            cell = _node("Clip", _node("Add", steps, self.offset, shape=shape), self.low, self.high, shape=shape)
+            cell = _node("Cast", cell, dtype=torch.int32, shape=shape, to=6)
+            code = _node("Gather", self.level_of_cell, cell, dtype=u8, shape=shape)
+        return _node("DequantizeLinear", code, self.scale, self.zero_point, shape=shape)
 
 
-def _node(op: str, x: Tensor, *rest: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.onnx.ops.symbolic(op, (x, *rest), dtype=dtype, shape=x.shape, version=OPSET)
+def _node(
+    op: str, *inputs: Tensor, shape: Sequence[int | torch.SymInt], dtype: torch.dtype = torch.float32, **attributes: int
+) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape, version=OPSET)
+    return result
 
 
 def _exported(model: nn.Module, example: Tensor) -> Any:

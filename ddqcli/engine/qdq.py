@@ -112,10 +112,12 @@ class _Rewriter:
         elif node.output[0] in self.clipped:
             self._clipped_quantize(node)
         else:
+            kept = onnx.NodeProto()  # a copy, for others look at what the node was
+            kept.CopyFrom(node)
             for at, name in enumerate(node.input):
                 if name in self.weights:
-                    node.input[at] = self._dequantized(name)
-            self.nodes.append(node)
+                    kept.input[at] = self._dequantized(name)
+            self.nodes.append(kept)
 
     # ---- convolutions
 
@@ -225,8 +227,9 @@ class _Rewriter:
         plain = a.get("group", 1) == 1 and a.get("auto_pad", b"NOTSET") == b"NOTSET"
         if not plain or len(before) != 4 or len(after) != 4 or None in (*before[1:], *after[1:]):
             return None
-        steps = (tuple(a.get(key, (1, 1))) for key in ("kernel_shape", "strides", "dilations"))
-        return _Windows(tuple(before[2:]), tuple(after[2:]), tuple(a.get("pads", (0, 0, 0, 0))), *steps)
+        steps = (tuple(a.get(key, (1, 1))) for key in ("strides", "dilations"))
+        kernel = self.weights[conv.input[1]].shape[2:]
+        return _Windows(tuple(before[2:]), tuple(after[2:]), tuple(a.get("pads", (0, 0, 0, 0))), kernel, *steps)
 
     def _emit_windows(self, conv: Any, windows: _Windows, name: str, kernel: _Kernel, whole: Any, end: str) -> None:
         """uint8 [B,C,H,W] -> pixels [B,H*W,C] -> windows [B,H',W',kh*kw*C] -> MatMul -> [B,H',W',K] -> [B,K,H',W']."""
@@ -267,7 +270,7 @@ class _Rewriter:
         self._product(node.input[0], name, kernel.integers.T, kernel, node.output[0])
 
     def _product(self, x: str, name: str, matrix: Array, kernel: _Kernel, end: str) -> None:
-        """Dequantized x [..., n] times matrix [n, K], plus the shift [K]."""
+        """Dequantized x [..., n] times the matrix [n, K], plus the shift [K]."""
         weight = self._dequantize(name, matrix, kernel.scale, kernel.zero_point, 1)
         product = self._node("MatMul", [x, weight], self._new(f"{name}.product"))
         # Sub, for of MatMul and Add onnxruntime makes a Gemm, which takes no float shift beside whole numbers.
@@ -277,9 +280,12 @@ class _Rewriter:
         return self._dequantize(f"{name}.shift", shift[0], shift[1], np.zeros_like(shift[0]), 0)
 
     def _dequantized(self, name: str) -> str:
-        """The weight as a value of the graph, in its own shape; stored once, however often it is used."""
+        """The weight as a value of the graph, in its own shape; a bias stays as it is, for whole numbers would save nothing."""
+        tensor = self.weights[name]
+        if len(tensor.shape) < 2:
+            return name
         if name not in self.dequantized:
-            tensor, (integers, zero_point) = self.weights[name], _int8(self.weights[name])
+            integers, zero_point = _int8(tensor)
             self.dequantized[name] = self._dequantize(name, integers, tensor.scale, zero_point, tensor.axis)
         return self.dequantized[name]
 

@@ -197,7 +197,10 @@ def test_a_signal_before_the_first_step_can_be_resumed_too(project: Path, unharm
     time.sleep(0.1)
     os.kill(child, signal.SIGTERM)
     assert exit_code(child) == 143
-    assert Path("child.txt").read_text() == f"Error: Terminated; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
+    assert (
+        Path("child.txt").read_text()
+        == f"Error: Terminated; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
+    )
     assert exit_code(in_child(RESUME, EXPORT)) == 0
     assert artifact() == unharmed
 
