@@ -16,7 +16,7 @@ import torch
 from ddqcli import __version__
 from ddqcli.engine import distributed
 from ddqcli.engine.checkpoint import load_checkpoint
-from ddqcli.engine.convert import Converted, convert
+from ddqcli.engine.convert import Converted, convert, quantizers
 from ddqcli.engine.data import Data, load_data
 from ddqcli.engine.evaluate import calibrate, evaluate, probe, reestimate_batch_norm
 from ddqcli.engine.gates import Budget, Gates, make_budget
@@ -28,11 +28,11 @@ from ddqcli.engine.runs import FINAL, LAST, ReadOnlyRun, Run
 from ddqcli.engine.snapshot import is_due, snapshot
 from ddqcli.engine.train import REPORT_EVERY, Diverged, StepMetrics, Trainer
 from ddqcli.errors import DDQError, Interrupted, UsageError
-from ddqcli.quant.activation import can_fuse
+from ddqcli.quant.fusion import can_fuse
 from ddqcli.recipe import Recipe
 
 _CALIBRATION_BATCHES = 16
-_FUSE_FROM = 2e9  # activations in all; compiling takes some seconds, which fewer of them do not win back
+_FUSE_FROM = 2e9  # values in all; compiling takes some seconds, which fewer of them do not win back
 
 
 class Listener:
@@ -218,10 +218,10 @@ def _trainer(
     unlabelled = recipe.train.distill.weight == 1
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch, teacher if unlabelled else None)
     gates.start()
-    work = steps * sum(activation.values for activation in converted.activations.values())
-    fused = work >= _FUSE_FROM and can_fuse(device_named(recipe.train.device))
-    for activation in converted.activations.values():
-        activation.fused = fused
+    values = sum(a.values for a in converted.activations.values()) + sum(t.parameter.numel() for t in converted.tensors)
+    fuse = steps * values >= _FUSE_FROM and can_fuse(device_named(recipe.train.device))
+    for quantizer in quantizers(converted):
+        quantizer.fuse = fuse
     trainer = Trainer(converted, teacher if recipe.train.distill.weight else None, data, gates, recipe, steps)
     if saved:
         trainer.load(saved)

@@ -252,15 +252,47 @@ def quantize_input(module: nn.Module, quantizer: nn.Module) -> None:
     hooked = hasattr(module, "input_quantizer")
     module.register_module("input_quantizer", quantizer.to(next(module.parameters()).device))
     if not hooked:
-        of_attention = type(module).forward is nn.MultiheadAttention.forward
-        module.register_forward_pre_hook(_attention_hook if of_attention else _layer_hook, with_kwargs=True)
+        if type(module).forward is nn.MultiheadAttention.forward:
+            module.register_forward_pre_hook(_attention_hook, with_kwargs=True)
+        else:
+            module.register_forward_pre_hook(_layer_hook, with_kwargs=True)
+            module.register_forward_hook(_after_layer, always_call=True)
 
 
 def _layer_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Quantize the first argument, whether it has a name or not."""
+    """Quantize the first argument, whether it has a name or not, and let the layer keep no copy of it for the backward."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    quantized = _quantize(module, x)
+    if quantized is not x and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        module._not_kept = _recomputing(module.input_quantizer, x, quantized)
+        module._not_kept.__enter__()
     if args:
-        return (_quantize(module, args[0]), *args[1:]), kwargs
-    return args, {name: x if n else _quantize(module, x) for n, (name, x) in enumerate(kwargs.items())}
+        return (quantized, *args[1:]), kwargs
+    return args, kwargs | {name: quantized for name in list(kwargs)[:1]}
+
+
+def _after_layer(module: nn.Module, args: Any, output: Any) -> None:
+    if hasattr(module, "_not_kept"):
+        module._not_kept.__exit__()
+        del module._not_kept
+
+
+def _recomputing(quantizer: nn.Module, x: Tensor, quantized: Tensor) -> Any:
+    """Within: whatever is kept of `quantized` for the backward is made from x again there, which the quantizer keeps anyway."""
+    where, size, dtype, source = quantized.data_ptr(), quantized.numel(), quantized.dtype, x.detach()
+
+    def pack(kept: Tensor) -> Any:
+        same = kept.data_ptr() == where and kept.numel() == size and kept.dtype == dtype
+        return (kept.shape, kept.stride()) if same else kept
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            again: Tensor = quantizer(source)
+        return again.as_strided(*kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -13,72 +11,47 @@ from torch import Tensor, nn
 
 from ddqcli.quant.fit import Distribution, lloyd_max, squared_error
 from ddqcli.quant.functional import LEVEL_BITS, representable
+from ddqcli.quant.fusion import fused
 from ddqcli.quant.quantizer import DDQuantizer, _Exactly, check_finite, fitting_grid, spread_runs
 
-_RESIDUALS = 250  # one byte holds x/step - round(x/step) to 1/250 step; two more codes mark the clipped values
-_BELOW, _ABOVE = 254, 255
 
-
-def _forward(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """x on the grid, and the byte that the backward needs: the rounding residual, or on which side x was clipped.
-
-    NaN and infinities become NaN, so that the loss shows them.
-    """
+def _codes(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """x in steps, and rounded to a code."""
     steps = x.float() / scale
-    code = torch.clamp(torch.round(steps), low, high)
-    residual = (steps - code) * _RESIDUALS + (_RESIDUALS / 2 + 0.5)  # plus a half, since the cast cuts off
-    side = torch.where(steps < low, float(_BELOW), torch.where(steps > high, float(_ABOVE), residual))
+    return steps, torch.clamp(torch.round(steps), low, high)
+
+
+def _forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """x on the grid. NaN and infinities become NaN, so that the loss shows them."""
+    _, code = _codes(x, scale, low, high)
     code = torch.add(code, x, alpha=-0.0)  # makes -0 in the code 0, and an infinity NaN
-    return (code * scale).to(x.dtype), side.to(torch.uint8)
+    return (code * scale).to(x.dtype)
 
 
-def _backward(grad: Tensor, byte: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Straight through where x was inside the range; the step's gradient is LSQ's (Esser et al. 2020, Eqn 3)."""
-    side = byte.float()
-    inside = side <= _RESIDUALS
-    slope = torch.where(inside, 0.5 - side / _RESIDUALS, torch.where(side == _BELOW, float(low), float(high)))
+    steps, code = _codes(x, scale, low, high)
+    inside = (steps >= low) & (steps <= high)
+    slope = code - torch.where(inside, steps, 0.0)
     return torch.where(inside, grad, 0.0), (grad.float() * slope).sum()
 
 
 class _UniformFakeQuantize(torch.autograd.Function):
+    """Keeps x alone for the backward, as a float layer does."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, fused: bool) -> Tensor:
-        quantized, byte = _kernel(_forward, fused)(x, scale, low, high)
-        ctx.save_for_backward(byte)
-        ctx.constants = (low, high, fused)
-        return quantized  # type: ignore[no-any-return]
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, fuse: bool) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.constants = (low, high, fuse)
+        return (fused(_forward, x.device.type) if fuse else _forward)(x, scale, low, high)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        low, high, fused = ctx.constants
-        grad_x, grad_scale = _kernel(_backward, fused)(grads[0], *ctx.saved_tensors, low, high)
+        x, scale = ctx.saved_tensors
+        low, high, fuse = ctx.constants
+        backward = fused(_backward, x.device.type) if fuse else _backward
+        grad_x, grad_scale = backward(grads[0], x, scale, low, high)
         return grad_x, grad_scale, None, None, None
-
-
-_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def _kernel(function: Callable[..., Any], fused: bool) -> Callable[..., Any]:
-    """`function`, compiled into one pass over memory if `fused`."""
-    if not fused:
-        return function
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=True)
-    return _compiled[function]
-
-
-def can_fuse(device: torch.device) -> bool:
-    """Whether torch.compile works here: tried once on a few values, since a missing compiler shows only then."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(
-        logging.ERROR
-    )  # it warns where CUDA is installed but absent
-    try:
-        x = torch.zeros(8, device=device)
-        quantized, byte = _kernel(_forward, True)(x, torch.ones((), device=device), 0, 255)
-        _kernel(_backward, True)(quantized, byte, 0, 255)
-    except Exception:  # whatever a missing or broken compiler raises: the eager path is always right
-        return False
-    return True
 
 
 class ActivationQuantizer(nn.Module):
@@ -96,7 +69,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, bits: int, levels: Literal["auto", "learned", "uniform"] = "auto") -> None:
         super().__init__()
         self.bits = bits
-        self.fused = False
+        self.fuse = False  # with torch.compile: set it where the work wins the compiling back
         self.log2_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.low = 0
@@ -116,9 +89,10 @@ class ActivationQuantizer(nn.Module):
                 self.seen = Distribution.of(x.detach().float().cpu().numpy())
             return x
         if self.learned is not None:
+            self.learned.fuse = self.fuse
             return self.learned(x)  # type: ignore[no-any-return]
         low = -self.low
-        quantized: Tensor = _UniformFakeQuantize.apply(x, self.scale(), low, low + 2**self.bits - 1, self.fused)  # type: ignore[no-untyped-call]
+        quantized: Tensor = _UniformFakeQuantize.apply(x, self.scale(), low, low + 2**self.bits - 1, self.fuse)  # type: ignore[no-untyped-call]
         return quantized
 
     def scale(self) -> Tensor:

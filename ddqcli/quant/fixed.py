@@ -35,7 +35,7 @@ class FixedInput(nn.Module):
         # Not persistent, so that a loaded model has the state dict of the float one.
         self.register_buffer("scale", torch.tensor(scale), persistent=False)
         self.register_buffer("values", (level - zero_point) * self.scale, persistent=False)
-        self.register_buffer("nearest", nearest_table(level, halves=False), persistent=False)
+        self.register_buffer("nearest", nearest_table(level[None])[0].to(torch.uint8), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, {'uniform' if self.uniform else 'learned'} levels"

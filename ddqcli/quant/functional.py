@@ -5,17 +5,21 @@ significant bits, so every level and every midpoint of two levels is exact in fl
 `floor(x / (scale / 2))`, then decides its nearest level exactly, and one small table replaces the search:
 no U, no Kronecker product, no one-hot vector and no N x 2^b tensor is ever made.
 
-No level stands for NaN or an infinity: one such value makes the whole output NaN, as after a float layer, so that the loss
-shows it without the device being asked at every step.
+No level stands for NaN or an infinity: they become NaN, so that the loss shows them without the device being asked at every
+step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ddqcli.quant.fusion import fused
 
 LEVEL_BITS = 8  # b_q of Eqn (4)
 STEPS = 2**LEVEL_BITS - 1  # steps of the level grid
@@ -42,36 +46,39 @@ def effective_levels(levels: Tensor, bits: tuple[int, ...]) -> list[Tensor]:
     Returns:
         For each group [2^s] ascending whole numbers in 0..255, as float32.
     """
-    return _in_force(levels.detach().float().sort(dim=1).values, bits)
+    ordered = levels.detach().float().sort(dim=1).values
+    return [_merged(row[None], s, 2**s)[0] for row, s in zip(ordered, bits, strict=True)]
 
 
-def _in_force(ordered: Tensor, bits: tuple[int, ...]) -> list[Tensor]:
-    """`effective_levels` of levels that are sorted already."""
-    if len(set(bits)) == 1:
-        return list(_merged(ordered, bits[0]))
-    return [_merged(row[None], s)[0] for row, s in zip(ordered, bits, strict=True)]
+def _in_force(ordered: Tensor, bits: tuple[int, ...], slots: int) -> Tensor:
+    """`effective_levels` of sorted levels [G, 2^b], each repeated as often as fills [G, slots]."""
+    level = ordered.new_empty(len(ordered), slots)
+    for s, rows in _rows_of(bits):
+        level[rows] = _merged(ordered[rows], s, slots)
+    return level
 
 
-def _merged(ordered: Tensor, s: int) -> Tensor:
-    mean = ordered.view(len(ordered), 2**s, -1).mean(2, dtype=torch.float64)  # float32 can round to a tie that is none
-    return mean.round_().clamp_(0, STEPS).float()
+def _merged(ordered: Tensor, s: int, slots: int) -> Tensor:
+    n = 2**s
+    mean = ordered.view(len(ordered), n, -1).mean(2, dtype=torch.float64)  # float32 can round to a tie that is none
+    level = mean.round_().clamp_(0, STEPS).float()
+    return level if slots == n else level.repeat_interleave(slots // n, dim=1)
 
 
-def nearest_table(level: Tensor, *, halves: bool) -> Tensor:
+def nearest_table(level: Tensor) -> Tensor:
     """Index of the nearest level for each of the 512 cells of `half_steps`; a tie goes to the upper level.
 
-    With `halves`, the index is 2k or 2k + 1: below or from level k on, which says the child that an opened gate would take.
+    Where a level is repeated, values below it get the first of its slots and all others the last, so that twice as many slots as
+    levels say which of its two children a value would take.
 
     Args:
-        level: [n] ascending whole numbers in 0..255.
+        level: [G, n] ascending whole numbers in 0..255.
 
     Returns:
-        uint8 [512].
+        int64 [G, 512], values 0..n-1.
     """
-    edges = level[1:] + level[:-1]
-    if halves:
-        edges = torch.stack([2 * level, torch.cat([edges, edges[-1:]])], dim=1).view(-1)[:-1]
-    return torch.bucketize(_cells(level.device), edges, right=True).to(torch.uint8)
+    cells = _cells(level.device).expand(len(level), -1).contiguous()
+    return torch.searchsorted(level[:, 1:] + level[:, :-1], cells, right=True)
 
 
 @lru_cache(maxsize=8)
@@ -80,15 +87,19 @@ def _cells(device: torch.device) -> Tensor:
     return torch.arange(-1.0, CELLS - 1, device=device)
 
 
-def half_steps(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def half_steps(x: Tensor, half: Tensor, offset: Tensor) -> Tensor:
     """The cell of each value: 0 below the grid, else 1 + its half-step on the grid, at most 511. int32, shape of x.
 
     Division, not multiplication by a reciprocal: m * scale / 2 is exact in float32 for the whole numbers m in question, and
-    correctly rounded division never carries x across such a point. Only a quotient that underflows, |x| below 2^-150 of a
+    correctly rounded division never carries x across such a point. Only a quotient that underflows, |x| up to 2^-150 of a
     half-step, counts as 0.
+
+    Args:
+        half: half the scale.
+        offset: the cell that starts at 0, 2 * zero_point + 1.
     """
-    cell = torch.div(x.float(), scale / 2).floor_().add_(2 * zero_point + 1)
-    return cell.clamp_(0, CELLS - 1).to(torch.int32)
+    cell = torch.div(x.float(), half).floor_().add_(offset)
+    return cell.clamp_(0, CELLS - 1).to(torch.int32).clamp_(0, CELLS - 1)  # of NaN, any number may be made
 
 
 def poison(x: Tensor) -> Tensor:
@@ -99,105 +110,270 @@ def poison(x: Tensor) -> Tensor:
     return (low * 0 + high * 0).float()
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """x -> A_s[k]; gradients to x (straight through), levels (Eqn 8), scale and gates; Eqn (9) on the latter three."""
+class _LevelsInForce(torch.autograd.Function):
+    """(levels, gates) -> A_s (Eqn 3's R(q U / Z_U)), as values [G, slots]; Eqn (8) and the gates' finite differences back."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
         levels: Tensor,
         scale: Tensor,
         zero_point: Tensor,
         gates: Tensor,
         bits: tuple[int, ...],
-        axis: int,
-        correction: float,
-    ) -> Tensor:
-        bad = poison(x)
-        finite = (
-            x.nan_to_num() if x.is_cpu and bool(bad.isnan()) else x
-        )  # an index made of NaN may lie anywhere on a CPU
+    ) -> tuple[Tensor, Tensor]:
         ordered, order = levels.detach().float().sort(dim=1, stable=True)
         max_bits = (levels.shape[1] - 1).bit_length()
-        halves = [gates.requires_grad and s < max_bits for s in bits]  # only the gates' gradient asks for children
-        effective = _in_force(ordered, bits)
-        tables = [nearest_table(level, halves=h) for level, h in zip(effective, halves, strict=True)]
-        values = [(level - z) * c + bad for level, z, c in zip(effective, zero_point, scale, strict=True)]
-        looked_up = [
-            v.index_select(0, (t >> 1 if h else t).int()) for v, t, h in zip(values, tables, halves, strict=True)
-        ]
-        cell = half_steps(finite, along(scale, x, axis), along(zero_point, x, axis))
-        if len(bits) > 1:
-            cell += along(torch.arange(len(bits), device=x.device, dtype=torch.int32) * CELLS, x, axis)
-        flat = _flat(cell)
-        codes = _joined(tables).index_select(0, flat)
-        quantized = _joined(looked_up).index_select(0, flat).as_strided(cell.shape, cell.stride())
-        ctx.save_for_backward(x, codes, quantized, ordered, order, scale, zero_point)
-        ctx.constants = (bits, axis, correction, halves, effective, values)
-        return quantized.to(x.dtype)
+        finest = max(min(s + gates.requires_grad, max_bits) for s in bits)  # the gates' gradient asks for children
+        level = _in_force(ordered, bits, 2**finest)
+        positions = level - zero_point[:, None]
+        ctx.save_for_backward(ordered, order, scale, positions)
+        ctx.bits = bits
+        ctx.mark_non_differentiable(level)
+        return positions * scale[:, None], level
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, codes, quantized, ordered, order, scale, zero_point = ctx.saved_tensors
-        bits, axis, correction, halves, effective, values = ctx.constants
-        grad_x = grad_levels = grad_scale = grad_gates = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _straight_through(grad, x, values, axis)
-        if any(ctx.needs_input_grad[1:5]):
-            grad = grad.float()
-            if correction:
-                grad = torch.add(grad, quantized - x, alpha=correction)
-            sums = _sums(_like(grad, quantized), codes, len(bits), axis)
-            if ctx.needs_input_grad[1]:
-                grad_levels = _levels_grad(sums, ordered, order, scale, bits, halves)
-            if ctx.needs_input_grad[2]:
-                per_level = [_fold(row, s, h) for row, s, h in zip(sums, bits, halves, strict=True)]
-                grad_scale = torch.stack(
-                    [(p * (level - z)).sum() for p, level, z in zip(per_level, effective, zero_point, strict=True)]
-                )
-            if ctx.needs_input_grad[4]:
-                grad_gates = _gates_grad(sums, ordered, scale, zero_point, bits, halves, values)
-        return grad_x, grad_levels, grad_scale, None, grad_gates, None, None, None
+        sums, bits = grads[0], ctx.bits
+        ordered, order, scale, positions = ctx.saved_tensors
+        of_levels, of_scale, _, of_gates = ctx.needs_input_grad[:4]
+        return (
+            _levels_grad(sums, ordered, order, scale, bits) if of_levels else None,
+            (sums * positions).sum(1) if of_scale else None,
+            None,
+            _gates_grad(sums, ordered, scale, bits) if of_gates else None,
+            None,
+        )
 
 
-def fake_quantize(
-    x: Tensor,
-    levels: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    gates: Tensor,
-    bits: tuple[int, ...],
-    *,
-    axis: int = 0,
-    correction: float = 0.0,
-) -> Tensor:
-    """Eqn (3): each value replaced by the nearest level in force, bit for bit a member of the level set.
+@dataclass(frozen=True)
+class Tables:
+    """What decides where a value goes, for G groups; made from the levels once a step.
 
-    All of the output is NaN if any value of x is NaN or infinite.
+    Attributes:
+        values: [G, n] the levels in force, ascending; differentiable in levels, scale and gates.
+        by_cell: [G, 512] the nearest level's value for each cell of `half_steps`.
+        codes: [G, 512] its place among the n.
+        half, offset: [G, 1], see `half_steps`.
+        learns: whether anything behind the values is learned.
+    """
+
+    values: Tensor
+    by_cell: Tensor
+    codes: Tensor
+    half: Tensor
+    offset: Tensor
+    learns: bool
+
+    def split(self) -> list[Tables]:
+        """One for each group."""
+        parts = map(_by_row, (self.values, self.by_cell, self.codes, self.half, self.offset))
+        return [Tables(v, by_cell, codes, h, o, self.learns) for v, by_cell, codes, h, o in zip(*parts, strict=True)]
+
+
+def _by_row(x: Tensor) -> tuple[Tensor, ...]:
+    rows: tuple[Tensor, ...] = x.split(1)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def make_tables(levels: Tensor, scale: Tensor, zero_point: Tensor, gates: Tensor, bits: tuple[int, ...]) -> Tables:
+    """What `fake_quantize` needs.
 
     Args:
-        x: values, any shape.
-        levels: [G, 2^b] level positions on the grid, in steps (0..255); G is 1 or x.shape[axis].
+        levels: [G, 2^b] level positions on the grid, in steps (0..255).
         scale: [G] step size, as `representable` gives it.
         zero_point: [G] whole number in 0..255, the grid point of the value 0.
         gates: [G, b] gate logits; only their gradient is used here, `bits` says how many are open.
         bits: s for each group.
+    """
+    values, level = _LevelsInForce.apply(levels, scale, zero_point, gates, bits)  # type: ignore[no-untyped-call]
+    nearest = nearest_table(level)
+    half, offset = scale.detach()[:, None] / 2, 2 * zero_point[:, None] + 1
+    learns = scale.requires_grad or gates.requires_grad or (levels.requires_grad and min(bits) < LEVEL_BITS)
+    return Tables(values, values.detach().gather(1, nearest), nearest.float(), half, offset, learns)
+
+
+def _snap(x: Tensor, by_cell: Tensor, half: Tensor, offset: Tensor, base: Tensor) -> Tensor:
+    """The nearest level's value for each value of x [G, M]; NaN for what is not finite. `base`: where a row's table starts."""
+    found = by_cell.view(-1).index_select(0, _cell(x, half, offset, base)).view(x.shape)
+    return torch.add(found, x, alpha=-0.0).to(x.dtype)
+
+
+def _snap_to_few(x: Tensor, values: Tensor) -> Tensor:
+    """`_snap` of [1, M] to [1, n] values by a comparison with each threshold: to be fused. Thresholds are exact in float32."""
+    thresholds = (values[:, 1:] + values[:, :-1]) / 2
+    found = values[:, :1].expand_as(x)
+    for k in range(thresholds.shape[1]):
+        found = torch.where(x >= thresholds[:, k], values[:, k + 1], found)
+    return torch.add(found, x, alpha=-0.0).to(x.dtype)
+
+
+def _cell(x: Tensor, half: Tensor, offset: Tensor, base: Tensor) -> Tensor:
+    return (half_steps(x, half, offset) + base).view(-1)
+
+
+def _inside(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """grad where low <= x <= high, 0 elsewhere."""
+    return torch.where((x >= low) & (x <= high), grad, 0.0)
+
+
+def _corrected(
+    kind: torch.dtype,
+    grad: Tensor,
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    by_cell: Tensor,
+    codes: Tensor,
+    half: Tensor,
+    offset: Tensor,
+    base: Tensor,
+    correction: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x, what reaches levels and gates (Eqn 9), and each value's code as `kind`; all [G, M].
+
+    Only x is kept for this: with the tables it says all over again what became of each value.
+    """
+    cell = _cell(x, half, offset, base)
+    residual = by_cell.view(-1).index_select(0, cell).view(x.shape) - x
+    code = codes.view(-1).index_select(0, cell).view(x.shape).to(kind)
+    return _inside(grad, x, low, high), grad.float() + correction * residual, code
+
+
+def _corrected_sums(count: int, *args: Any) -> tuple[Tensor, Tensor]:
+    """`_corrected`, and at once the sums by code: [G, M] and [G, count]. A reduction for each code: to be fused."""
+    grad_x, grad, code = _corrected(torch.float32, *args)
+    return grad_x, torch.stack([torch.where(code == k, grad, 0.0).sum(1) for k in range(count)], 1)
+
+
+_FEW = 16  # levels up to which a fused comparison with each is faster than memory
+MANY = 2**16  # values from which on kernels of their own are worth their calls
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """x -> the nearest of `values`; straight through to x, to each of the values the sum over its members (Eqn 9 included).
+
+    Takes one x with G groups, or G of them with one group each, which go through the kernels as one row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        by_cell: Tensor,
+        codes: Tensor,
+        half: Tensor,
+        offset: Tensor,
+        correction: Tensor,
+        axis: int,
+        learns: bool,
+        fuse: bool,
+        *xs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(values, by_cell, codes, half, offset, correction, *xs)
+        ctx.constants = (axis, learns, fuse)
+        ctx.set_materialize_grads(False)
+        kind, row = half.device.type, _row(xs, xs, axis, len(values))
+        if fuse and len(values) == 1 and values.shape[1] <= _FEW:
+            return _parted(fused(_snap_to_few, kind)(row, values), xs, axis)
+        base = CELLS * torch.arange(len(values), device=half.device, dtype=torch.int32)[:, None]
+        snap = fused(_snap, kind) if fuse else _snap
+        return _parted(snap(row, by_cell, *_spread([half, offset, base], xs)), xs, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        values, by_cell, codes, half, offset, correction, *xs = ctx.saved_tensors
+        axis, learns, fuse = ctx.constants
+        kind, (groups, count) = half.device.type, values.shape
+        known = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, xs, strict=True)]
+        pair = _row(known, xs, axis, groups), _row(xs, xs, axis, groups)
+        sums = torch.zeros_like(values) if ctx.needs_input_grad[0] else None
+        if sums is None or not learns:
+            ends = _spread([values[:, :1], values[:, -1:]], xs)
+            grad_x = (fused(_inside, kind) if fuse else _inside)(*pair, *ends)
+        else:
+            group = torch.arange(groups, device=half.device, dtype=torch.int32)[:, None]
+            low, high, *where = _spread(
+                [values[:, :1], values[:, -1:], half, offset, CELLS * group, correction[:, None]], xs
+            )
+            if fuse and groups == 1 and count <= _FEW:
+                kernel = fused(_corrected_sums, kind)
+                grad_x, sums = kernel(count, *pair, low, high, by_cell, codes, *where)
+            else:
+                kernel = fused(_corrected, kind) if fuse else _corrected
+                small = torch.uint8 if groups * count <= 256 else torch.int32
+                grad_x, found, code = kernel(small, *pair, low, high, by_cell, codes + count * group, *where)
+                sums = _sums(found, code, groups * count).view(groups, count)
+        of_xs = _parted(grad_x, xs, axis)
+        return sums, *(None,) * 8, *(None if grad is None else of_x for grad, of_x in zip(grads, of_xs, strict=True))
+
+
+def fake_quantize(x: Tensor, tables: Tables, *, axis: int = 0, correction: float = 0.0, fuse: bool = False) -> Tensor:
+    """Eqn (3): each value replaced by the nearest level in force, bit for bit a member of the level set.
+
+    NaN and infinities become NaN. For the backward only x is kept, which a float layer keeps as well.
+
+    Args:
+        x: values, any shape.
+        tables: of 1 group, or of x.shape[axis].
         axis: the axis of x that the groups follow.
         correction: lambda of Eqn (9), in units of the loss per squared unit of x.
+        fuse: go over the values with kernels of torch.compile, if there are enough of them.
 
     Gradients: to x where A_0 <= x <= A_last; to levels the sum over a level's members divided by its run length;
     to the gates s and s + 1 the finite differences A_s - A_(s-1) and A_(s+1) - A_s, none to the others.
 
     >>> levels, one = torch.tensor([[0.0, 10.0, 20.0, 30.0]]), torch.ones(1)
-    >>> fake_quantize(torch.tensor([4.9, 5.0, 99.0]), levels, one, 0 * one, torch.ones(1, 2), (2,))
+    >>> fake_quantize(torch.tensor([4.9, 5.0, 99.0]), make_tables(levels, one, 0 * one, torch.ones(1, 2), (2,)))
     tensor([ 0., 10., 30.])
-    >>> fake_quantize(torch.tensor([4.9, 5.0, 99.0]), levels, one, 0 * one, torch.ones(1, 2), (1,))
+    >>> fake_quantize(torch.tensor([4.9, 5.0, 99.0]), make_tables(levels, one, 0 * one, torch.ones(1, 2), (1,)))
     tensor([ 5.,  5., 25.])
     """
-    quantized: Tensor = _FakeQuantize.apply(x, levels, scale, zero_point, gates, bits, axis, correction)  # type: ignore[no-untyped-call]
-    return quantized
+    return _apply([x], tables, [correction], axis, fuse and x.numel() >= MANY)[0]
+
+
+def fake_quantize_all(xs: list[Tensor], tables: Tables, corrections: list[float]) -> tuple[Tensor, ...]:
+    """`fake_quantize` of several small tensors, one group each, for little more than the price of one.
+
+    Args:
+        xs: G tensors of any shapes.
+        tables: of G groups.
+        corrections: G of `fake_quantize`'s.
+    """
+    return _apply(xs, tables, corrections, 0, False)
+
+
+def _apply(xs: list[Tensor], tables: Tables, corrections: list[float], axis: int, fuse: bool) -> tuple[Tensor, ...]:
+    t = tables
+    factors = torch.tensor(corrections, device=t.half.device)
+    out: tuple[Tensor, ...] = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        t.values, t.by_cell, t.codes, t.half, t.offset, factors, axis, t.learns, fuse, *xs
+    )
+    return out
+
+
+def _spread(of_groups: list[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Each [G, 1] as it is for one x, or for several as the one row [1, N] that they make."""
+    if len(xs) == 1:
+        return of_groups
+    sizes = torch.tensor([x.numel() for x in xs], device=xs[0].device)
+    total = sum(x.numel() for x in xs)
+    return [t.view(-1).repeat_interleave(sizes, output_size=total)[None] for t in of_groups]
+
+
+def _row(tensors: Sequence[Tensor], like: Sequence[Tensor], axis: int, groups: int) -> Tensor:
+    """One tensor as [groups, M], or several as one row [1, N]; in the memory order of `like`."""
+    if len(tensors) == 1:
+        return _rows(_like(tensors[0], like[0]), axis, groups)
+    return torch.cat([_rows(_like(x, pattern), 0, 1) for x, pattern in zip(tensors, like, strict=True)], 1)
+
+
+def _parted(row: Tensor, xs: Sequence[Tensor], axis: int) -> tuple[Tensor, ...]:
+    """The inverse of `_row`."""
+    if len(xs) == 1:
+        return (_unrows(row, xs[0], axis),)
+    parts = row.split([x.numel() for x in xs], 1)  # type: ignore[no-untyped-call]
+    return tuple(_unrows(part.clone(), x, 0) for part, x in zip(parts, xs, strict=True))
 
 
 def by_group(x: Tensor, axis: int, groups: int) -> Tensor:
@@ -205,18 +381,30 @@ def by_group(x: Tensor, axis: int, groups: int) -> Tensor:
     return x.reshape(1, -1) if groups == 1 else x.movedim(axis, 0).reshape(groups, -1)
 
 
-def _flat(dense: Tensor) -> Tensor:
-    """A dense tensor as one row in the order of its memory, whatever its memory format."""
-    return dense.as_strided((dense.numel(),), (1,))
+def _rows(x: Tensor, axis: int, groups: int) -> Tensor:
+    """x as [groups, -1], in the order of its memory where that is possible without a copy."""
+    if _is_rows(x, axis, groups):
+        return x.as_strided((groups, x.numel() // groups), (x.numel() // groups, 1))
+    return by_group(x, axis, groups).contiguous()
+
+
+def _unrows(rows: Tensor, like: Tensor, axis: int) -> Tensor:
+    """The inverse of `_rows`, for any values in `rows`."""
+    if _is_rows(like, axis, len(rows)):
+        return rows.as_strided(like.shape, like.stride())
+    return rows.view(like.shape) if len(rows) == 1 else rows.view(like.movedim(axis, 0).shape).movedim(0, axis)
+
+
+def _is_rows(x: Tensor, axis: int, groups: int) -> bool:
+    """Whether x lies in memory without gaps, each group in one piece."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    dense = x.is_contiguous() or (x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim]))
+    return dense and x.numel() > 0 and (groups == 1 or axis == 0)
 
 
 def _like(x: Tensor, pattern: Tensor) -> Tensor:
     """x in the memory order of `pattern`."""
-    return x if x.stride() == pattern.stride() else torch.empty_like(pattern).copy_(x)
-
-
-def _joined(rows: list[Tensor]) -> Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    return x if x.stride() == pattern.stride() else torch.empty_like(pattern, dtype=x.dtype).copy_(x)
 
 
 def along(per_group: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -228,62 +416,44 @@ def along(per_group: Tensor, like: Tensor, axis: int) -> Tensor:
     return per_group.view(shape)
 
 
-def _straight_through(grad: Tensor, x: Tensor, values: list[Tensor], axis: int) -> Tensor:
-    """grad where A_0 <= x <= A_last, 0 elsewhere."""
-    if len(values) == 1 and x.is_cpu and x.dtype == grad.dtype == torch.float32:
-        # One pass instead of four. hardtanh's mask leaves its bounds out, so it gets the floats just beyond ours.
-        outer = torch.nextafter(values[0][[0, -1]], torch.tensor([-torch.inf, torch.inf])).tolist()
-        return torch.ops.aten.hardtanh_backward(grad, x, *outer)  # type: ignore[no-any-return]
-    low, high = (along(torch.stack([v[i] for v in values]), x, axis) for i in (0, -1))
-    return grad * ((x >= low) & (x <= high))
+def _sums(grad: Tensor, code: Tensor, count: int) -> Tensor:
+    """[count] float32: the sum of `grad` by code."""
+    flat, index = grad.reshape(-1), code.reshape(-1)
+    if grad.is_cpu:
+        return torch.bincount(index, weights=flat, minlength=count).float()
+    return torch.zeros(count, device=grad.device).scatter_add_(0, index.long(), flat)
 
 
-def _sums(grad: Tensor, codes: Tensor, groups: int, axis: int) -> Tensor:
-    """Sum of `grad` by code within each group: [groups, 256] float32. `codes` lie in memory as `grad` does."""
-    if groups == 1 and grad.is_cpu:
-        return torch.bincount(codes, weights=_flat(grad), minlength=256)[None].float()
-    index = codes.long()
-    if groups > 1:
-        group = along(256 * torch.arange(groups, device=index.device), grad, axis)
-        index = _flat(index.as_strided(grad.shape, grad.stride()) + group)
-    return torch.zeros(groups * 256, device=grad.device).scatter_add_(0, index, _flat(grad)).view(groups, 256)
+def _folded(sums: Tensor, s: int) -> Tensor:
+    """Sums by slot as sums by level: [G, n] -> [G, 2^s]."""
+    return sums if sums.shape[1] == 2**s else sums.view(len(sums), 2**s, -1).sum(2)
 
 
-def _fold(row: Tensor, s: int, halves: bool) -> Tensor:
-    """[256] sums by code as [2^s] sums by level."""
-    return row[: 2 ** (s + 1)].view(-1, 2).sum(1) if halves else row[: 2**s]
+def _rows_of(bits: tuple[int, ...]) -> list[tuple[int, slice | list[int]]]:
+    """Each bit-width s in force with the groups that have it."""
+    if len(set(bits)) == 1:
+        return [(bits[0], slice(None))]
+    return [(s, [g for g, at in enumerate(bits) if at == s]) for s in sorted(set(bits))]
 
 
-def _levels_grad(
-    sums: Tensor, ordered: Tensor, order: Tensor, scale: Tensor, bits: tuple[int, ...], halves: list[bool]
-) -> Tensor:
+def _levels_grad(sums: Tensor, ordered: Tensor, order: Tensor, scale: Tensor, bits: tuple[int, ...]) -> Tensor:
     """Eqn (8): each level gets its members' sum, shared evenly by the 2^(b - s) stored levels of its run."""
+    shared = torch.empty_like(ordered)
     n = ordered.shape[1]
-    each = [_fold(row, s, h).mul(2**s / n) for row, s, h in zip(sums, bits, halves, strict=True)]
-    runs = [e[:, None].expand(-1, n // len(e)).reshape(1, n) for e in each]
-    return torch.empty_like(ordered).scatter_(1, order, _joined(runs) * scale[:, None])
+    for s, rows in _rows_of(bits):
+        shared[rows] = (_folded(sums[rows], s) * (2**s / n)).repeat_interleave(n >> s, dim=1)
+    return torch.empty_like(ordered).scatter_(1, order, shared * scale[:, None])
 
 
-def _gates_grad(
-    sums: Tensor,
-    ordered: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bits: tuple[int, ...],
-    halves: list[bool],
-    values: list[Tensor],
-) -> Tensor:
+def _gates_grad(sums: Tensor, ordered: Tensor, scale: Tensor, bits: tuple[int, ...]) -> Tensor:
     """Finite differences at the boundary gates: closing gate s (index s - 1), opening gate s + 1 (index s)."""
     max_bits = (ordered.shape[1] - 1).bit_length()
     out = torch.zeros(len(bits), max_bits, device=ordered.device)
-    for g, (s, h) in enumerate(zip(bits, halves, strict=True)):
-
-        def level_values(at: int, g: int = g) -> Tensor:
-            return (_in_force(ordered[g : g + 1], (at,))[0] - zero_point[g]) * scale[g]
-
-        parent = level_values(s - 1).repeat_interleave(2)
-        out[g, s - 1] = (_fold(sums[g], s, h) * (values[g] - parent)).sum()
+    for s, rows in _rows_of(bits):
+        stored, by_slot, step = ordered[rows], sums[rows], scale[rows][:, None]
+        closed = _merged(stored, s, 2**s) - _merged(stored, s - 1, 2**s)
+        out[rows, s - 1] = (_folded(by_slot, s) * closed * step).sum(1)
         if s < max_bits:
-            opened = level_values(s + 1) - values[g].repeat_interleave(2)
-            out[g, s] = (sums[g, : 2 ** (s + 1)] * opened).sum()
+            opened = _merged(stored, s + 1, 2 ** (s + 1)) - _merged(stored, s, 2 ** (s + 1))
+            out[rows, s] = (_folded(by_slot, s + 1) * opened * step).sum(1)
     return out

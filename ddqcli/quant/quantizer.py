@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -13,12 +15,16 @@ from ddqcli.errors import DDQError
 from ddqcli.quant.fit import Distribution, lloyd_max, power_of_two_pattern, scaled, squared_error, uniform_pattern
 from ddqcli.quant.functional import (
     LEVEL_BITS,
+    MANY,
     STEPS,
+    Tables,
     along,
     by_group,
     effective_levels,
     fake_quantize,
+    fake_quantize_all,
     half_steps,
+    make_tables,
     nearest_table,
     poison,
     representable,
@@ -57,6 +63,9 @@ class DDQuantizer(nn.Module):
             )
         self.kind, self.axis, self.max_bits = kind, axis, max_bits
         self.correction = 0.0
+        self.tables: Tables | None = None  # within `at_once`
+        self.done: tuple[Tensor, Tensor] | None = None  # within `at_once`: x and what becomes of it
+        self.fuse = False  # with torch.compile: set it where the work wins the compiling back
         self.gate_logits = nn.Parameter(torch.ones(groups, max_bits), requires_grad=False)
         learned = kind == "learned"
         self.levels = nn.Parameter(torch.zeros(groups, 2**max_bits), requires_grad=learned)
@@ -87,18 +96,20 @@ class DDQuantizer(nn.Module):
         return f"{self.kind}, {len(self.bits)} group(s), {'/'.join(map(str, spread))} of {self.max_bits} bits"
 
     def forward(self, x: Tensor) -> Tensor:
-        levels, scale, zero_point = self.grid()
-        return fake_quantize(
-            x, levels, scale, zero_point, self.gate_logits, self.bits, axis=self.axis, correction=self.correction
-        )
+        if self.done is not None and self.done[0] is x:
+            return self.done[1]
+        tables = self.tables or make_tables(*self.grid(), self.gate_logits, self.bits)
+        return fake_quantize(x, tables, axis=self.axis, correction=self.correction, fuse=self.fuse)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Level positions [G, 2^b], scale [G] and zero point [G] in force, differentiable in what is learned."""
         if self.kind == "learned":
             if LEVEL_BITS not in self.bits:
                 return self.levels, self.scale, self.zero_point
-            whole = torch.tensor([s == LEVEL_BITS for s in self.bits], device=self.levels.device)
             identity = torch.arange(STEPS + 1.0, device=self.levels.device)
+            if set(self.bits) == {LEVEL_BITS}:
+                return identity + 0 * self.levels, self.scale, self.zero_point
+            whole = torch.tensor([s == LEVEL_BITS for s in self.bits], device=self.levels.device)
             return torch.where(whole[:, None], identity, self.levels), self.scale, self.zero_point
         rows, units = zip(*(_pattern(self.kind, s, self.max_bits) for s in self.bits), strict=True)
         levels = torch.tensor(np.stack(rows), dtype=torch.float32, device=self.log2_clip.device)
@@ -117,9 +128,10 @@ class DDQuantizer(nn.Module):
         """k, the one-hot index of Eqn (3), of every value: uint8, shape of x. Raises DDQError where x is not finite."""
         check_finite(x)
         levels, scale, zero_point = self.effective_levels()
-        cell = half_steps(x, along(scale, x, self.axis), along(zero_point, x, self.axis))
+        cell = half_steps(x, along(scale / 2, x, self.axis), along(2 * zero_point + 1, x, self.axis))
         grouped = by_group(cell, self.axis, len(self.bits))
-        rows = [nearest_table(level, halves=False).index_select(0, c) for level, c in zip(levels, grouped, strict=True)]
+        tables = [nearest_table(level[None])[0].to(torch.uint8) for level in levels]
+        rows = [table.index_select(0, c) for table, c in zip(tables, grouped, strict=True)]
         if len(rows) == 1:
             return rows[0].view(x.shape)
         moved = x.movedim(self.axis, 0).shape
@@ -157,6 +169,48 @@ class DDQuantizer(nn.Module):
             self.gate_logits[g, :s].abs_()
             self.gate_logits[g, s:] = -self.gate_logits[g, s:].abs().clamp_min(_TINY)  # -0 would count as open
         self.bits = tuple(bits)
+
+
+@contextmanager
+def at_once(weights: Iterable[tuple[DDQuantizer, Tensor]], others: Iterable[DDQuantizer] = ()) -> Iterator[None]:
+    """Within: what a step's quantizers have to compute is there, made with few calls for all of them together.
+
+    All quantizers with one group of learned levels have their tables, and what becomes of small weights is known. Nothing that is
+    learned may change within.
+    """
+    small: dict[int, list[tuple[DDQuantizer, Tensor]]] = {}
+    alike: dict[tuple[int, ...], list[DDQuantizer]] = {}
+    for quantizer, weight in [*weights, *((q, None) for q in others)]:
+        if quantizer.kind != "learned" or len(quantizer.bits) > 1:
+            continue
+        if weight is not None and weight.numel() < MANY:
+            small.setdefault(quantizer.max_bits, []).append((quantizer, weight))
+        else:
+            alike.setdefault((quantizer.max_bits, *quantizer.bits), []).append(quantizer)
+    try:
+        for members in alike.values():
+            for quantizer, tables in zip(members, _tables_of(members).split(), strict=True):
+                quantizer.tables = tables
+        for pairs in small.values():
+            owners, tensors = zip(*pairs, strict=True)
+            corrections = [quantizer.correction for quantizer in owners]
+            found = fake_quantize_all(list(tensors), _tables_of(owners), corrections)
+            for quantizer, *done in zip(owners, tensors, found, strict=True):
+                quantizer.done = tuple(done)
+        yield
+    finally:
+        for quantizer in [
+            *(q for qs in alike.values() for q in qs),
+            *(q for pairs in small.values() for q, _ in pairs),
+        ]:
+            quantizer.tables = quantizer.done = None
+
+
+def _tables_of(quantizers: Sequence[DDQuantizer]) -> Tables:
+    """Tables of several quantizers of one group each, as groups."""
+    parts = zip(*((*q.grid(), q.gate_logits) for q in quantizers), strict=True)
+    levels, scale, zero_point, gates = (torch.cat(part) for part in parts)
+    return make_tables(levels, scale, zero_point, gates, tuple(q.bits[0] for q in quantizers))
 
 
 class _Exactly(torch.autograd.Function):

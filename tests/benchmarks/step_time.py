@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddqcli.engine.convert import convert
+from ddqcli.engine.convert import convert, quantizers
 from ddqcli.engine.gates import Budget, Gates
 from ddqcli.engine.train import _optimizers
-from ddqcli.quant.activation import can_fuse
+from ddqcli.quant.fusion import can_fuse
+from ddqcli.quant.quantizer import at_once
 from ddqcli.recipe import Recipe
 
 Step = Callable[[], None]
@@ -93,24 +94,28 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, **sections: dict) -> Step:
     """As `ddq finetune` trains: 8 -> 4 bits by the default gates, their Fisher watched, gradient correction on."""
     recipe = Recipe.model_validate({"budget": {"target_bits": 4}, **sections})
     converted = convert(model, recipe)
-    weights = sum(t.parameter.numel() for t in converted.tensors)
-    gates = Gates(converted, recipe, Budget(weights // 2, 0, 4 * weights, weights), 10**9, len(x))
+    size = sum(t.parameter.numel() for t in converted.tensors)
+    gates = Gates(converted, recipe, Budget(size // 2, 0, 4 * size, size), 10**9, len(x))
     for activation in converted.activations.values():
         activation.observing = True
     F.cross_entropy(model.eval()(x), y).backward()
     gates.watch()
-    fused = can_fuse(x.device)
+    fuse = can_fuse(x.device)
     for activation in converted.activations.values():
         activation.fit()
-        activation.fused = fused
+    for quantizer in quantizers(converted):
+        quantizer.fuse = fuse
     gates.start()
     model.train()
     optimizers = [o for o in _optimizers(converted, recipe.train) if o]
+    weights = [(t.quantizer, t.parameter) for t in converted.tensors]
+    inputs = [a.learned for a in converted.activations.values() if a.learned is not None]
     counter = iter(range(1, 10**9))
 
     def step() -> None:
         number = next(counter)
-        loss = F.cross_entropy(model(x), y)
+        with at_once(weights, inputs):
+            loss = F.cross_entropy(model(x), y)
         loss.backward()
         gates.after_backward(number, 0.0)
         for optimizer in optimizers:
@@ -188,8 +193,11 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
 
 def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
     for number in range(rounds + 3):
-        for name, step in steps.items():
+        first = number % len(names)  # so that none always follows the same one
+        for name in names[first:] + names[:first]:
+            step = steps[name]
             if device.type == "cuda":
                 torch.cuda.synchronize()
             began = time.perf_counter()

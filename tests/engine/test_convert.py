@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from ddqcli.engine.convert import Converted, convert, float_state, kind_of, quantized_state, quantizers
 from ddqcli.errors import UsageError
-from ddqcli.quant.activation import can_fuse
+from ddqcli.quant.fusion import can_fuse
 
 CPU = torch.device("cpu")
 

@@ -135,3 +135,31 @@ def test_the_fast_paths_of_transformers_in_evaluation(act_bits: int | None) -> N
     float_model.load_state_dict(quantized_state(converted))
     differs = float((float_model(x) - slow).detach().abs().max())
     assert differs < 1e-6 if act_bits is None else 1e-4 < differs < 0.5
+
+
+# ---- memory
+
+
+def bytes_kept(model: nn.Module, x: Tensor) -> int:
+    """Bytes that are there after a forward pass and were not before: what it keeps for the backward."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output = model(x).sum()
+    del output
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_quantized_inputs_are_not_kept_beside_the_float_ones(act_bits: int) -> None:
+    """Float training keeps every layer's input; so do we, and no quantized copy: at most one byte a value more."""
+    layers = [m for _ in range(3) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
+    model, x = nn.Sequential(*layers), torch.randn(16, 8, 32, 32)
+    kept = bytes_kept(model, x)
+    converted = convert(model, recipe(act_bits=act_bits))
+    for activation in converted.activations.values():
+        activation.observing = True
+    model(x)
+    for activation in converted.activations.values():
+        activation.fit()
+    values, of_weights = 3 * x.numel(), 20 * 3 * (8 * 8 * 9 + 512 + 512)
+    assert kept >= 4 * 2 * values
+    assert bytes_kept(model, x) <= kept + values + of_weights

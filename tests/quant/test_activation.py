@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddqcli.errors import DDQError
-from ddqcli.quant.activation import ActivationQuantizer, can_fuse
+from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.functional import representable
+from ddqcli.quant.fusion import can_fuse
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -77,7 +78,7 @@ def test_a_learned_step_rounds_half_to_even_and_clamps(bits, log2_scale, share, 
 @pytest.mark.parametrize("low", [0, 5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_steps_gradient_is_that_of_lsq(low, dtype):
-    """Esser et al. 2020, Eqn (3): round(v) - v inside, the outermost code outside, v = x / s; here kept to 1/500 of a step."""
+    """Esser et al. 2020, Eqn (3): round(v) - v inside, the outermost code outside, v = x / s."""
     quantizer = uniform(4, -2.0, low)
     x, grad = normal(3000).mul(2).to(dtype).requires_grad_(), normal(3000, seed=1).to(dtype)
     found_x, found = torch.autograd.grad(quantizer(x), (x, quantizer.log2_scale), grad)
@@ -85,18 +86,9 @@ def test_the_steps_gradient_is_that_of_lsq(low, dtype):
     inside = (steps >= first) & (steps <= last)
     slope = torch.where(inside, steps.round() - steps, steps.clamp(first, last).round())
     expected = float((grad.double() * slope).sum()) * 0.25 * math.log(2)
-    residual = float(grad.double().abs()[inside].sum()) / 500 * 0.25 * math.log(2)
-    assert abs(float(found) - expected) <= residual + 1e-4 * abs(expected)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
     assert found_x.dtype == dtype
     assert torch.equal(found_x, torch.where(inside, grad, 0.0))
-
-
-def test_the_kept_residual_has_no_bias():
-    """All gradients alike would add a bias up: 100,000 values over the whole step, and a sum of slopes that is 0."""
-    quantizer = uniform(8, 0.0, 128)
-    x = (torch.arange(100_000) + 0.5) / 100_000 * 200 - 100
-    (found,) = torch.autograd.grad(quantizer(x).sum(), quantizer.log2_scale)
-    assert abs(float(found)) / len(x) < 1e-4
 
 
 def test_the_steps_gradient_is_the_finite_difference_where_codes_are_clipped():
@@ -117,18 +109,18 @@ def test_the_steps_gradient_is_the_finite_difference_where_codes_are_clipped():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fused_is_eager_bit_for_bit(low, dtype):
     eager, fused = (uniform(8, -3.3, low) for _ in range(2))
-    fused.fused = True
-    bad = torch.tensor([math.nan, math.inf, -math.inf])
-    x = torch.cat([decisions(float(eager.scale().detach()), -low, 255 - low), normal(500) * 20, bad]).to(dtype)
+    fused.fuse = True
+    x = torch.cat([decisions(float(eager.scale().detach()), -low, 255 - low), normal(500) * 20]).to(dtype)
+    bad = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
+    assert bool(fused(bad).isnan().all())
     grad = normal(len(x), seed=1).to(dtype)
     results = []
     for quantizer in (eager, fused):
         inputs = x.clone().requires_grad_()
         out = quantizer(inputs)
         results.append((out, *torch.autograd.grad(out, (inputs, quantizer.log2_scale), grad)))
-    assert oracle.same_bits(results[1][0].nan_to_num(), results[0][0].nan_to_num())
-    assert torch.equal(results[1][0].isnan(), results[0][0].isnan())
-    assert torch.equal(results[1][1][:-3], results[0][1][:-3])
+    assert oracle.same_bits(results[1][0], results[0][0])
+    assert torch.equal(results[1][1], results[0][1])
     torch.testing.assert_close(results[1][2], results[0][2])  # a sum: its order may differ
 
 

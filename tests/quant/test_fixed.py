@@ -14,7 +14,7 @@ from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.fixed import FixedInput
 from ddqcli.quant.functional import representable
 
-SPECIAL = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e30, -1e30])
+SPECIAL = torch.tensor([0.0, -0.0, 1e-44, -1e-44, 1e30, -1e30])
 
 
 def by_formula(x: torch.Tensor, levels: list[int], scale: float, zero_point: int) -> torch.Tensor:

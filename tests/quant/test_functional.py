@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddqcli.quant.functional import effective_levels, fake_quantize, representable
+from ddqcli.quant import functional
+from ddqcli.quant.functional import effective_levels, make_tables, representable
+from ddqcli.quant.fusion import can_fuse
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -21,6 +23,13 @@ LEVELS = {
     "half steps": lambda rng, n: torch.randint(-4, 514, (n,), generator=rng) / 2,
     "all equal": lambda rng, n: torch.full((n,), 77.0),
 }
+
+
+def fake_quantize(
+    x: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, gates: Tensor, bits: tuple, **options
+) -> Tensor:
+    """Eqn (3) from its parameters."""
+    return functional.fake_quantize(x, make_tables(levels, scale, zero, gates, bits), **options)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -191,8 +200,35 @@ def test_no_level_stands_for_a_value_that_is_not_finite(bad, dtype, bits):
     x.requires_grad_()
     levels, one = torch.tensor([[0.0, 10, 20, 30]] * groups).requires_grad_(), torch.ones(groups)
     out = fake_quantize(x, levels, one, 15 * one, torch.ones(groups, 2), bits)
-    assert bool(out.isnan().all())  # as after a float layer: the loss shows it
+    assert torch.equal(out.isnan(), x.isnan() | x.isinf())  # the loss shows it
     out.sum().backward()
+
+
+@pytest.mark.parametrize("bits", [(4,), (6,), (2, 3, 1)], ids=str)
+def test_fused_kernels_decide_as_the_others_do(bits, monkeypatch):
+    """The compiled kernels against the eager ones, which the oracle has checked: values bit for bit, sums in another order."""
+    if not can_fuse(torch.device("cpu")):
+        pytest.skip("torch.compile finds no compiler here")
+    monkeypatch.setattr(functional, "MANY", 1)
+    groups = len(bits)
+    levels = (torch.rand(groups, 64, generator=seeded(0)) * 255).requires_grad_()
+    scale, zero, gates = representable(torch.full((groups,), 0.03)), torch.full((groups,), 100.0), torch.ones(groups, 6)
+    x = torch.cat([oracle.edge_cases(float(scale[0]), 100), torch.randn(3000, generator=seeded(1)) * 3])
+    x = x[x.abs() < 1e4]  # further out, corrections would drown the sums
+    x = x[: len(x) // 3 * 3].view(3, -1).requires_grad_()
+    grad = torch.randn(x.shape, generator=seeded(2))
+    results = []
+    for fuse in (False, True):
+        out = fake_quantize(x, levels, scale, zero, gates, bits, correction=0.1, fuse=fuse)
+        results.append((out, *torch.autograd.grad(out, (x, levels), grad)))
+    (out, grad_x, grad_levels), (fused_out, fused_grad_x, fused_grad_levels) = results
+    assert oracle.same_bits(fused_out, out)
+    assert torch.equal(fused_grad_x, grad_x)
+    torch.testing.assert_close(fused_grad_levels, grad_levels, rtol=1e-4, atol=1e-5)
+    bad = x.detach().clone()
+    bad[1, 7], bad[2, 9] = torch.nan, torch.inf
+    found = fake_quantize(bad, levels, scale, zero, gates, bits, fuse=True)
+    assert found.isnan().nonzero().tolist() == [[1, 7], [2, 9]]
 
 
 # ---- the level grid
