@@ -279,11 +279,10 @@ def _after_layer(module: nn.Module, args: Any, output: Any) -> None:
 
 def _recomputing(quantizer: nn.Module, x: Tensor, quantized: Tensor) -> Any:
     """Within: whatever is kept of `quantized` for the backward is made from x again there, which the quantizer keeps anyway."""
-    where, size, dtype, source = quantized.data_ptr(), quantized.numel(), quantized.dtype, x.detach()
+    identity, source = _identity(quantized), x.detach()
 
     def pack(kept: Tensor) -> Any:
-        same = kept.data_ptr() == where and kept.numel() == size and kept.dtype == dtype
-        return (kept.shape, kept.stride()) if same else kept
+        return (kept.shape, kept.stride()) if _identity(kept) == identity else kept
 
     def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
@@ -293,6 +292,11 @@ def _recomputing(quantizer: nn.Module, x: Tensor, quantized: Tensor) -> Any:
         return again.as_strided(*kept)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    """What views of one tensor's whole memory have in common, until it is changed in place."""
+    return x.data_ptr(), x.numel(), x.dtype, x._version
 
 
 def _attention_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

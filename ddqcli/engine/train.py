@@ -145,17 +145,15 @@ class Trainer:
         # Dropout and the like: a function of the step alone.
         torch.manual_seed(train.seed * 1_000_003 + self.step + 2**40 * shard.rank)
         autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
-        # A weight that is read more than once is quantized once.
-        with autocast, at_once(self.weights, self.inputs), parametrize.cached():
-            output = output_of(self.parallel(x))
-            loss = self._loss(x, y, output)
-        value = float(loss.detach())
-        if (
-            not math.isfinite(value) and shard.count == 1
-        ):  # with more, the averaged gradients tell all processes at once
-            raise self._divergence(x, value)
-        penalty = self.gates.penalty()
-        (loss * penalty if penalty != 1 else loss).backward()
+        with at_once(self.weights, self.inputs):  # the backward pass, too, may quantize: whatever is recomputed there
+            with autocast, parametrize.cached():  # a weight that is read more than once is quantized once
+                output = output_of(self.parallel(x))
+                loss = self._loss(x, y, output)
+            value = float(loss.detach())
+            if not math.isfinite(value) and shard.count == 1:
+                raise self._divergence(x, value)  # with more, the averaged gradients tell all processes at once
+            penalty = self.gates.penalty()
+            (loss * penalty if penalty != 1 else loss).backward()
         self._check({n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}, "The gradient")
         self.gates.after_backward(self.step, distributed.mean(value))
         for optimizer in self._optimizers():

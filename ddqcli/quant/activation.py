@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.quant.fit import Distribution, lloyd_max, squared_error
-from ddqcli.quant.functional import LEVEL_BITS, representable
+from ddqcli.quant.functional import LEVEL_BITS, from_rows, laid_like, representable, to_rows
 from ddqcli.quant.fusion import fused
 from ddqcli.quant.quantizer import DDQuantizer, _Exactly, check_finite, fitting_grid, spread_runs
 
@@ -43,15 +43,16 @@ class _UniformFakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, fuse: bool) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.constants = (low, high, fuse)
-        return (fused(_forward, x.device.type) if fuse else _forward)(x, scale, low, high)  # type: ignore[no-any-return]
+        forward = fused(_forward, x.device.type) if fuse else _forward
+        return from_rows(forward(to_rows(x, 0, 1), scale, low, high), x, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         low, high, fuse = ctx.constants
         backward = fused(_backward, x.device.type) if fuse else _backward
-        grad_x, grad_scale = backward(grads[0], x, scale, low, high)
-        return grad_x, grad_scale, None, None, None
+        grad_x, grad_scale = backward(to_rows(laid_like(grads[0], x), 0, 1), to_rows(x, 0, 1), scale, low, high)
+        return from_rows(grad_x, x, 0), grad_scale, None, None, None
 
 
 class ActivationQuantizer(nn.Module):

@@ -345,7 +345,8 @@ def fake_quantize_all(xs: list[Tensor], tables: Tables, corrections: list[float]
 
 def _apply(xs: list[Tensor], tables: Tables, corrections: list[float], axis: int, fuse: bool) -> tuple[Tensor, ...]:
     t = tables
-    factors = torch.tensor(corrections, device=t.half.device)
+    of_one = len(corrections) == 1  # is filled in by the device itself, without waiting for it
+    factors = t.half.new_full((1,), corrections[0]) if of_one else t.half.new_tensor(corrections)
     out: tuple[Tensor, ...] = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
         t.values, t.by_cell, t.codes, t.half, t.offset, factors, axis, t.learns, fuse, *xs
     )
@@ -364,16 +365,16 @@ def _spread(of_groups: list[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
 def _row(tensors: Sequence[Tensor], like: Sequence[Tensor], axis: int, groups: int) -> Tensor:
     """One tensor as [groups, M], or several as one row [1, N]; in the memory order of `like`."""
     if len(tensors) == 1:
-        return _rows(_like(tensors[0], like[0]), axis, groups)
-    return torch.cat([_rows(_like(x, pattern), 0, 1) for x, pattern in zip(tensors, like, strict=True)], 1)
+        return to_rows(laid_like(tensors[0], like[0]), axis, groups)
+    return torch.cat([to_rows(laid_like(x, pattern), 0, 1) for x, pattern in zip(tensors, like, strict=True)], 1)
 
 
 def _parted(row: Tensor, xs: Sequence[Tensor], axis: int) -> tuple[Tensor, ...]:
     """The inverse of `_row`."""
     if len(xs) == 1:
-        return (_unrows(row, xs[0], axis),)
+        return (from_rows(row, xs[0], axis),)
     parts = row.split([x.numel() for x in xs], 1)  # type: ignore[no-untyped-call]
-    return tuple(_unrows(part.clone(), x, 0) for part, x in zip(parts, xs, strict=True))
+    return tuple(from_rows(part.clone(), x, 0) for part, x in zip(parts, xs, strict=True))
 
 
 def by_group(x: Tensor, axis: int, groups: int) -> Tensor:
@@ -381,15 +382,15 @@ def by_group(x: Tensor, axis: int, groups: int) -> Tensor:
     return x.reshape(1, -1) if groups == 1 else x.movedim(axis, 0).reshape(groups, -1)
 
 
-def _rows(x: Tensor, axis: int, groups: int) -> Tensor:
+def to_rows(x: Tensor, axis: int, groups: int) -> Tensor:
     """x as [groups, -1], in the order of its memory where that is possible without a copy."""
     if _is_rows(x, axis, groups):
         return x.as_strided((groups, x.numel() // groups), (x.numel() // groups, 1))
     return by_group(x, axis, groups).contiguous()
 
 
-def _unrows(rows: Tensor, like: Tensor, axis: int) -> Tensor:
-    """The inverse of `_rows`, for any values in `rows`."""
+def from_rows(rows: Tensor, like: Tensor, axis: int) -> Tensor:
+    """The inverse of `to_rows`, for any values in `rows`."""
     if _is_rows(like, axis, len(rows)):
         return rows.as_strided(like.shape, like.stride())
     return rows.view(like.shape) if len(rows) == 1 else rows.view(like.movedim(axis, 0).shape).movedim(0, axis)
@@ -402,9 +403,11 @@ def _is_rows(x: Tensor, axis: int, groups: int) -> bool:
     return dense and x.numel() > 0 and (groups == 1 or axis == 0)
 
 
-def _like(x: Tensor, pattern: Tensor) -> Tensor:
-    """x in the memory order of `pattern`."""
-    return x if x.stride() == pattern.stride() else torch.empty_like(pattern, dtype=x.dtype).copy_(x)
+def laid_like(x: Tensor, pattern: Tensor) -> Tensor:
+    """x as it has to lie in memory for `to_rows` to take it apart as it does `pattern`."""
+    if x.stride() == pattern.stride():
+        return x
+    return torch.empty_like(pattern, dtype=x.dtype).copy_(x) if _is_rows(pattern, 0, 1) else x.contiguous()
 
 
 def along(per_group: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -19,7 +19,12 @@ _ROUNDED = {
 def fused(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     """`function`, compiled for all shapes."""
     options: Any = None if device_type == "cpu" else _ROUNDED
-    return torch.compile(function, dynamic=True, options=options)
+    compiled = torch.compile(function, dynamic=True, options=options)
+
+    def call(*args: Any) -> Any:  # detached: whether a tensor wants a gradient would make a kernel of its own
+        return compiled(*(a.detach() if isinstance(a, Tensor) else a for a in args))
+
+    return call
 
 
 def can_fuse(device: torch.device) -> bool:

@@ -116,7 +116,7 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, **sections: dict) -> Step:
         number = next(counter)
         with at_once(weights, inputs):
             loss = F.cross_entropy(model(x), y)
-        loss.backward()
+            loss.backward()
         gates.after_backward(number, 0.0)
         for optimizer in optimizers:
             optimizer.step()

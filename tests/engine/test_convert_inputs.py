@@ -6,9 +6,12 @@ import pytest
 import torch
 from small_models import Nested, bits_of, fit_inputs, images, recipe
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from ddqcli.engine.convert import convert, quantized_state
 from ddqcli.quant.activation import ActivationQuantizer
+from ddqcli.quant.quantizer import at_once
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +166,33 @@ def test_quantized_inputs_are_not_kept_beside_the_float_ones(act_bits: int) -> N
     values, of_weights = 3 * x.numel(), 20 * 3 * (8 * 8 * 9 + 512 + 512)
     assert kept >= 4 * 2 * values
     assert bytes_kept(model, x) <= kept + values + of_weights
+
+
+@pytest.mark.parametrize("act_bits", [None, 4])
+def test_layers_that_are_computed_again_in_the_backward_pass_get_the_same_gradients(act_bits: int | None) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, again: bool) -> None:
+            super().__init__()
+            self.layers, self.again = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), again
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.layers, x, use_reentrant=False) if self.again else self.layers(x)
+
+    x, state, grads = torch.randn(16, 8), Checkpointed(False).state_dict(), []
+    for again in (False, True):
+        model = Checkpointed(again)
+        model.load_state_dict(state)
+        converted = convert(model, recipe(act_bits=act_bits))
+        for activation in converted.activations.values():
+            activation.observing = True
+        model.layers(x)
+        for activation in converted.activations.values():
+            activation.fit()
+        inputs = [a.learned for a in converted.activations.values() if a.learned is not None]
+        with at_once([(t.quantizer, t.parameter) for t in converted.tensors], inputs):
+            with parametrize.cached():
+                loss = model(x).square().sum()
+            loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(grads[1], grads[0])
+    assert any("levels" in name for name in grads[0])

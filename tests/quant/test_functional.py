@@ -128,13 +128,14 @@ def test_every_group_has_its_own_levels_gates_and_grid(seed, bits, axis, dtype):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "every second", "expanded"])
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "every second", "half of the channels", "expanded"])
 def test_the_layout_in_memory_changes_neither_values_nor_gradients(axis, layout):
     x = torch.randn(4, 4, 6, 6, generator=seeded(0))
     strange = {
         "channels_last": x.contiguous(memory_format=torch.channels_last),
         "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
         "every second": torch.stack([x, -x], dim=-1)[..., 0],
+        "half of the channels": torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last).chunk(2, 1)[0],
         "expanded": x[:, :, :1].expand(4, 4, 6, 6),
     }[layout]
     plain, strange = strange.contiguous().requires_grad_(), strange.detach().requires_grad_()
