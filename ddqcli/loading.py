@@ -28,7 +28,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 
     >>> model = ddqcli.load("model.safetensors", torchvision.models.resnet18())  # doctest: +SKIP
     """
-    tensors, tables, _ = decode_model(Path(path))
+    tensors, tables = decode_model(Path(path))
     fill(model, to_torch(tensors), tables, str(path))
     return model
 

@@ -68,8 +68,11 @@ def test_the_loaded_network_answers_as_the_trained_one(
     assert not model.training
     assert list(model.state_dict()) == names
     with torch.no_grad():
-        assert torch.equal(model(x), made.model(x))
-        assert act_bits or torch.equal(copy.deepcopy(model)(x), made.model(x))
+        if net == "attention" and not act_bits:  # torch takes other kernels for it where there are no quantizers
+            torch.testing.assert_close(model(x), made.model(x), rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(model(x), made.model(x))
+        assert act_bits or torch.equal(copy.deepcopy(model)(x), model(x))
     for name, tensor in made.weights.items():
         assert np.array_equal(model.get_parameter(name).detach().numpy(), tensor.dequantize()), name
 

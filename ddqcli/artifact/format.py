@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddqcli.artifact import decoder
-from ddqcli.artifact.packing import pack_groups
-from ddqcli.artifact.tensors import ActivationTable, QuantizedTensor, bits_of, tensor_bytes
+from ddqcli.artifact.packing import pack
+from ddqcli.artifact.tensors import ActivationTable, QuantizedTensor, tensor_bytes
 from ddqcli.errors import DDQError, UsageError, VerificationError
 
 Array = NDArray[Any]
@@ -32,8 +33,8 @@ __all__ = [
     "Artifact",
     "QuantizedTensor",
     "Sizes",
-    "decode_artifact",
     "decode_model",
+    "dtype_name",
     "encode_artifact",
     "read_artifact",
     "tensor_bytes",
@@ -117,32 +118,21 @@ def encode_artifact(
     meta: Mapping[str, Any],
 ) -> tuple[bytes, Sizes]:
     """The bytes of the file that `write_artifact` writes, and where they went."""
-    quantized = sorted(quantized, key=lambda tensor: tensor.name)
-    activations = sorted(activations, key=lambda table: table.name)
-    _check_names([t.name for t in quantized], [t.name for t in activations], list(floats), aliases)
-    kept: dict[str, dict[str, Array]] = {}
+    tables: list[QuantizedTensor | ActivationTable] = sorted([*quantized, *activations], key=lambda table: table.name)
+    _check_names([table.name for table in tables], floats, aliases)
+    _check_aliases(aliases, {*floats, *(tensor.name for tensor in quantized)})
+    leaves: dict[str, list[Any]] = {name: ["alias", target] for name, target in aliases.items()}
+    parts: dict[str, list[Array]] = {"quantized": []}  # of each entry
+    for table in tables:
+        leaves[table.name] = [table.axis, *table.shape] if isinstance(table, QuantizedTensor) else ["levels"]
+        parts["quantized"] += _record(table)
     for name, array in sorted(floats.items()):
-        kept.setdefault(_dtype_name(name, array), {})[name] = array
-    manifest = {
-        "quantized": {tensor.name: list(tensor.shape) for tensor in quantized},
-        "axes": {tensor.name: tensor.axis for tensor in quantized if tensor.axis is not None},
-        "activations": [table.name for table in activations],
-        "kept": {dtype: {name: list(array.shape) for name, array in arrays.items()} for dtype, arrays in kept.items()},
-        "aliases": dict(aliases),
-        "meta": dict(meta),
-    }
-    levels = [level for tensor in quantized for level in tensor.levels] + [table.levels for table in activations]
-    entries: dict[str, Array] = {
-        "indices": _joined([pack_groups(list(tensor.rows()), tensor.bits) for tensor in quantized], "u1"),
-        "levels": _joined([level for level in levels if len(level) < 256], "u1"),
-        "scales": _joined([t.scale for t in quantized] + [t.arrays[0] for t in activations], "<f4"),
-        "zero_points": _joined([t.zero_point for t in quantized] + [t.arrays[1] for t in activations], "u1"),
-        "gates": np.array([2 ** bits_of(level) - 1 for level in levels], np.uint8),
-        "manifest": np.frombuffer(bz2.compress(_canonical(manifest)), np.uint8),
-    }
-    for dtype, arrays in kept.items():
-        entries[dtype] = _joined(list(arrays.values()), next(iter(arrays.values())).dtype.newbyteorder("<"))
-    raw = _safetensors(entries)
+        leaves[name] = [_code(name, array).lower(), *array.shape]
+        parts.setdefault(leaves[name][0], []).append(array)
+    parts["manifest"] = [np.frombuffer(bz2.compress(_canonical({"meta": dict(meta), "tensors": _tree(leaves)})), "u1")]
+    raw = _safetensors(
+        {entry: _joined(arrays, decoder.DTYPES.get(entry.upper(), "u1")) for entry, arrays in parts.items()}
+    )
     return raw, _sizes(quantized, activations, floats, 8 + int.from_bytes(raw[:8], "little"), len(raw))
 
 
@@ -153,52 +143,80 @@ def read_artifact(path: Path) -> Artifact:
     written.
     """
     with _named_faults(path):
-        tensors, manifest = decoder.read(path)
-        quantized = {n: _quantized(n, tensors[n]) for n in sorted(manifest["quantized"])}
-        activations = _tables(manifest)
-        floats = {name: tensor for name, tensor in tensors.items() if name not in quantized}
+        tensors, activations, aliases, meta = decoder.read(path)
+        stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, decoder.Stored)}
+        quantized = {name: _quantized(name, tensor) for name, tensor in stored.items()}
+        floats = {name: tensor for name, tensor in tensors.items() if name not in stored}
+        tables = _tables(activations)
+        _check_aliases(aliases, tensors)
         with path.open("rb") as file:
             header, total = 8 + int.from_bytes(file.read(8), "little"), file.seek(0, os.SEEK_END)
-        sizes = _sizes(list(quantized.values()), list(activations.values()), floats, header, total)
-    return Artifact(quantized, activations, floats, manifest["aliases"], manifest["meta"], sizes)
+        sizes = _sizes(list(quantized.values()), list(tables.values()), floats, header, total)
+    return Artifact(quantized, tables, floats, aliases, meta, sizes)
 
 
-def decode_artifact(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """`decoder.decode`: every tensor as an array, and the manifest. Raises as `read_artifact`."""
-    with _named_faults(path):
-        return decoder.decode(path)
-
-
-def decode_model(path: Path) -> tuple[dict[str, Array], dict[str, ActivationTable], dict[str, Any]]:
-    """What a network needs of a file: every tensor as an array, the tables of its activations, and the manifest.
+def decode_model(path: Path) -> tuple[dict[str, Array], dict[str, ActivationTable]]:
+    """What a network needs of a file: every tensor as an array, and the tables of its activations.
 
     Raises as `read_artifact`.
     """
     with _named_faults(path):
-        tensors, manifest = decoder.read(path)
-        tensors |= {name: decoder.dequantize(tensors[name]) for name in manifest["quantized"]}
-        tensors |= {name: tensors[target] for name, target in manifest["aliases"].items()}
-        return tensors, _tables(manifest), manifest
+        stored, activations, aliases, _ = decoder.read(path)
+        tensors = {name: decoder.dequantize(t) if isinstance(t, decoder.Stored) else t for name, t in stored.items()}
+        return tensors | {name: tensors[target] for name, target in aliases.items()}, _tables(activations)
 
 
-def _tables(manifest: Mapping[str, Any]) -> dict[str, ActivationTable]:
+def _tables(activations: Mapping[str, decoder.Stored]) -> dict[str, ActivationTable]:
     return {
-        name: ActivationTable(name, stored.levels[0], float(stored.scale[0]), int(stored.zero_point[0]))
-        for name, stored in manifest["activations"].items()
+        name: ActivationTable(name, _levels(stored)[0], float(stored.scale[0]), int(stored.zero_point[0]))
+        for name, stored in activations.items()
     }
 
 
 def _quantized(name: str, stored: decoder.Stored) -> QuantizedTensor:
-    groups = len(stored.bits)
-    as_levels = stored._replace(
-        levels=[np.arange(2**bits, dtype=np.uint8) for bits in stored.bits],
+    levels, groups = _levels(stored), len(stored.bits)
+    own = [np.arange(len(level), dtype=np.uint8) for level in levels if len(level) < 256]  # then a value is its index
+    plain = stored._replace(
+        levels=np.concatenate([stored.levels[:0], *own]),
         scale=np.ones(groups, np.float32),
         zero_point=np.zeros(groups, np.uint8),
     )
-    indices = decoder.dequantize(as_levels).astype(np.uint8).reshape(-1)
-    return QuantizedTensor(
-        name, stored.shape, stored.axis, indices, tuple(stored.levels), stored.scale, stored.zero_point
-    )
+    indices = decoder.dequantize(plain).astype(np.uint8).reshape(-1)
+    return QuantizedTensor(name, stored.shape, stored.axis, indices, levels, stored.scale, stored.zero_point)
+
+
+def _levels(stored: decoder.Stored) -> tuple[Array, ...]:
+    """[G] level vectors."""
+    ends = np.cumsum(np.where(stored.bits < 8, 1 << stored.bits, 0))
+    vectors = np.split(stored.levels, ends)[:-1]
+    return tuple(decoder.BYTES if s == 8 else vector for s, vector in zip(stored.bits, vectors, strict=True))
+
+
+def _record(tensor: QuantizedTensor | ActivationTable) -> list[Array]:
+    """What the entry `quantized` holds of it."""
+    if isinstance(tensor, QuantizedTensor):
+        levels, scale, zero_point, packed = (
+            tensor.levels,
+            tensor.scale,
+            tensor.zero_point,
+            pack(tensor.rows(), tensor.bits),
+        )
+    else:
+        levels, (scale, zero_point), packed = (tensor.levels,), tensor.arrays, np.zeros(0, np.uint8)
+    gates = np.array([len(level) - 1 for level in levels], np.uint8)  # 2^s - 1: s of them are open
+    return [gates, zero_point, scale.astype("<f4").view("u1"), *(level for level in levels if len(level) < 256), packed]
+
+
+def _tree(leaves: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Names as a tree of their parts between dots: most of them begin alike. A name stays whole below one that ends there."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        head, dot, rest = name.partition(".")
+        if dot and head not in leaves:
+            tree.setdefault(head, {})[rest] = leaf
+        else:
+            tree[name] = leaf
+    return {name: _tree(below) if isinstance(below, dict) else below for name, below in tree.items()}
 
 
 def _sizes(
@@ -224,19 +242,27 @@ def _sizes(
     )
 
 
-def _check_names(quantized: list[str], activations: list[str], floats: list[str], aliases: Mapping[str, str]) -> None:
-    counts = Counter([*quantized, *activations, *floats, *aliases])
+def _check_names(*names: Iterable[str]) -> None:
+    counts = Counter(chain(*names))
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise ValueError(f"{', '.join(twice)}: more than one tensor, activation or alias has this name")
-    if lost := sorted(set(aliases.values()) - {*quantized, *floats}):
+
+
+def _check_aliases(aliases: Mapping[str, str], tensors: Collection[str]) -> None:
+    if lost := sorted({target for target in aliases.values() if target not in tensors}):
         raise ValueError(f"{', '.join(lost)}: an alias points here, and there is no such tensor")
 
 
-def _dtype_name(name: str, array: Array) -> str:
-    """The entry that holds arrays of this dtype: float32, int64, bfloat16, ..."""
+def dtype_name(array: Array) -> str:
+    """float32, bfloat16, ..."""
+    return str(array.dtype.names[0] if array.dtype.names else array.dtype.name)
+
+
+def _code(name: str, array: Array) -> str:
+    """safetensors' name of the dtype."""
     if array.dtype.newbyteorder("<") not in CODES:
         raise ValueError(f"{name} has dtype {array.dtype}, which the file cannot hold")
-    return str(array.dtype.names[0] if array.dtype.names else array.dtype.name)
+    return CODES[array.dtype.newbyteorder("<")]
 
 
 def _joined(arrays: Sequence[Array], dtype: Any) -> Array:
@@ -269,11 +295,11 @@ def _named_faults(path: Path) -> Iterator[None]:
     """The decoder's errors, and those of content that contradicts itself, as ours."""
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"Cannot open {path}: {error.strerror}.") from error
     except decoder.NotAnArtifact as error:
         raise UsageError(f"{error}.") from error
     except decoder.ArtifactError as error:
         raise VerificationError(f"{error}.") from error
-    except ValueError as error:
-        raise VerificationError(f"{path} contradicts itself: {error}.") from error
+    except Exception as error:  # whatever a file made on purpose to mislead leads to
+        if isinstance(error, OSError) and error.strerror:  # bzip2 raises one without
+            raise UsageError(f"Cannot open {path}: {error.strerror}.") from error
+        raise VerificationError(f"{path} contradicts itself ({type(error).__name__}: {error}).") from error

@@ -137,7 +137,10 @@ def check(file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | 
     """
     beside = file.parent if (file.parent / REPORT).is_file() else None
     artifact = read_artifact(file)
-    run = Run.open(run_dir or beside)
+    try:
+        run = Run.open(run_dir or beside)
+    except UsageError as error:
+        raise UsageError(f"{file} is undamaged, but there is nothing to compare it with: {error}") from error
     half = bool(artifact.meta.get(_HALF))
     _check_origin(file, artifact.meta.get("report"), travelling(run.report()), run)
     frozen = Frozen.of(run, half=half)
@@ -180,8 +183,20 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
     said = recipe.model_dump(exclude_defaults=True)
     for section, field in (("model", "checkpoint"), ("model", "arch"), ("data", "source")):
         if value := said.get(section, {}).get(field):
-            said[section][field] = Path(value).name
+            said[section][field] = ":".join(Path(part).name or part for part in value.split(":"))
+    for section in ("model", "data"):
+        if kwargs := said.get(section, {}).get("kwargs"):
+            said[section]["kwargs"] = _without_places(kwargs)
     return said
+
+
+def _without_places(value: Any) -> Any:
+    """Of every absolute path in it, only the name."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _verify(file: Path, expected: dict[str, np.ndarray], who: str, end: str) -> None:

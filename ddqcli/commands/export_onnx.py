@@ -22,7 +22,7 @@ from ddqcli.loading import to_torch
 ONNX = "model.onnx"
 _UNOPTIMISED = 1000  # samples for onnxruntime without its optimisations, which takes long
 
-# onnxruntime sums in another order and rounds the shifts of its convolutions of uint8 to uint8 to a whole number, so now and
+# onnxruntime sums in another order, and the shifts of convolutions are rounded to whole numbers (see engine.qdq), so now and
 # then a value on the edge between two levels of an input takes the other one; the network then goes on from there.
 SAME_OUTPUTS = {False: 1e-3, True: 0.1}  # of a typical sample, as a share of the outputs; True: with quantized inputs
 SAME_ACCURACY = 0.5  # points, and

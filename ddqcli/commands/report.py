@@ -14,13 +14,7 @@ from ddqcli.text import numbers_in_order
 if TYPE_CHECKING:
     from ddqcli.artifact.format import Artifact
 
-_CARRIED = (
-    "accuracy",
-    "source",
-    "run",
-    "kept_float",
-    "warnings",
-)  # parts of a report that travel in the file as they are
+_CARRIED = ("accuracy", "source", "run", "warnings")  # parts of a report that travel in the file as they are
 
 
 @dataclass(frozen=True)
@@ -94,13 +88,13 @@ def report(target: Path | None = None, limits: Limits | None = None) -> ReportRe
 
 
 def travelling(report: dict[str, Any]) -> dict[str, Any]:
-    """The part of a report that an exported file must carry; the rest follows from its tensors."""
+    """The part of a report that an exported file must carry, as short as it can be; the rest follows from its tensors."""
     rows = sorted(report["layers"], key=lambda row: row["name"])
     return {
         **{key: report[key] for key in _CARRIED},
         "source": {**report["source"], **{key: Path(report["source"][key]).name for key in ("path", "arch")}},
         "kind": [row["kind"] for row in rows],
-        "error": [row["error"] for row in rows],
+        "error": [float(f"{row['error']:.3g}") for row in rows],
         "learned": [a["name"] for a in report["activations"] if a["levels"] == "learned"],
         "budget_bytes": report["totals"]["budget_bytes"],
         "float_bytes": report["totals"]["float_bytes"],
@@ -118,6 +112,8 @@ def _from_artifact(path: Path) -> dict[str, Any]:
 
 
 def _rebuilt(artifact: Artifact, carried: dict[str, Any]) -> dict[str, Any]:
+    from ddqcli.artifact.format import dtype_name
+
     tensors = sorted(artifact.quantized.values(), key=lambda t: t.name)
     layers = [
         {
@@ -153,5 +149,6 @@ def _rebuilt(artifact: Artifact, carried: dict[str, Any]) -> dict[str, Any]:
             "weights": weights,
         },
         "activations": activations,
+        "kept_float": {name: f"stored as {dtype_name(value)}" for name, value in artifact.floats.items()},
         **{key: carried[key] for key in _CARRIED},
     }

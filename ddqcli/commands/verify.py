@@ -41,7 +41,7 @@ def behaviour(path: Path, run: Run, on_progress: OnProgress | None = None) -> Be
     accuracy = run.report()["accuracy"]
     expected = accuracy and accuracy["quantized"]
     try:
-        tensors, tables, _ = decode_model(path)
+        tensors, tables = decode_model(path)
         model = rebuilt(run, to_torch(tensors), tables, str(path))
     except UsageError as error:
         return Behaviour(None, None, expected, (f"outputs and accuracy were not compared: {error}",))

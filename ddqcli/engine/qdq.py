@@ -6,9 +6,9 @@ uint8,
 
     DequantizeLinear -> Conv <- DequantizeLinear <- int8;  Conv -> BatchNormalization -> Relu -> QuantizeLinear
 
-onnxruntime runs as one QLinearConv, for which the shift is rounded to an int32 in units of the sums: the one value that is
-rounded. A convolution whose result stays float (before a residual addition) has no fast kernel there; as a MatMul over its
-windows it has one, and the shift stays float.
+onnxruntime runs as one QLinearConv. A convolution whose result stays float (before a residual addition) has no fast kernel
+there; as a Gemm over its windows it has one. For both the shift is rounded to an int32 in units of the sums: the one value that
+is rounded.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _Rewriter:
                 self._move_clip(activation, quantize)
             self._emit_whole(conv, name, kernel, whole, shift, quantize.input[0])
         elif whole and windows and not kernel.small:
-            self._emit_windows(conv, windows, name, kernel, whole, end)
+            self._emit_windows(conv, windows, name, kernel, whole, shift, end)
         else:
             weight = self._constant(self._new(f"{name}.float"), kernel.floats()) if kernel.small else None
             weight = weight or self._dequantize(name, kernel.integers, kernel.scale, kernel.zero_point, 0)
@@ -231,8 +231,17 @@ class _Rewriter:
         kernel = self.weights[conv.input[1]].shape[2:]
         return _Windows(tuple(before[2:]), tuple(after[2:]), tuple(a.get("pads", (0, 0, 0, 0))), kernel, *steps)
 
-    def _emit_windows(self, conv: Any, windows: _Windows, name: str, kernel: _Kernel, whole: Any, end: str) -> None:
-        """uint8 [B,C,H,W] -> pixels [B,H*W,C] -> windows [B,H',W',kh*kw*C] -> MatMul -> [B,H',W',K] -> [B,K,H',W']."""
+    def _emit_windows(
+        self,
+        conv: Any,
+        windows: _Windows,
+        name: str,
+        kernel: _Kernel,
+        whole: Any,
+        shift: tuple[Array, Array] | None,
+        end: str,
+    ) -> None:
+        """uint8 [B,C,H,W] -> pixels [B,H*W,C] -> windows [B*H'*W',kh*kw*C] -> Gemm -> [B,H',W',K] -> [B,K,H',W']."""
         out, channels = conv.output[0], kernel.integers.shape[1]
         current = self._node("Transpose", [whole.input[0]], self._new(f"{out}.pixels"), perm=[0, 2, 3, 1])
         if any(windows.pads):
@@ -243,11 +252,11 @@ class _Rewriter:
             current = self._reshaped(current, [0, -1, channels])
             places = self._constant(f"{windows}", windows.places(), shared=True)
             current = self._node("Gather", [current, places], self._new(f"{out}.windows"), axis=1)
-            current = self._reshaped(current, [0, *windows.size, windows.taps * channels])
+        current = self._reshaped(current, [-1, windows.taps * channels])
         rows = self._node("DequantizeLinear", [current, *whole.input[1:3]], self._new(f"{out}.rows"))
         matrix = kernel.integers.transpose(2, 3, 1, 0).reshape(-1, len(kernel.scale))
-        image = self._new(f"{out}.image")
-        self._product(rows, name, matrix, kernel, image)
+        product = self._product(rows, name, matrix, kernel, shift, self._new(f"{out}.product"))
+        image = self._reshaped(product, [-1, *windows.size, len(kernel.scale)])
         self._node("Transpose", [image], end, perm=[0, 3, 1, 2])
 
     # ---- linear layers and the rest
@@ -267,14 +276,18 @@ class _Rewriter:
 
     def _linear(self, node: Any, name: str) -> None:
         kernel = _kernel(self.weights[name], self._value(node.input[2]) if len(node.input) > 2 else None)
-        self._product(node.input[0], name, kernel.integers.T, kernel, node.output[0])
+        self._product(node.input[0], name, kernel.integers.T, kernel, None, node.output[0])
 
-    def _product(self, x: str, name: str, matrix: Array, kernel: _Kernel, end: str) -> None:
-        """Dequantized x [..., n] times the matrix [n, K], plus the shift [K]."""
+    def _product(
+        self, x: str, name: str, matrix: Array, kernel: _Kernel, shift: tuple[Array, Array] | None, end: str
+    ) -> str:
+        """Dequantized x [..., n] times the matrix [n, K], plus the shift [K], which stays float where `shift` is None."""
         weight = self._dequantize(name, matrix, kernel.scale, kernel.zero_point, 1)
+        if shift is not None:
+            return self._node("Gemm", [x, weight, self._shift(name, shift)], end)
         product = self._node("MatMul", [x, weight], self._new(f"{name}.product"))
         # Sub, for of MatMul and Add onnxruntime makes a Gemm, which takes no float shift beside whole numbers.
-        self._node("Sub", [product, self._constant(self._new(f"{name}.minus_shift"), -kernel.shift)], end)
+        return self._node("Sub", [product, self._constant(self._new(f"{name}.minus_shift"), -kernel.shift)], end)
 
     def _shift(self, name: str, shift: tuple[Array, Array]) -> str:
         return self._dequantize(f"{name}.shift", shift[0], shift[1], np.zeros_like(shift[0]), 0)

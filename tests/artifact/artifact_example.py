@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor
+from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, encode_artifact
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def example() -> Contents:
             quantized("nothing", (0, 3), 0, [], 8),
         ],
         activations=[
-            ActivationTable("conv", np.arange(256, dtype=np.uint8), 4095 * 2.0**-20, 0),
-            ActivationTable("fc", np.array([0, 9, 9, 200], np.uint8), 0.5, 9),
+            ActivationTable("conv (input)", np.arange(256, dtype=np.uint8), 4095 * 2.0**-20, 0),
+            ActivationTable("fc (input)", np.array([0, 9, 9, 200], np.uint8), 0.5, 9),
         ],
         floats={
             "bn.weight": np.array([1.5, -0.0, np.inf, 1e-42], np.float32),
@@ -67,7 +69,14 @@ def example() -> Contents:
             "double": np.array([0.1], np.float64),
             "mask": np.array([True, False, True]),
             "empty": np.zeros((2, 0), np.float32),
+            "mask.below": np.array([7, 255], np.uint8),
         },
         aliases={"tied.weight": "fc.weight", "tied.count": "bn.num_batches_tracked"},
         meta={"accuracy": 0.9165, "ddq": "0.1.0", "note": "grüße"},
     )
+
+
+if __name__ == "__main__":  # after a change of the format: python tests/artifact/artifact_example.py, with PYTHONPATH=.
+    golden, _ = encode_artifact(*example().arguments())
+    Path(__file__).with_name("golden.ddq").write_bytes(golden)
+    print(hashlib.sha256(golden).hexdigest(), "is GOLDEN_SHA256 of test_decoder.py")  # noqa: T201

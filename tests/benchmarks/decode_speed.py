@@ -63,7 +63,7 @@ def made_up(shapes: list[tuple[int, ...]], bits: int, axis: int | None) -> list[
 def measure(what: str, shapes: list[tuple[int, ...]], bits: int, axis: int | None, folder: Path) -> dict[str, object]:
     path = folder / "model.ddq"
     write_artifact(path, made_up(shapes, bits, axis), [], {}, {}, {})
-    stored, _ = decoder.read(path)
+    stored, *_ = decoder.read(path)
     decoded = [decoder.dequantize(tensor) for tensor in stored.values()]
     copies, nbytes = [np.zeros_like(array) for array in decoded], sum(array.nbytes for array in decoded)
     copy = best(lambda: [np.copyto(to, array) for to, array in zip(copies, decoded, strict=True)])

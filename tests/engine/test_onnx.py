@@ -83,18 +83,27 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.parametrize("dead", [False, True], ids=["", "a factor of 0"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_convolution_with_a_float_result_is_exact(geometry: str, tmp_path: Path) -> None:
+def test_a_convolution_with_a_float_result_is_exact_but_for_its_rounded_shift(
+    geometry: str, dead: bool, tmp_path: Path
+) -> None:
     layer = nn.Conv2d(**{"in_channels": 16, "out_channels": 24, **GEOMETRIES[geometry]})  # type: ignore[arg-type]
     model = uneven(nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels)))
     with torch.no_grad():
-        model[1].weight[:2] = torch.tensor([-1.5, 0.0])  # type: ignore[index]
+        model[1].weight[:2] = torch.tensor([-1.5, 0.0 if dead else 1.0])  # type: ignore[index]
     x = torch.randn(3, 16, 9, 11)
-    path, loaded, _ = written(model, x, tmp_path, granularity="channel" if geometry == "3x3" else "layer")
+    path, loaded, made = written(model, x, tmp_path, granularity="channel" if geometry == "3x3" else "layer")
+    gathered = geometry not in ("grouped", "depthwise", "reflected", "same")
+    rounded = gathered and not dead  # a channel whose products count for nothing has no unit to round its shift to
+    factor = model[1].weight / torch.sqrt(model[1].running_var + model[1].eps)  # type: ignore[operator]
+    unit = torch.from_numpy(made.weights["0.weight"].scale) * factor * loaded[0].input_quantizer.scale  # type: ignore[index]
+    expected = torch_answer(loaded, x)
+    slack = EXACT * expected.abs().max() + (rounded * 0.5001 * unit.detach().abs())[:, None, None]
     for found in both(path, x):
-        assert distance(found, torch_answer(loaded, x)) < EXACT
-    if geometry not in ("grouped", "depthwise", "reflected", "same"):
-        assert kernels(path)["MatMulIntegerToFloat"] == 1
+        assert bool(((found - expected).abs() <= slack).all())
+    assert kernels(path)["QGemm"] == rounded
+    assert kernels(path)["MatMulIntegerToFloat"] == (gathered and dead)
 
 
 @pytest.mark.parametrize("act_bits", [None, 1, 2, 3, 4, 5, 6, 7, 8])
@@ -145,7 +154,7 @@ def test_activations_become_part_of_the_quantizer(between: nn.Module, most: floa
     step = float(loaded[3].input_quantizer.scale * loaded[3].weight.detach().abs().max())  # type: ignore[index]
     for found in both(path, x):
         assert float((found - expected).abs().max()) <= 3.1 * step, "a rounded shift may move a value to the next level"
-        assert float(((found - expected).abs() < 1e-4 * step).float().mean()) > 0.9
+        assert float(((found - expected).abs() < 0.02 * step).float().mean()) > 0.9
 
 
 def test_three_channels_and_depthwise_run_in_whole_numbers(tmp_path: Path) -> None:
@@ -171,7 +180,7 @@ def test_a_shift_that_no_int32_holds_stays_float(tmp_path: Path) -> None:
     path, loaded, _ = written(model, x, tmp_path)
     assert "QLinearConv" not in kernels(path)
     for found in both(path, x):
-        assert distance(found, torch_answer(loaded, x)) < EXACT
+        assert distance(found, torch_answer(loaded, x)) < 1e-5
 
 
 # ---- whole networks
@@ -204,7 +213,7 @@ def test_shared_tensors_attention_and_embeddings(tmp_path: Path) -> None:
     tokens = (torch.arange(21.0) % 9).view(3, 7)
     path, loaded, _ = written(model, tokens, tmp_path, act_bits=2)
     for found in both(path, tokens):
-        assert distance(found, torch_answer(loaded, tokens)) < 1e-5
+        assert distance(found, torch_answer(loaded, tokens)) < 0.01, "the convolution's shift is rounded"
     names = {tensor.name for tensor in onnx.load(path).graph.initializer}
     assert not names & {"head.weight", "embed.weight"}, "the embedding is quantized, by whichever name"
 
@@ -218,7 +227,8 @@ def test_resnet18_answers_alike_at_any_batch_size(tmp_path: Path) -> None:
             away = (found - torch_answer(loaded, x[:count])).abs().amax(1) / 5
             assert float(away.median()) < 1e-4, "a typical sample is the same; one on an edge may go its own way"
     runs = kernels(path)
-    assert runs["MatMulIntegerToFloat"] == 20  # all but the first convolution, and the last layer
+    assert runs["QGemm"] == 19  # all convolutions but the first
+    assert runs["MatMulIntegerToFloat"] == 1  # the last layer
     assert runs["Conv"] + runs["FusedConv"] == 1
 
 
