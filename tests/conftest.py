@@ -1,12 +1,23 @@
-"""Fixtures of the tests that run commands: a user's folder in small, with and without a finished run."""
+"""How many processes run the tests; and a user's folder in small, with and without a finished run, for those of commands."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: processes that share the cores take one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tiny_project import ddq, inside, make_project
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Several for the whole suite, one file after the other in each; none where files or tests are named."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(4, os.cpu_count() or 1) if whole else 0
 
 
 @pytest.fixture(scope="session")

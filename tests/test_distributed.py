@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_project import ddq
 
 from ddqcli.engine.batches import Order, Shard
 
@@ -28,8 +29,11 @@ def test_the_shards_of_a_training_batch_are_that_batch() -> None:
         assert sorted(batch.tolist()) == sorted(torch.cat(parts).tolist())
 
 
+HERE = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1")  # any free port
+
+
 def torchrun(processes: int, *args: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", *HERE, "--nproc-per-node", str(processes)]
     return subprocess.run([*command, "-m", "ddqcli", *args], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
@@ -42,8 +46,35 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(project: Path) ->
     assert steps == sorted(steps)
 
     (project / "run/report.json").unlink()  # as if it had been killed after its last checkpoint
-    second = torchrun(1, "finetune", "--resume", "--run-dir", "run", "--json", folder=project)
-    assert second.returncode == 0, second.stderr
-    again = json.loads(second.stdout)["data"]
+    again = ddq("finetune", "--resume", "--run-dir", "run", "--json").data
     assert [row["bits"] for row in again["layers"]] == [row["bits"] for row in envelope["data"]["layers"]]
     assert again["totals"] == envelope["data"]["totals"]
+
+
+DYING = """
+import os
+from torch import nn
+
+class Dying(nn.Flatten):
+    steps = 0
+
+    def forward(self, x):
+        self.steps += self.training and x.requires_grad
+        if os.environ.get("RANK") == "1" and self.steps == 8:
+            os.kill(os.getpid(), 9)
+        return super().forward(x)
+"""
+
+
+def test_a_process_that_dies_alone_ends_the_run_and_one_goes_on_with_it(project: Path) -> None:
+    net = project / "net.py"
+    net.write_text(DYING + net.read_text().replace("nn.Flatten()", "Dying()"))
+    died = torchrun(2, "finetune", "--run-dir", "run", folder=project)
+    assert died.returncode == 1
+    assert "rank      : 1" in died.stderr
+    assert "SIGKILL" in died.stderr
+    assert "Error: Another process of this run ended, and none can go on alone; `ddq finetune --resume" in died.stderr
+
+    answer = ddq("finetune", "--resume", "--run-dir", "run")
+    assert answer.code == 0, answer.err
+    assert "resumed run at step 6 of 12" in answer.err

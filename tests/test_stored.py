@@ -117,6 +117,18 @@ def test_older_torch_files_go_through_torch(tmp_path):
     assert_same(path, state)
 
 
+def test_a_bit_that_changed_inside_a_tensor_is_noticed(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"a.weight": torch.randn(40, 40)}, path)
+    (place,) = torchfile.tensor_places(path)[0].values()
+    content = bytearray(path.read_bytes())
+    content[place.start + 3217] ^= 1
+    path.write_bytes(content)
+    assert torchfile.tensor_places(path) is None
+    with pytest.raises(CheckpointError, match="its record model/data/0 is damaged"):
+        stored_tensors(path)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".th"])
 def test_tensors_that_share_memory_are_marked(tmp_path, suffix):
     tied = torch.randn(5, 4)

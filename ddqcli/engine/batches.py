@@ -6,7 +6,8 @@ from its beginning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +29,47 @@ class Batches(Protocol):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches `start`, `start` + 1, ... of epoch `epoch` as (input, target) on the device."""
+
+    def fingerprint(self) -> str:
+        """Tells other data from these: of what lies in memory all, of what is read while training a few samples.
+
+        Floats are compared by a few samples, and to a percent: what a factory computes differs in the last bits with the
+        number of threads. Samples that are drawn anew at each reading tell nothing but their number.
+        """
+
+
+_FEW = 16  # samples that stand for all
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of shapes and values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(f"{tuple(tensor.shape)}".encode())
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _few(samples: int) -> list[int]:
+    """The indices of a few samples, spread evenly from the first to the last."""
+    return torch.linspace(0, samples - 1, min(_FEW, samples)).long().tolist()
+
+
+def _coarse(values: Tensor) -> Tensor:
+    """Whole numbers as they are; of floats, mean and deviation of a few samples to about a percent."""
+    if not values.is_floating_point():
+        return values
+    flat = values[_few(len(values))].detach().double().flatten(1)
+    mean, deviation = flat.mean(1), flat.std(1, correction=0)
+    scale = torch.maximum(mean.abs(), deviation).clamp_min(1e-30)
+    return torch.stack([100 * mean / scale, 100 * deviation / scale, 100 * scale.log()]).round().long()
+
+
+def _repeatable(batches: Iterable[tuple[Tensor, Tensor]]) -> str:
+    """The fingerprint of one batch, read twice; none if the two differ."""
+    first, again = (digest(map(_coarse, batch)) for batch in batches)
+    return first if first == again else ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +132,9 @@ class MemoryBatches:
             inputs = self.prepare(inputs, epoch, number) if self.prepare else to_device(inputs, self.device)
             yield inputs, to_device(self.targets[indices], self.device)
 
+    def fingerprint(self) -> str:
+        return digest(map(_coarse, (self.inputs, self.targets)))
+
 
 class _Keyed:
     """Samples by (epoch, index), each read under its own seed; one that cannot be read becomes its message.
@@ -143,20 +188,25 @@ class LoadedBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         keys = ([(epoch, index) for index in indices.tolist()] for indices in self.order.batches(epoch)[start:])
+        for number, (inputs, targets) in enumerate(map(_pair, self._read(keys, self.workers)), start):
+            inputs = self.prepare(inputs, epoch, number) if self.prepare else to_device(inputs, self.device)
+            yield inputs, to_device(targets, self.device)
+
+    def fingerprint(self) -> str:
+        few = [(0, index) for index in _few(self.samples)]
+        workers = min(self.workers, 1)  # one if any: a file that the set opens here would not survive their fork
+        return _repeatable(map(_pair, self._read([few, few], workers)))
+
+    def _read(self, keys: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[Any]:
+        """The batches of the samples with these keys."""
         loader: DataLoader[Any] = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=keys,  # type: ignore[arg-type]
-            num_workers=self.workers,
+            num_workers=workers,
             collate_fn=_collated,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one
         )
-        for number, batch in enumerate(self._read(loader), start):
-            inputs, targets = _pair(batch)
-            inputs = self.prepare(inputs, epoch, number) if self.prepare else to_device(inputs, self.device)
-            yield inputs, to_device(targets, self.device)
-
-    def _read(self, loader: DataLoader[Any]) -> Iterator[Any]:
         try:
             yield from loader
         except Exception as error:  # samples report their own faults, so this is one of the processes
@@ -188,6 +238,9 @@ class ReadyBatches:
         for number, (inputs, targets) in enumerate(self._fetched(epoch)):
             if number >= start:
                 yield to_device(self.shard.of(inputs), self.device), to_device(self.shard.of(targets), self.device)
+
+    def fingerprint(self) -> str:
+        return _repeatable(next(self._fetched(0)) for _ in range(2))
 
     def _fetched(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         iterator, number = None, 0

@@ -36,6 +36,10 @@ class Data:
     classes: tuple[str, ...] | None
     note: str  # one line: what was found, and the preprocessing in force
 
+    def fingerprint(self) -> str:
+        """Tells whether a run goes on with the data it was begun with."""
+        return f"{self.train.samples} {self.train.fingerprint()} {self.val.samples} {self.val.fingerprint()}"
+
 
 def load_data(section: DataSection, *, seed: int, device: torch.device, shard: Shard = WHOLE) -> Data:
     """The data that `section` names, deterministic in `seed`; of each batch, one process's shard.

@@ -6,10 +6,9 @@ everywhere. What only one process may decide or write, process 0 does.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddqcli.engine.batches import WHOLE, Shard
+from ddqcli.engine.batches import WHOLE, Shard, digest
 from ddqcli.errors import DDQError
+
+_LOST = ("closed by peer", "reset by peer", "remote process exit")
 
 
 def shard() -> Shard:
@@ -43,7 +44,7 @@ def local_device(device: torch.device) -> torch.device:
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Within: the processes can talk to each other, over NCCL for CUDA devices and gloo otherwise."""
-    if shard().count == 1:
+    if shard().count == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
@@ -99,16 +100,16 @@ def mean(value: float) -> float:
     return value if shard().count == 1 else float(total(torch.tensor(value))) / shard().count
 
 
-def check_alike(tensors: dict[str, Tensor], what: str) -> None:
+def lost_another(error: BaseException) -> bool:
+    """Whether `error` is how a process learns that another one is gone; gloo and NCCL have no class of their own for it."""
+    return shard().count > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
+
+
+def check_alike(tensors: Iterable[Tensor], what: str) -> None:
     """Raise DDQError if the tensors are not bit for bit the same in all processes."""
     if shard().count == 1:
         return
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(
-            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
     found: list[Any] = [None] * shard().count
-    dist.all_gather_object(found, digest.hexdigest())
+    dist.all_gather_object(found, digest(tensors))
     if len(set(found)) > 1:
         raise DDQError(f"{what} differ between the processes; this run cannot go on. Resume it from its last state.")

@@ -42,7 +42,7 @@ def bits_by_layer_figure(names: Sequence[str], kinds: Sequence[str], bits: Seque
     rows = max(1, -(-len(names) // BARS_A_ROW))
     across = -(-len(names) // rows)
     with settings():
-        labels = [shorten(name.removesuffix(".weight"), 32) for name in names]
+        labels = [shorten(name.removesuffix(".weight"), 32 if rows == 1 else 24) for name in names]
         below = 0.15 + 0.05 * max(map(len, labels), default=0)
         width, panel = max(4.4, 0.75 + 0.2 * across), 1.55 + below
         height = 0.5 + rows * panel
@@ -152,7 +152,7 @@ def levels_over_time_figure(
     """One layer's levels by step beside the histogram of its weights (Fig. 5b). Their number may change on the way."""
     with settings():
         figure = new_figure(5.6, 3.4)
-        axes = place(figure, 0.75, 0.55, 3.4, 2.25)
+        axes = place(figure, 0.75, 0.55, 3.3, 2.25)
         firsts = [0, *(k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])), len(levels)]
         for first, end in pairwise(firsts):
             part = np.array(levels[first:end], float)
@@ -216,7 +216,7 @@ def size_against_accuracy_figure(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.margins(0.1, 0.15)
-        axes.set_xlabel(f"size of the file, {unit} (log)")
+        axes.set_xlabel(f"size of all tensors, {unit} (log)")
         axes.set_ylabel("accuracy, %")
         axes.grid()
         _legend(figure, 0, loc="lower left")

@@ -95,7 +95,8 @@ def finetuned(data: dict[str, Any], console: Console) -> None:
         console.print(line, markup=False, soft_wrap=True)
     if data["run_dir"] is None:
         console.print(
-            "dry run    all fits; nothing was trained, so the bits follow from the weights alone", soft_wrap=True
+            "dry run    the budget can be met; nothing was trained, so the bits follow from the weights alone",
+            soft_wrap=True,
         )
         return
     console.print(f"run        {data['run_dir']}", markup=False, soft_wrap=True)

@@ -99,7 +99,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "freezing at the end": {"budget": {"target_bits": 3}, "gates": {"freeze": 1.0}},
     "freezing at once": {"budget": {"target_bits": 3}, "gates": {"freeze": 0.0}},
     "many looks": {"budget": {"target_bits": 3}, "gates": {"looks": 200}},
-    "no looks": {"budget": {"target_bits": 3}, "gates": {"looks": 0}},
+    "a single look": {"budget": {"target_bits": 3}, "gates": {"looks": 1}},
 }
 
 
