@@ -51,11 +51,20 @@ def _example(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def _number(text: str) -> float | str:
+    """What is no number is for the recipe to refuse."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 @app.command(
     short_help="Finetune a model under a memory budget.",
     epilog=_example(
         "ddq finetune model.pt --target-bits 4 --max-bits 8",
         "ddq finetune model.pt --arch net.py:build --data images/ --target-size 150kB",
+        "ddq finetune model.pt --target-bits 3,4,6 --max-bits 8",
     ),
 )
 def finetune(
@@ -73,10 +82,14 @@ def finetune(
         str | None, typer.Option(help="Image folder, .npz, DATASET:ROOT of torchvision, or module:factory.")
     ] = None,
     target_bits: Annotated[
-        float | None, typer.Option(help="Budget: average stored bits for each quantized weight.")
+        str | None,
+        typer.Option(
+            metavar="F[,F...]", help="Budget: average stored bits for each quantized weight; one run for each."
+        ),
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option(help="Budget: size of all tensors, e.g. 150kB, 1.8MB or 12%.")
+        str | None,
+        typer.Option(metavar="SIZE[,SIZE...]", help="Budget: size of all tensors, e.g. 150kB, 1.8MB or 12%."),
     ] = None,
     max_bits: Annotated[int | None, typer.Option(help="Most bits for a tensor.  [1-8]")] = None,
     min_bits: Annotated[int | None, typer.Option(help="Fewest bits for a tensor.  [1-8]")] = None,
@@ -107,28 +120,35 @@ def finetune(
 ) -> None:
     """Finetune MODEL under a memory budget: learned levels, learned bits."""
     flags = {
-        "model.arch": arch, "data.source": data, "budget.target_bits": target_bits, "budget.target_size": target_size,
+        "model.arch": arch, "data.source": data,
+        "budget.target_bits": target_bits and [_number(text) for text in target_bits.split(",")],
+        "budget.target_size": target_size and [text.strip() for text in target_size.split(",")],
         "weights.max_bits": max_bits, "weights.min_bits": min_bits, "activations.bits": act_bits,
         "train.epochs": epochs, "train.max_steps": max_steps, "train.seed": seed, "model.pickle": allow_pickle or None,
     }  # fmt: skip
 
     def work() -> Any:
-        from ddqcli.engine.runs import RECIPE, Run
+        from ddqcli.engine.runs import Run
         from ddqcli.errors import UsageError
-        from ddqcli.recipe_file import find_recipe, load_recipe, parse_assignment
+        from ddqcli.recipe_file import find_recipe, load_recipes, parse_assignment
 
         if target_bits is not None and target_size is not None:
             raise UsageError("--target-bits and --target-size are both given; give one.")
         given = {key: value for key, value in flags.items() if value is not None}
         given |= dict(parse_assignment(text) for text in assign or ())
         run = Run.unfinished(run_dir, or_none=model is not None) if resume else None
-        path = run.path / RECIPE if run and not (model or recipe) else recipe or find_recipe(model)
-        loaded = load_recipe(path, given)
+        path = run.recipe_path if run and not (model or recipe) else recipe or find_recipe(model)
+        loaded, *others = recipes = load_recipes(path, given)
+        if loaded.model.pickle and not recipe and not given.get("model.pickle"):
+            raise UsageError(
+                f"{path} has model.pickle: true, which may run code from the checkpoint and so is for you to say: give "
+                "--allow-pickle, or name the recipe with --recipe."
+            )
         checkpoint = model or (Path(loaded.model.checkpoint) if loaded.model.checkpoint else None)
         if checkpoint is None:
             raise UsageError("No model is named; write `ddq finetune MODEL`, or model.checkpoint in the recipe.")
         if run:
-            run.check_same(loaded.of(checkpoint))
+            run.check_same([each.of(checkpoint) for each in recipes])
         from ddqcli.render.progress import Live
 
         if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first alone speaks
@@ -136,15 +156,20 @@ def finetune(
         with Live(quiet=quiet or os.environ.get("RANK", "0") != "0") as live:
             if path:
                 live.note(f"recipe: {path}")
+            if others:
+                from ddqcli.commands.sweep import sweep
+
+                return sweep(checkpoint, recipes, run=run, run_dir=run_dir, dry_run=dry_run, listener=live)
             from ddqcli.commands.finetune import finetune as command
 
             return command(checkpoint, loaded, run=run, run_dir=run_dir, dry_run=dry_run, listener=live)
 
     def show(result: Any) -> None:
-        from ddqcli.render import output
+        from ddqcli.render import output, sweep
         from ddqcli.render import report as render
 
-        render.finetuned(result.data(), output.out)
+        data = result.data()
+        (sweep.swept if "targets" in data else render.finetuned)(data, output.out)
 
     run_command("finetune", work, show, as_json)
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -39,6 +39,13 @@ Keywords = Annotated[dict[str, Any], AfterValidator(_only_plain)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("true and false have no meaning here")  # Python counts them as 1 and 0
+        return value
 
 
 class ModelSection(_Section):
@@ -144,12 +151,17 @@ class BudgetSection(_Section):
             raise ValueError("count eqn6 knows no sizes; give target_bits with it")
         return self
 
+    @property
+    def target(self) -> str:
+        """The target in words: `4 bits`, `150kB`."""
+        return self.target_size or (f"{self.target_bits:g} bits" if self.target_bits is not None else "none")
+
 
 class GatesSection(_Section):
     """How gates move. `fisher` is ours (see README); `paper` is the literal rule of Sec. 4.2; `fixed` allocates once."""
 
     rule: Literal["fisher", "paper", "fixed"] = "fisher"
-    looks: Annotated[int, Field(ge=0)] = 20  # times the gates are weighed anew before they freeze (fisher)
+    looks: Annotated[int, Field(ge=1)] = 20  # times the gates are weighed anew before they freeze (fisher)
     descent: Fraction = 0.0  # share of the run over which the budget falls from max_bits to the target (fisher)
     freeze: Fraction = 0.5  # share of the run after which gates no longer move
     lr: Positive = 1e-8  # paper rule: step size of the gate logits

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ddqcli.errors import RecipeError, UsageError
 from ddqcli.recipe import Override, Recipe
 
 RECIPE_NAME = "ddq.yaml"
+_TARGETS = ("target_bits", "target_size")  # of a budget; either may be a list
 _MOST_VALUES = 100_000  # in a recipe
 _SHORT = reprlib.Repr()  # of a faulty value, which may be of any size
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -32,9 +33,13 @@ def find_recipe(checkpoint: Path | None) -> Path | None:
     return next((folder / RECIPE_NAME for folder in folders if (folder / RECIPE_NAME).is_file()), None)
 
 
-def dump_recipe(recipe: Recipe, folder: Path) -> str:
-    """The recipe as YAML for a file in `folder`, every field written out."""
-    raw = recipe.model_dump()
+def dump_recipes(recipes: Sequence[Recipe], folder: Path) -> str:
+    """Recipes that differ in their targets alone as one YAML text for a file in `folder`, every field written out."""
+    raw = recipes[0].model_dump()
+    if len(recipes) > 1:
+        raw["budget"] |= {
+            field: [getattr(r.budget, field) for r in recipes] for field in _TARGETS if raw["budget"][field]
+        }
     _move_paths(raw, lambda path: os.path.relpath(path, folder), os.path.exists)
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
@@ -64,8 +69,11 @@ def _flattened(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load_recipe(path: Path | None, flags: dict[str, Any] | None = None) -> Recipe:
-    """The recipe in `path` (or none) with `flags`, {'train.epochs': 2, ...}, over it. Raises RecipeError, UsageError."""
+def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list[Recipe]:
+    """The recipe in `path` (or none) with `flags`, {'train.epochs': 2, ...}, over it, once for each of its targets.
+
+    Raises RecipeError, UsageError.
+    """
     raw: dict[str, Any] = {}
     if path is not None:
         try:
@@ -78,13 +86,30 @@ def load_recipe(path: Path | None, flags: dict[str, Any] | None = None) -> Recip
         _move_paths(raw, lambda name: os.path.normpath(path.parent / name), lambda name: (path.parent / name).exists())
     for key, value in (flags or {}).items():
         _assign(raw, key, value)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        details = error.errors()
+    recipes, details = [], []
+    for each in _by_target(raw):
+        try:
+            recipes.append(Recipe.model_validate(each))
+        except ValidationError as error:
+            details += error.errors()
+    if details:
         by_flag = [_key(detail) in (flags or {}) for detail in details]
         source = "The command line" if all(by_flag) or not path else f"{path}{' with the flags' * any(by_flag)}"
-        raise RecipeError(source, [_fault(detail) for detail in details]) from error
+        raise RecipeError(source, list(dict.fromkeys(_fault(detail) for detail in details)))
+    targets = [recipe.budget.target for recipe in recipes]
+    if twice := next((target for target in targets if targets.count(target) > 1), None):
+        raise UsageError(f"The target {twice} is given twice.")
+    return recipes
+
+
+def _by_target(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The recipe once for each of its targets, where its budget has a list of them."""
+    budget = raw.get("budget")
+    for field in _TARGETS if isinstance(budget, dict) else ():
+        targets = budget.get(field)
+        if targets and isinstance(targets, list):
+            return [{**raw, "budget": {**budget, field: target}} for target in targets]
+    return [raw]
 
 
 class _Loader(yaml.SafeLoader):

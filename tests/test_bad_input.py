@@ -150,6 +150,15 @@ RECIPES: dict[str, tuple[bytes | str, str]] = {
         RECIPE.replace("arch:", "kwargs: {1: 2}, arch:"),
         "model.kwargs.1.[key] = 1: input should be a valid string",
     ),
+    "true for a number": (
+        RECIPE.replace("activations: {bits: 8}", "activations: {bits: true}"),
+        "activations.bits = True: true",
+    ),
+    "no look at the gates": (
+        RECIPE + "gates: {looks: 0}",
+        "gates.looks = 0: input should be greater than or equal to 1",
+    ),
+    "pickles from a recipe found": (RECIPE.replace("arch:", "pickle: true, arch:"), "ddq.yaml has model.pickle: true"),
     "no model": ("train: {epochs: 1}", "say how to build it with --arch"),
 }
 
@@ -158,6 +167,17 @@ RECIPES: dict[str, tuple[bytes | str, str]] = {
 def test_a_faulty_recipe_is_one_message_and_exit_code_2(project: Path, content: bytes | str, message: str) -> None:
     holding("ddq.yaml", content)()
     check_refusal(["finetune", "model.pt"], message, 2)
+
+
+def test_pickles_are_allowed_by_a_flag_or_a_recipe_that_is_named(project: Path) -> None:
+    holding("ddq.yaml", RECIPE.replace("arch:", "pickle: true, arch:"))()
+    assert ddq("finetune", "--dry-run", "--allow-pickle").code == 0
+    assert ddq("finetune", "--dry-run", "--set", "model.pickle=true").code == 0
+    assert ddq("finetune", "--dry-run", "--set", "model.pickle=false").code == 0
+    assert ddq("finetune", "--dry-run", "--recipe", "ddq.yaml").code == 0
+    assert ddq("finetune", "--recipe", "ddq.yaml", "--run-dir", "runs/a", "--max-steps", "0").code == 0
+    check_refusal(["finetune", "--resume", "--run-dir", "runs/a"], "recipe.yaml has model.pickle: true", 2)
+    assert ddq("finetune", "--resume", "--run-dir", "runs/a", "--allow-pickle").code == 0
 
 
 # ---- checkpoints
@@ -346,6 +366,8 @@ RUNS: dict[str, tuple[Change, list[str], str, int]] = {
     "no data any more": (gone("images.npz"), RESUME, "images.npz does not exist", 2),
     "another checkpoint": (saved(lambda: weights(**{"8_bias": lambda b: b + 1})), RESUME, "The checkpoint is not the one", 2),
     "other data": (arrays(x_train=lambda x: x[:32], y_train=lambda y: y[:32]), RESUME, "The data are not the ones (6 steps", 2),
+    "as many other images": (arrays(x_train=lambda x: x ^ (x == 0)), RESUME, "The data, though as many, are not the ones", 2),
+    "as many other labels": (arrays(y_test=lambda y: y[::-1]), RESUME, "The data, though as many, are not the ones", 2),
     "a file cut short": (truncated(FILE), ["report", FILE], FILE, 4),
     "a file cut to its head": (truncated(FILE, 0.003), ["report", FILE], FILE, 2),
     "a flipped bit of a file": (flipped(FILE, 0.6), ["report", FILE], FILE, 4),

@@ -11,13 +11,18 @@ import yaml
 
 from ddqcli.errors import RecipeError, UsageError
 from ddqcli.recipe import Recipe, parse_size
-from ddqcli.recipe_file import differences, dump_recipe, find_recipe, load_recipe, parse_assignment
+from ddqcli.recipe_file import differences, dump_recipes, find_recipe, load_recipes, parse_assignment
 
 
 def written(folder: Path, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ddq.yaml").write_text(text, encoding="utf-8")
     return folder / "ddq.yaml"
+
+
+def load_recipe(path: Path | None, flags: dict[str, Any] | None = None) -> Recipe:
+    (recipe,) = load_recipes(path, flags)
+    return recipe
 
 
 def test_without_file_and_flags_every_field_has_its_default() -> None:
@@ -193,7 +198,7 @@ def test_a_resolved_recipe_means_the_same_from_another_folder(tmp_path: Path, mo
         Path(folder).mkdir()
     flags = {"model.checkpoint": "m.pt", "model.arch": "net.py:build", "data.source": "CIFAR10:cifar", "name": "é"}
     recipe = load_recipe(None, flags)
-    Path("run/recipe.yaml").write_text(dump_recipe(recipe, Path("run")), encoding="utf-8")
+    Path("run/recipe.yaml").write_text(dump_recipes([recipe], Path("run")), encoding="utf-8")
     assert load_recipe(Path("run/recipe.yaml")) == recipe
     monkeypatch.chdir("else")
     seen = load_recipe(Path("../run/recipe.yaml"))
@@ -220,7 +225,7 @@ def test_the_recipe_of_the_working_folder_comes_before_the_checkpoint_s(
 
 
 def test_every_default_survives_being_written_and_read(tmp_path: Path) -> None:
-    assert load_recipe(written(tmp_path, dump_recipe(Recipe(), tmp_path))) == Recipe()
+    assert load_recipe(written(tmp_path, dump_recipes([Recipe()], tmp_path))) == Recipe()
 
 
 @pytest.mark.parametrize("key", ["train.lr.x", "overrides.0.bits"])

@@ -65,13 +65,15 @@ def finetune(
     *,
     run: Run | None = None,
     run_dir: Path | None = None,
+    start: Run | None = None,
     dry_run: bool = False,
     listener: Listener | None = None,
 ) -> FinetuneResult:
     """Finetune a checkpoint as the recipe says. Raises DDQError and its children.
 
-    `run` is an unfinished run to go on with; otherwise a new one is made at `run_dir`. With `dry_run`, stop where data
-    would be read.
+    `run` is an unfinished run to go on with; otherwise a new one is made at `run_dir`. `start` is a finished run of the same
+    checkpoint and data whose float weights training starts from; accuracy is still held against the checkpoint's, and
+    distillation's teacher is the checkpoint. With `dry_run`, stop where data would be read.
     """
     listener = listener if listener and distributed.is_first() else Listener()
     recipe = recipe.of(checkpoint_path)
@@ -80,21 +82,27 @@ def finetune(
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
     listener.note(f"model: {built.note}; {checkpoint.note}")
     model = placed(built.model, device).eval()
-    converted = convert(copy.deepcopy(model), recipe)
+    converted = convert(_started(copy.deepcopy(model), start), recipe)
     teacher = model.requires_grad_(False)  # the float model, which stays as it is
     budget = make_budget(converted, recipe)  # an impossible budget is refused before any data are read
     source = {"path": str(checkpoint_path), "sha256": checkpoint.sha256, "arch": built.arch, "ddq": __version__}
     if dry_run:
-        Gates(converted, recipe, budget, 0, recipe.data.batch_size).start()
+        gates = Gates(converted, recipe, budget, 0, recipe.data.batch_size)
+        gates.start()
+        over = budget.limit is not None and gates.cost() > budget.limit
+        first = [f"these are the first bits; gates.rule={recipe.gates.rule} comes down to the budget while training"]
+        run_of_none = {"steps": 0, "seed": recipe.train.seed}
         report = make_report(
-            converted, budget, accuracy=None, source=source, run={"steps": 0, "seed": recipe.train.seed}
+            converted, budget, accuracy=None, source=source, run=run_of_none, warnings=first if over else ()
         )
         return FinetuneResult(None, report)
     with distributed.processes(device), _in_folder(run, run_dir, recipe) as run:
         data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
         listener.note(f"data: {data.note}")
         steps = _steps(recipe, data)
-        facts = {"sha256": checkpoint.sha256, "recipe": run.recipe_text(), "steps": steps}
+        facts = {"sha256": checkpoint.sha256, "recipe": run.recipe_text(), "steps": steps, "data": data.fingerprint()}
+        if start and distributed.is_first():
+            start.saved({fact: facts[fact] for fact in ("sha256", "steps", "data")})
         saved = distributed.from_first(run.saved(facts) if distributed.is_first() else None)
         with _explained("The model cannot run on these data", UsageError, recipe):
             before = saved["float_accuracy"] if saved else evaluate(teacher, data, on_progress=listener.progress)
@@ -123,6 +131,17 @@ def finetune(
     return FinetuneResult(run.path, report)
 
 
+def _started(model: torch.nn.Module, start: Run | None) -> torch.nn.Module:
+    """The float model with what another run trained: the weights behind its quantizers, and all else that stays float."""
+    if start:
+        final = start.load(FINAL)
+        trained = final["weights"] | final["floats"]  # shared tensors under one of their names
+        for name, value in model.state_dict().items():
+            if name in trained:
+                value.copy_(trained[name])
+    return model
+
+
 @contextmanager
 def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterator[Run]:
     """The run to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
@@ -131,6 +150,7 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterato
         run = run or Run.create(run_dir, recipe.name or Path(recipe.model.checkpoint or "model").stem)
     path = distributed.from_first(run and run.path)
     run = run if run and distributed.is_first() else ReadOnlyRun(path)
+    resume = f"`ddq finetune --resume --run-dir {path}` goes on with it."
     with run.held():
         try:
             if new:
@@ -139,11 +159,10 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterato
             yield run
         except (KeyboardInterrupt, Interrupted) as stop:
             number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
-            what = str(stop) or "Interrupted"
-            raise Interrupted(
-                f"{what}; `ddq finetune --resume --run-dir {run.path}` goes on with it.", number
-            ) from stop
-        except Exception:
+            raise Interrupted(f"{str(stop) or 'Interrupted'}; {resume}", number) from stop
+        except Exception as error:
+            if distributed.lost_another(error):
+                raise DDQError(f"Another process of this run ended, and none can go on alone; {resume}") from error
             if new:
                 run.discard_if_empty()
             raise
@@ -157,6 +176,8 @@ def _explained(what: str, kind: type[DDQError], recipe: Recipe) -> Iterator[None
     except DDQError:
         raise
     except (Exception, SystemExit) as error:
+        if distributed.lost_another(error):
+            raise
         said = " ".join(str(error).split())[:300]
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in said:
             batch = f"try a smaller --set data.batch_size (now {recipe.data.batch_size})"
@@ -174,7 +195,7 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
         listener.step(metrics)
 
     def keep() -> None:
-        distributed.check_alike(dict(trainer.model.named_parameters()), "The weights, levels and gates")
+        distributed.check_alike(trainer.model.parameters(), "The weights, levels and gates")
         run.save(LAST, {**trainer.state(), **facts})
 
     if trainer.step == 0:
@@ -214,7 +235,8 @@ def _trainer(
     saved: dict[str, Any] | None,
 ) -> Trainer:
     """A trainer at its first step, or where `saved` left off."""
-    gates = Gates(converted, recipe, budget, steps, recipe.data.batch_size)
+    batch_size = round(data.train.samples / len(data.train))  # a user's own batches have their own
+    gates = Gates(converted, recipe, budget, steps, batch_size)
     unlabelled = recipe.train.distill.weight == 1
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch, teacher if unlabelled else None)
     gates.start()

@@ -6,6 +6,10 @@ runs/20260131-142310-resnet20/
     last.pt         the training state, for resuming
     final.pt        the quantized model: indices, levels, gates, and what stays float; and the float weights behind it
     report.json     what `ddq report` shows; written last, so a folder with it is a finished run
+
+A sweep over several targets is a folder of runs, one a target, with
+    sweep.yaml      the resolved recipe with all targets
+    sweep.json      the table; written last
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -25,11 +29,13 @@ from typing import IO, Any
 
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe import Recipe
-from ddqcli.recipe_file import differences, dump_recipe, load_recipe
+from ddqcli.recipe_file import differences, dump_recipes, load_recipes
 
 RUNS = "runs"
 REPORT = "report.json"
 RECIPE = "recipe.yaml"
+SWEEP = "sweep.json"
+SWEEP_RECIPE = "sweep.yaml"
 METRICS = "metrics.jsonl"
 LAST = "last.pt"
 FINAL = "final.pt"
@@ -46,7 +52,7 @@ class Run:
     @classmethod
     def create(cls, path: Path | None, name: str) -> Run:
         """A new folder at `path`, or at runs/<time>-<name>; raises UsageError if it cannot be or holds a run."""
-        if path is not None and (path / RECIPE).exists():
+        if path is not None and cls(path).recipe_path.exists():
             raise UsageError(f"{path} already holds a run; give another --run-dir, or --resume to go on with it.")
         plain = re.sub(r"[^\w.-]+", "-", name)
         stem = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{plain}"
@@ -70,27 +76,43 @@ class Run:
             return cls(_newest(Path(RUNS)))
         if not path.is_dir():
             raise UsageError(f"{path} is no run folder; `ddq finetune` makes one under {RUNS}/.")
-        if not (path / REPORT).is_file():
-            raise UsageError(f"{path} holds no finished run: {REPORT} is missing.")
-        return cls(path)
+        if (path / REPORT).is_file():
+            return cls(path)
+        if finished := sorted(str(p.parent) for p in path.glob(f"*/{REPORT}") if cls(path).is_sweep):
+            raise UsageError(f"{path} holds several runs; name one: {', '.join(finished)}.")
+        raise UsageError(f"{path} holds no finished run: {REPORT} is missing.")
 
     @classmethod
     def unfinished(cls, path: Path | None, *, or_none: bool = False) -> Run | None:
-        """The run to go on with: at `path` (finished or not), or the newest unfinished one under runs/.
+        """The run or sweep to go on with: at `path` (finished or not), or the newest unfinished one under runs/.
 
-        If there is none: None if that will do, else UsageError.
+        A run of a sweep stands for the whole sweep. If there is none: None if that will do, else UsageError.
         """
         if path is None:
-            begun = [p.parent for p in Path(RUNS).glob(f"*/{RECIPE}") if not (p.parent / REPORT).exists()]
+            begun = [cls(p) for p in Path(RUNS).glob("*") if cls(p).recipe_path.is_file() and not cls(p).is_finished]
             where = f"under {Path(RUNS).resolve()}; name one with --run-dir"
         else:
-            begun = [path] if (path / RECIPE).is_file() else []
+            sweep = cls(path.parent if path.name else path.absolute().parent)
+            begun = [run for run in (sweep if sweep.is_sweep else cls(path),) if run.recipe_path.is_file()]
             where = f"in {path}: {RECIPE} is missing"
         if begun:
-            return cls(max(begun, key=lambda p: (p / RECIPE).stat().st_mtime_ns))
+            return max(begun, key=lambda run: run.recipe_path.stat().st_mtime_ns)
         if or_none:
             return None
         raise UsageError(f"There is no unfinished run {where}.")
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether this folder holds one run for each of several targets."""
+        return (self.path / SWEEP_RECIPE).is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / (SWEEP if self.is_sweep else REPORT)).is_file()
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / (SWEEP_RECIPE if self.is_sweep else RECIPE)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -109,22 +131,28 @@ class Run:
     def discard_if_empty(self) -> None:
         """Remove a folder in which nothing was trained."""
         if not (self.path / LAST).exists():
-            for name in (RECIPE, _LOCK):
+            for name in (RECIPE, SWEEP_RECIPE, _LOCK):
                 (self.path / name).unlink(missing_ok=True)
             with suppress(OSError):  # they hold other files
                 self.path.rmdir()
                 Path(RUNS).rmdir()
 
-    def check_same(self, asked: Recipe) -> None:
-        """Raise UsageError, saying what differs, if this run was begun with another recipe than the one asked for."""
-        if changed := differences(self.recipe(), asked):
+    def check_same(self, asked: Sequence[Recipe]) -> None:
+        """Raise UsageError, saying what differs, if this was begun with another recipe, or other targets, than asked for."""
+        begun = self.recipes()
+        targets, now = ([recipe.budget.target for recipe in recipes] for recipes in (begun, asked))
+        if targets != now and max(len(targets), len(now)) > 1:
+            changed = [f"targets: {', '.join(targets)}, now {', '.join(now)}"]
+        else:
+            changed = differences(begun[0], asked[0])
+        if changed:
             raise UsageError(f"{self.path} was begun with another recipe ({'; '.join(changed)}); begin a new run.")
 
     def saved(self, facts: dict[str, Any]) -> dict[str, Any] | None:
         """The last training state; None if the run ended before the first.
 
         Raises UsageError if the run was begun with other `facts` (`sha256` of the checkpoint, `recipe` as a file's text,
-        `steps`), and DDQError if the file is damaged.
+        `steps`, `data` as their fingerprint), and DDQError if the file is damaged.
         """
         if not (self.path / LAST).exists():
             return None
@@ -137,9 +165,11 @@ class Run:
                 what = f"The checkpoint is not the one (SHA-256 {now:.12}…, then {then!s:.12}…)"
             elif fact == "steps":
                 what = f"The data are not the ones ({now} steps, then {then})"
+            elif fact == "data":
+                what = "The data, though as many, are not the ones"
             else:
                 what = f"{self.path / RECIPE} is not the recipe ({_changed_lines(str(then), now)})"
-            raise UsageError(f"{what} that {self.path} was begun with; bring it back, or begin a new run.")
+            raise UsageError(f"{what} that {self.path} was begun with; go back to that, or begin a new run.")
         return state
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -166,12 +196,17 @@ class Run:
         with _disk(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(metrics)) + "\n")
 
-    def write_recipe(self, recipe: Recipe) -> None:
-        self._write(RECIPE, dump_recipe(recipe, self.path).encode())
+    def write_recipe(self, *recipes: Recipe) -> None:
+        """Keep the recipe of a run, or those of a sweep, which differ in their targets alone."""
+        self._write(SWEEP_RECIPE if len(recipes) > 1 else RECIPE, dump_recipes(recipes, self.path).encode())
 
     def recipe(self) -> Recipe:
         """The resolved recipe of this run; raises RecipeError if it is damaged."""
-        return load_recipe(self.path / RECIPE)
+        return self.recipes()[0]
+
+    def recipes(self) -> list[Recipe]:
+        """The resolved recipes of this sweep, one for each target; raises RecipeError if they are damaged."""
+        return load_recipes(self.recipe_path)
 
     def recipe_text(self) -> str:
         """recipe.yaml as it is."""
@@ -204,6 +239,9 @@ class Run:
         except Exception as error:
             raise DDQError(f"{path} is damaged and cannot be read; {self._again(name)}.") from error
         return state
+
+    def write_sweep(self, table: dict[str, Any]) -> None:
+        self._write(SWEEP, json.dumps(table, indent=1).encode())
 
     def write_report(self, report: dict[str, Any]) -> None:
         self._write(REPORT, json.dumps({**report, "checksum": _checksum(report)}, indent=1).encode())
@@ -314,9 +352,10 @@ def _changed_lines(then: str, now: str) -> str:
 
 
 def _newest(folder: Path) -> Path:
-    runs = sorted(p.parent for p in folder.glob(f"*/{REPORT}")) if folder.is_dir() else []
+    found = (*folder.glob(f"*/{REPORT}"), *folder.glob(f"*/*/{REPORT}"))  # the latter of sweeps
+    runs = sorted(p.parent for p in found)
     if runs:
         return max(runs, key=lambda p: (p / REPORT).stat().st_mtime_ns)
-    begun = len(list(folder.glob(f"*/{RECIPE}"))) if folder.is_dir() else 0
+    begun = len([*folder.glob(f"*/{RECIPE}"), *folder.glob(f"*/{SWEEP_RECIPE}")])
     what = f"{begun} unfinished and no finished run" if begun else "no run"
     raise UsageError(f"There is {what} under {folder.resolve()}; `ddq finetune MODEL` makes one, or name a run folder.")

@@ -87,6 +87,13 @@ def test_a_dry_run_checks_model_recipe_and_budget_and_writes_nothing(project: Pa
     assert not Path("runs").exists()
 
 
+def test_a_dry_run_says_where_its_bits_are_not_yet_within_the_budget(project: Path) -> None:
+    assert ddq("finetune", "model.pt", "--dry-run", "--json").data["warnings"] == []
+    answer = ddq("finetune", "model.pt", "--dry-run", "--set", "gates.rule=paper")
+    assert answer.code == 0
+    assert "first bits; gates.rule=paper comes down to the budget while training" in answer.out
+
+
 def test_the_model_may_be_named_by_the_recipe_alone(project: Path) -> None:
     assert ddq("finetune", "--dry-run").code == 0
 

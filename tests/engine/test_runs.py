@@ -16,7 +16,7 @@ import torch
 from ddqcli.engine.runs import FINAL, LAST, METRICS, RECIPE, REPORT, Run, write_whole
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe import Recipe
-from ddqcli.recipe_file import load_recipe
+from ddqcli.recipe_file import load_recipes
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def test_what_is_written_is_read_back(run: Run) -> None:
     run.write_report(report)
     assert run.load(FINAL)["x"].tolist() == [0, 1, 2]
     assert run.report() == report
-    assert run.recipe() == load_recipe(run.path / RECIPE) == Recipe()
+    assert [run.recipe()] == load_recipes(run.path / RECIPE) == [Recipe()]
     assert names(run) == {RECIPE, FINAL, REPORT}
 
 

@@ -1,0 +1,144 @@
+"""`ddq finetune` with several targets: the largest budget first, each of the others starts from the weights of the one before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddqcli import plots
+from ddqcli.commands.finetune import Listener, finetune
+from ddqcli.commands.pictures import folder
+from ddqcli.engine import distributed
+from ddqcli.engine.placing import device_named
+from ddqcli.engine.runs import FINAL, RECIPE, ReadOnlyRun, Run
+from ddqcli.errors import BudgetError, DDQError
+from ddqcli.recipe import Recipe
+
+SWEEP_VERSION = 1
+PICTURE = "size-accuracy"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep; `run_dir` is None after a dry run, and the table then says what would be trained."""
+
+    run_dir: Path | None
+    table: dict[str, Any]
+
+    def data(self) -> dict[str, Any]:
+        return {"run_dir": None if self.run_dir is None else str(self.run_dir), **self.table}
+
+
+def sweep(
+    checkpoint_path: Path,
+    recipes: Sequence[Recipe],
+    *,
+    run: Run | None = None,
+    run_dir: Path | None = None,
+    dry_run: bool = False,
+    listener: Listener | None = None,
+) -> SweepResult:
+    """Finetune a checkpoint to each recipe's target; the recipes differ in nothing else. Raises DDQError and its children.
+
+    `run` is an unfinished sweep to go on with; otherwise a new one is made at `run_dir`. All targets are checked before the
+    first is trained.
+    """
+    listener = listener if listener and distributed.is_first() else Listener()
+    recipes = [recipe.of(checkpoint_path) for recipe in recipes]
+    checked = [(recipe, _dry(checkpoint_path, recipe)) for recipe in recipes]
+    checked.sort(key=lambda pair: pair[0].budget.target_bits or pair[1]["totals"]["budget_bytes"], reverse=True)
+    if dry_run:
+        return SweepResult(None, _table([(recipe, report, None) for recipe, report in checked]))
+    device = distributed.local_device(device_named(recipes[0].train.device))
+    with distributed.processes(device), _in_folder(run, run_dir, recipes) as run:
+        done: list[tuple[Recipe, dict[str, Any], Run]] = []
+        for number, (recipe, _) in enumerate(checked):
+            here, before = Run(run.path / _folder_name(recipe)), done[-1][2] if done else None
+            origin = f", starting from {before.path}" if before else ""
+            listener.note(f"target {recipe.budget.target} ({number + 1} of {len(checked)}): {here.path}{origin}")
+            if not _is_whole(here):
+                begun = here if here.recipe_path.exists() else None
+                distributed.wait()  # until all have looked
+                finetune(checkpoint_path, recipe, run=begun, run_dir=here.path, start=before, listener=listener)
+            distributed.wait()  # for the one that writes
+            done.append((recipe, here.report(), here))
+        table = _table(done)
+        if distributed.is_first():
+            with folder(run.path):
+                plots.save(_picture(table), run.path / PICTURE)
+            run.write_sweep(table)
+    return SweepResult(run.path, table)
+
+
+def _dry(checkpoint_path: Path, recipe: Recipe) -> dict[str, Any]:
+    """What a dry run reports. Raises BudgetError, which says which target cannot be met."""
+    try:
+        return finetune(checkpoint_path, recipe, dry_run=True).report
+    except BudgetError as error:
+        raise BudgetError(f"Target {recipe.budget.target}: {error}") from error
+
+
+def _is_whole(run: Run) -> bool:
+    """Whether a target is finished and its files can be read; others are made again from the last training state."""
+    try:
+        run.load(FINAL)
+        run.report()
+    except DDQError:
+        return False
+    return True
+
+
+@contextmanager
+def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe]) -> Iterator[Run]:
+    """The sweep to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
+    new = run is None
+    if distributed.is_first():
+        run = run or Run.create(run_dir, recipes[0].name or Path(recipes[0].model.checkpoint or "model").stem)
+    path = distributed.from_first(run and run.path)
+    run = run if run and distributed.is_first() else ReadOnlyRun(path)
+    with run.held():
+        try:
+            if new:
+                run.write_recipe(*recipes)
+            yield run
+        except Exception:
+            if new and not any(run.path.glob(f"*/{RECIPE}")):
+                run.discard_if_empty()
+            raise
+
+
+def _folder_name(recipe: Recipe) -> str:
+    """`4-bits`, `150kB`, `12-percent`."""
+    return re.sub(r"[^\w.-]+", "-", recipe.budget.target.replace("%", " percent"))
+
+
+def _table(runs: Sequence[tuple[Recipe, dict[str, Any], Run | None]]) -> dict[str, Any]:
+    """The sweep as plain JSON: what the float model has, and a row a target."""
+    first = runs[0][1]
+    return {
+        "version": SWEEP_VERSION,
+        "float": {"bytes": first["totals"]["float_bytes"], "accuracy": (first["accuracy"] or {}).get("float")},
+        "targets": [
+            {
+                "target": recipe.budget.target,
+                **{key: report["totals"][key] for key in ("bytes", "budget_bytes", "average_bits")},
+                "accuracy": (report["accuracy"] or {}).get("quantized"),
+                "drop": (report["accuracy"] or {}).get("drop"),
+                "run": run and run.path.name,  # within the sweep's folder
+            }
+            for recipe, report, run in runs
+        ],
+        "source": first["source"],
+    }
+
+
+def _picture(table: dict[str, Any]) -> Any:
+    """Size against accuracy of all targets, and of the float model."""
+    points = [(row["bytes"], row["accuracy"] / 100, row["target"]) for row in table["targets"]]
+    return plots.size_against_accuracy_figure(
+        {"quantized": points}, (table["float"]["bytes"], table["float"]["accuracy"] / 100)
+    )

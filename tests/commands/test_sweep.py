@@ -1,0 +1,245 @@
+"""`ddq finetune` with several targets: one run a target, each warm-started from the one before, and a table of all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_project import ddq, exit_code, in_child
+
+from ddqcli.engine.train import Trainer
+
+SWEEP = "runs/s"
+BEGIN = f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} -q"
+FOLDERS = ["6-bits", "4-bits", "3-bits"]  # as they are trained
+
+
+@pytest.fixture(scope="module")
+def unharmed(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a finished sweep, made on one thread; not to be changed."""
+    folder = tmp_path_factory.mktemp("sweep") / "project"
+    shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    before = Path.cwd()
+    os.chdir(folder)
+    assert exit_code(in_child(BEGIN)) == 0, Path("child.txt").read_text()
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def swept(unharmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it; the test runs there."""
+    shutil.copytree(unharmed, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project" / SWEEP
+
+
+def results(sweep: Path | str) -> list[bytes]:
+    return [(Path(sweep) / folder / "final.pt").read_bytes() for folder in FOLDERS]
+
+
+def report(folder: Path | str) -> dict[str, Any]:
+    return json.loads((Path(folder) / "report.json").read_text())
+
+
+# ---- what a sweep does
+
+
+def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next_larger(swept: Path) -> None:
+    """Against ordinary runs: the first of model.pt, the others of a checkpoint made of what the one before trained."""
+    checkpoint = Path("model.pt")
+    for number, folder in enumerate(FOLDERS):
+        alone = f"runs/alone-{folder}"
+        command = f"finetune {checkpoint} --target-bits {folder[0]} --run-dir {alone} -q"
+        assert exit_code(in_child(command)) == 0, Path("child.txt").read_text()
+        here, there = (torch.load(run / "final.pt") for run in (swept / folder, Path(alone)))
+        for part in ("trained", "weights", "floats"):
+            assert all(here[part][name].equal(value) for name, value in there[part].items()), (folder, part)
+        assert report(swept / folder)["accuracy"]["quantized"] == report(alone)["accuracy"]["quantized"]
+        checkpoint = Path(f"start-{number}.pt")
+        torch.save(here["weights"] | here["floats"], checkpoint)
+
+
+def test_accuracy_is_held_against_the_checkpoint_and_so_is_distillation(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers = []
+    begin = Trainer.__init__
+
+    def seen(self: Trainer, converted: Any, teacher: Any, *rest: Any) -> None:
+        teachers.append({name: value.clone() for name, value in teacher.state_dict().items()})
+        begin(self, converted, teacher, *rest)
+
+    monkeypatch.setattr(Trainer, "__init__", seen)
+    data = ddq("finetune", "--target-bits", "6,4", "--set", "train.distill.weight=0.5", "--json", "-q").data
+    given = torch.load("model.pt")
+    assert len(teachers) == 2
+    assert all(teacher[name].equal(value) for teacher in teachers for name, value in given.items())
+    for row in data["targets"]:
+        of_run = report(Path(data["run_dir"]) / row["run"])
+        assert of_run["accuracy"]["float"] == data["float"]["accuracy"]
+        assert row["drop"] == pytest.approx(data["float"]["accuracy"] - row["accuracy"], abs=1e-3)
+        assert of_run["source"]["sha256"] == data["source"]["sha256"]
+
+
+def test_sizes_are_ordered_by_what_they_come_to(project: Path) -> None:
+    data = ddq("finetune", "--target-size", "1400,40%, 1.6kB", "--max-steps", "2", "--json", "-q").data
+    assert [row["target"] for row in data["targets"]] == ["40%", "1.6kB", "1400"]
+    assert {path.name for path in Path(data["run_dir"]).iterdir() if path.is_dir()} == {"40-percent", "1.6kB", "1400"}
+    assert all(row["bytes"] <= row["budget_bytes"] for row in data["targets"])
+
+
+def test_one_target_is_an_ordinary_run_however_it_is_given(project: Path) -> None:
+    assert "targets" not in ddq("finetune", "--set", "budget.target_bits=[4]", "--run-dir", "a", "--json", "-q").data
+    assert ddq("finetune", "--target-bits", "4", "--run-dir", "b", "-q").code == 0
+    assert (Path("a") / "recipe.yaml").read_text() == (Path("b") / "recipe.yaml").read_text()
+    assert (Path("a") / "final.pt").read_bytes() == (Path("b") / "final.pt").read_bytes()
+
+
+def test_a_recipe_may_list_its_targets(project: Path) -> None:
+    Path("ddq.yaml").write_text(Path("ddq.yaml").read_text().replace("target_bits: 4", "target_bits: [3, 5]"))
+    data = ddq("finetune", "--dry-run", "--json").data
+    assert [row["target"] for row in data["targets"]] == ["5 bits", "3 bits"]
+    assert {row["accuracy"] for row in data["targets"]} == {None}
+    assert data["run_dir"] is None
+    assert not Path("runs").exists()
+    assert "targets" not in ddq("finetune", "--target-bits", "4", "--dry-run", "--json").data
+
+
+# ---- what it leaves and says
+
+
+def test_a_sweep_ends_with_a_table_and_a_picture(swept: Path) -> None:
+    assert {path.name for path in swept.iterdir()} == {
+        *FOLDERS, "sweep.yaml", "sweep.json", "size-accuracy.png", "size-accuracy.svg", ".lock",
+    }  # fmt: skip
+    answer = ddq("finetune", "--resume", "--run-dir", SWEEP)  # which has nothing left to do
+    lines = answer.out.splitlines()
+    assert lines[0].split() == ["target", "bytes", "bits", "a", "weight", "accuracy", "drop", "run"]
+    assert lines[1].split()[0] == "float"
+    for line, folder in zip(lines[2:], FOLDERS, strict=False):
+        of_run = report(swept / folder)
+        totals, accuracy = of_run["totals"], of_run["accuracy"]
+        assert line.split() == [
+            folder[0], "bits", f"{totals['bytes']:,}", f"{totals['average_bits']:.3f}",
+            f"{accuracy['quantized']:.2f}%", f"{accuracy['drop']:.2f}", folder,
+        ]  # fmt: skip
+    assert f"picture    {SWEEP}/size-accuracy.png" in lines
+    assert max(map(len, lines)) <= 80
+
+
+def test_its_json_keys_are_these(swept: Path) -> None:
+    data = ddq("finetune", "--resume", "--run-dir", SWEEP, "--json").data
+    assert list(data) == ["run_dir", "version", "float", "targets", "source"]
+    assert list(data["float"]) == ["bytes", "accuracy"]
+    for row in data["targets"]:
+        assert list(row) == ["target", "bytes", "budget_bytes", "average_bits", "accuracy", "drop", "run"]
+    assert data == {"run_dir": SWEEP, **json.loads((swept / "sweep.json").read_text())}
+
+
+def test_its_runs_are_ordinary_ones_and_the_last_is_the_newest(swept: Path) -> None:
+    assert Path(ddq("report", "--json").data["target"]) == Path(SWEEP) / "3-bits"
+    assert ddq("report", f"{SWEEP}/6-bits").code == 0
+    assert ddq("export", f"{SWEEP}/6-bits").code == 0
+    answer = ddq("report", SWEEP)
+    assert answer.code == 2
+    assert answer.err.startswith(f"Error: {SWEEP} holds several runs; name one: {SWEEP}/3-bits, {SWEEP}/4-bits, ")
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("4,0.5,3", "Target 0.5 bits: "),
+        ("4,4.0", "The target 4 bits is given twice."),
+        ("4,,3", "budget.target_bits = ''"),
+        ("4,99", "budget.target_bits = 99.0: input should be less than or equal to 32"),
+    ],
+)
+def test_one_bad_target_refuses_all_before_anything_is_made(project: Path, targets: str, said: str) -> None:
+    answer = ddq("finetune", "model.pt", "--target-bits", targets)
+    assert answer.code == 2
+    assert said in answer.err
+    assert not Path("runs").exists()
+
+
+def test_data_that_are_missing_leave_no_folder(project: Path) -> None:
+    Path("images.npz").unlink()
+    assert ddq("finetune", "model.pt", "--target-bits", "4,3").code == 2
+    assert not Path("runs").exists()
+
+
+def test_a_folder_with_a_sweep_is_not_written_over(swept: Path) -> None:
+    for targets in ("4", "4,3"):
+        answer = ddq("finetune", "model.pt", "--target-bits", targets, "--run-dir", SWEEP)
+        assert (answer.code, "already holds a run" in answer.err) == (2, True)
+
+
+# ---- kills
+
+
+def dying_at(moment: int) -> Callable[[], None]:
+    """Let the process kill itself at its `moment`-th step; a target has 12."""
+
+    def before() -> None:
+        step, seen = Trainer._train_step, itertools.count()
+
+        def watched(*args: Any) -> Any:
+            if next(seen) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args)
+
+        Trainer._train_step = watched
+
+    return before
+
+
+@pytest.mark.parametrize(
+    ("moment", "flags"),
+    [(5, ""), (12, f"--run-dir {SWEEP}"), (17, f"--run-dir {SWEEP}/4-bits"), (35, "model.pt --target-bits 3,6,4")],
+)
+def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    project: Path, unharmed: Path, moment: int, flags: str
+) -> None:
+    assert exit_code(in_child(BEGIN, before=dying_at(moment))) == -signal.SIGKILL
+    finished = {path: path.stat().st_mtime_ns for path in Path(SWEEP).glob("*/report.json")}
+    assert len(finished) == moment // 12
+    assert exit_code(in_child(f"finetune --resume {flags}")) == 0, Path("child.txt").read_text()
+    assert results(SWEEP) == results(unharmed / SWEEP)
+    assert (Path(SWEEP) / "sweep.json").read_bytes() == (unharmed / SWEEP / "sweep.json").read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_a_target_that_was_damaged_is_made_again(swept: Path, unharmed: Path) -> None:
+    (swept / "6-bits" / "final.pt").write_bytes(b"no model")
+    (swept / "4-bits" / "report.json").write_text("{")
+    kept = (swept / "3-bits" / "report.json").stat().st_mtime_ns
+    assert exit_code(in_child(f"finetune --resume --run-dir {SWEEP}/4-bits")) == 0, Path("child.txt").read_text()
+    assert results(swept) == results(unharmed / SWEEP)
+    assert report(swept / "4-bits") == report(unharmed / SWEEP / "4-bits")
+    assert (swept / "3-bits" / "report.json").stat().st_mtime_ns == kept
+
+
+def test_other_targets_or_data_are_refused_on_resuming(project: Path) -> None:
+    assert exit_code(in_child(BEGIN, before=dying_at(12))) == -signal.SIGKILL
+    answer = ddq("finetune", "model.pt", "--target-bits", "6,4", "--resume")
+    assert answer.code == 2
+    assert "with another recipe (targets: 3 bits, 6 bits, 4 bits, now 6 bits, 4 bits); begin a new run." in answer.err
+    (Path(SWEEP) / "4-bits" / "last.pt").unlink()  # so that the finished target alone knows the checkpoint
+    other = torch.load("model.pt")
+    other["8.bias"] += 1
+    torch.save(other, "model.pt")
+    answer = ddq("finetune", "--resume")
+    assert answer.code == 2
+    assert "The checkpoint is not the one (SHA-256 " in answer.err
+    assert f"that {SWEEP}/6-bits was begun with" in answer.err
