@@ -142,15 +142,19 @@ def _started(model: torch.nn.Module, start: Run | None) -> torch.nn.Module:
     return model
 
 
-@contextmanager
-def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterator[Run]:
-    """The run to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
-    new = run is None
+def opened(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Run:
+    """The run to go on with, or a new one; in all processes but the first, only to be read."""
     if distributed.is_first():
         run = run or Run.create(run_dir, recipe.name or Path(recipe.model.checkpoint or "model").stem)
     path = distributed.from_first(run and run.path)
-    run = run if run and distributed.is_first() else ReadOnlyRun(path)
-    resume = f"`ddq finetune --resume --run-dir {path}` goes on with it."
+    return run if run and distributed.is_first() else ReadOnlyRun(path)
+
+
+@contextmanager
+def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterator[Run]:
+    """The run to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
+    new, run = run is None, opened(run, run_dir, recipe)
+    resume = f"`ddq finetune --resume --run-dir {run.path}` goes on with it."
     with run.held():
         try:
             if new:

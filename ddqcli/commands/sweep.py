@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli import plots
-from ddqcli.commands.finetune import Listener, finetune
+from ddqcli.commands.finetune import Listener, finetune, opened
 from ddqcli.commands.pictures import folder
 from ddqcli.engine import distributed
 from ddqcli.engine.placing import device_named
-from ddqcli.engine.runs import FINAL, RECIPE, ReadOnlyRun, Run
+from ddqcli.engine.runs import FINAL, Run
 from ddqcli.errors import BudgetError, DDQError
 from ddqcli.recipe import Recipe
 
@@ -95,18 +95,14 @@ def _is_whole(run: Run) -> bool:
 @contextmanager
 def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe]) -> Iterator[Run]:
     """The sweep to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
-    new = run is None
-    if distributed.is_first():
-        run = run or Run.create(run_dir, recipes[0].name or Path(recipes[0].model.checkpoint or "model").stem)
-    path = distributed.from_first(run and run.path)
-    run = run if run and distributed.is_first() else ReadOnlyRun(path)
+    new, run = run is None, opened(run, run_dir, recipes[0])
     with run.held():
         try:
             if new:
                 run.write_recipe(*recipes)
             yield run
         except Exception:
-            if new and not any(run.path.glob(f"*/{RECIPE}")):
+            if new:
                 run.discard_if_empty()
             raise
 

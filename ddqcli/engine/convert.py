@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.utils import parametrize
 from ddqcli.engine.plan import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, AttentionOutput, Plan, make_plans, weights_of
 from ddqcli.errors import UsageError
 from ddqcli.quant.activation import ActivationQuantizer
-from ddqcli.quant.quantizer import DDQuantizer
+from ddqcli.quant.quantizer import DDQuantizer, at_once
 from ddqcli.recipe import Recipe
 
 _BIASES = ("bias", "in_proj_bias")  # of the layers that have weights; quantized by Eqn (5)
@@ -62,6 +63,11 @@ class Converted:
         """Everything of the float state dict that is not quantized, by its float name, shared tensors once."""
         elsewhere = {t.name for t in self.tensors} | self.aliases.keys()
         return {name: value for name, value in float_state(self.model).items() if name not in elsewhere}
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a training step: the quantizers' work, with few calls for all together."""
+        inputs = [a.learned for a in self.activations.values() if a.learned is not None]
+        return at_once([(t.quantizer, t.parameter) for t in self.tensors], inputs)
 
     def keep_input(self, name: str, reason: str) -> None:
         """Leave the layer's input in float after all."""

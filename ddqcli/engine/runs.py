@@ -130,7 +130,7 @@ class Run:
 
     def discard_if_empty(self) -> None:
         """Remove a folder in which nothing was trained."""
-        if not (self.path / LAST).exists():
+        if not any(self.path.glob(f"*/{RECIPE}" if self.is_sweep else LAST)):
             for name in (RECIPE, SWEEP_RECIPE, _LOCK):
                 (self.path / name).unlink(missing_ok=True)
             with suppress(OSError):  # they hold other files

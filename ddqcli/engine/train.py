@@ -22,7 +22,6 @@ from ddqcli.engine.data import Data
 from ddqcli.engine.evaluate import output_of
 from ddqcli.engine.gates import Gates
 from ddqcli.errors import DataError, DDQError, Interrupted
-from ddqcli.quant.quantizer import at_once
 from ddqcli.recipe import Recipe, TrainSection
 
 _STEP_LR = 0.05  # log2 of a learned step or clip moves by this share of levels_lr
@@ -62,8 +61,6 @@ class Trainer:
         self.converted, self.teacher, self.data, self.gates, self.recipe = converted, teacher, data, gates, recipe
         self.model, self.steps, self.step = converted.model, steps, 0
         self.lr_scale = 1.0  # of every step size
-        self.weights = [(t.quantizer, t.parameter) for t in converted.tensors]
-        self.inputs = [a.learned for a in converted.activations.values() if a.learned is not None]
         self.parallel = distributed.parallel(self.model)
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
 
@@ -145,7 +142,7 @@ class Trainer:
         # Dropout and the like: a function of the step alone.
         torch.manual_seed(train.seed * 1_000_003 + self.step + 2**40 * shard.rank)
         autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
-        with at_once(self.weights, self.inputs):  # the backward pass, too, may quantize: whatever is recomputed there
+        with self.converted.at_once():  # the backward pass, too, may quantize: whatever is recomputed there
             with autocast, parametrize.cached():  # a weight that is read more than once is quantized once
                 output = output_of(self.parallel(x))
                 loss = self._loss(x, y, output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddqcli.quant.functional import CELLS, nearest_table
+from ddqcli.quant.functional import half_steps, nearest_table
 
 
 class FixedInput(nn.Module):
@@ -47,8 +47,7 @@ class FixedInput(nn.Module):
             code = torch.clamp(torch.round(wide / self.scale), low, high)
             code = torch.add(code, wide, alpha=-0.0)  # makes -0 in the code 0, and NaN or an infinity NaN
             return (code * self.scale).to(x.dtype)
-        cell = torch.div(wide, self.scale / 2).floor_().add_(2 * self.zero_point + 1)
-        cell = cell.nan_to_num_().clamp_(0, CELLS - 1).to(torch.int32)
+        cell = half_steps(wide, self.scale / 2, 2 * self.zero_point + 1)
         index = self.nearest.index_select(0, cell.reshape(-1)).int()
         value = self.values.index_select(0, index).view(x.shape)
         return torch.add(value, wide, alpha=0.0).to(x.dtype)  # NaN where x is NaN or infinite

@@ -87,7 +87,7 @@ def _cells(device: torch.device) -> Tensor:
     return torch.arange(-1.0, CELLS - 1, device=device)
 
 
-def half_steps(x: Tensor, half: Tensor, offset: Tensor) -> Tensor:
+def half_steps(x: Tensor, half: Tensor, offset: Tensor | int) -> Tensor:
     """The cell of each value: 0 below the grid, else 1 + its half-step on the grid, at most 511. int32, shape of x.
 
     Division, not multiplication by a reciprocal: m * scale / 2 is exact in float32 for the whole numbers m in question, and
@@ -100,14 +100,6 @@ def half_steps(x: Tensor, half: Tensor, offset: Tensor) -> Tensor:
     """
     cell = torch.div(x.float(), half).floor_().add_(offset)
     return cell.clamp_(0, CELLS - 1).to(torch.int32).clamp_(0, CELLS - 1)  # of NaN, any number may be made
-
-
-def poison(x: Tensor) -> Tensor:
-    """0, or NaN if any value of x is NaN or infinite; a scalar on x's device."""
-    if not x.numel():
-        return torch.zeros((), device=x.device)
-    low, high = torch.aminmax(x.detach())
-    return (low * 0 + high * 0).float()
 
 
 class _LevelsInForce(torch.autograd.Function):

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROUNDED = {
-    "eager_numerics.division_rounding": True
-}  # Triton's own division is off by up to two units of the last place
+# Triton's own division is off by up to two units of the last place.
+_ROUNDED = {"eager_numerics.division_rounding": True}
 
 
 @cache
@@ -29,9 +28,8 @@ def fused(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
 
 def can_fuse(device: torch.device) -> bool:
     """Whether torch.compile works here: tried once on a few values, since a missing compiler shows only then."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(
-        logging.ERROR
-    )  # it warns where CUDA is installed but absent
+    # It warns where CUDA is installed but absent.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         fused(_probe, device.type)(torch.zeros(8, device=device))
     except Exception:  # whatever a missing or broken compiler raises: the eager path is always right

@@ -28,7 +28,6 @@ from ddqcli.engine.convert import convert, quantizers
 from ddqcli.engine.gates import Budget, Gates
 from ddqcli.engine.train import _optimizers
 from ddqcli.quant.fusion import can_fuse
-from ddqcli.quant.quantizer import at_once
 from ddqcli.recipe import Recipe
 
 Step = Callable[[], None]
@@ -108,13 +107,11 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, **sections: dict) -> Step:
     gates.start()
     model.train()
     optimizers = [o for o in _optimizers(converted, recipe.train) if o]
-    weights = [(t.quantizer, t.parameter) for t in converted.tensors]
-    inputs = [a.learned for a in converted.activations.values() if a.learned is not None]
     counter = iter(range(1, 10**9))
 
     def step() -> None:
         number = next(counter)
-        with at_once(weights, inputs):
+        with converted.at_once():
             loss = F.cross_entropy(model(x), y)
             loss.backward()
         gates.after_backward(number, 0.0)

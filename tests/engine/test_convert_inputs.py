@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ddqcli.engine.convert import convert, quantized_state
 from ddqcli.quant.activation import ActivationQuantizer
-from ddqcli.quant.quantizer import at_once
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +187,7 @@ def test_layers_that_are_computed_again_in_the_backward_pass_get_the_same_gradie
         model.layers(x)
         for activation in converted.activations.values():
             activation.fit()
-        inputs = [a.learned for a in converted.activations.values() if a.learned is not None]
-        with at_once([(t.quantizer, t.parameter) for t in converted.tensors], inputs):
+        with converted.at_once():
             with parametrize.cached():
                 loss = model(x).square().sum()
             loss.backward()
