@@ -11,6 +11,7 @@ step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -192,12 +193,20 @@ def _snap(x: Tensor, by_cell: Tensor, half: Tensor, offset: Tensor, base: Tensor
 
 
 def _snap_to_few(x: Tensor, values: Tensor) -> Tensor:
-    """`_snap` of [1, M] to [1, n] values by a comparison with each threshold: to be fused. Thresholds are exact in float32."""
-    thresholds = (values[:, 1:] + values[:, :-1]) / 2
-    found = values[:, :1].expand_as(x)
-    for k in range(thresholds.shape[1]):
-        found = torch.where(x >= thresholds[:, k], values[:, k + 1], found)
-    return torch.add(found, x, alpha=-0.0).to(x.dtype)
+    """`_snap` of [1, M] to [1, n] values by a comparison with each threshold: to be fused."""
+    return torch.add(_highest(_reached(x, values), values), x, alpha=-0.0).to(x.dtype)
+
+
+def _reached(x: Tensor, values: Tensor) -> list[Tensor]:
+    """Whether x [1, M] is at or above each of the n - 1 thresholds between n values, which are exact in float32."""
+    return [x >= threshold for threshold in ((values[:, 1:] + values[:, :-1]) / 2).unbind(1)]
+
+
+def _highest(reached: list[Tensor], values: Tensor) -> Tensor:
+    found = values[:, :1].expand_as(reached[0])
+    for k, at_or_above in enumerate(reached, 1):
+        found = torch.where(at_or_above, values[:, k], found)
+    return found
 
 
 def _cell(x: Tensor, half: Tensor, offset: Tensor, base: Tensor) -> Tensor:
@@ -232,10 +241,14 @@ def _corrected(
     return _inside(grad, x, low, high), grad.float() + correction * residual, code
 
 
-def _corrected_sums(count: int, *args: Any) -> tuple[Tensor, Tensor]:
-    """`_corrected`, and at once the sums by code: [G, M] and [G, count]. A reduction for each code: to be fused."""
-    grad_x, grad, code = _corrected(torch.float32, *args)
-    return grad_x, torch.stack([torch.where(code == k, grad, 0.0).sum(1) for k in range(count)], 1)
+def _corrected_sums(grad: Tensor, x: Tensor, values: Tensor, correction: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_corrected` of [1, M] as `_snap_to_few` finds the values, and at once the sums of [1, n] values: to be fused."""
+    reached, reaches = _reached(x, values), grad.float()
+    if correction is not None:
+        reaches = reaches + correction * (_highest(reached, values) - x)
+    members = [~reached[0], *(a & ~b for a, b in itertools.pairwise(reached)), reached[-1]]
+    sums = [torch.where(member, reaches, 0.0).sum(1) for member in members]
+    return _inside(grad, x, values[:, :1], values[:, -1:]), torch.stack(sums, 1)
 
 
 _FEW = 16  # levels up to which a fused comparison with each is faster than memory
@@ -259,11 +272,12 @@ class _FakeQuantize(torch.autograd.Function):
         correction: Tensor,
         axis: int,
         learns: bool,
+        corrects: bool,
         fuse: bool,
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(values, by_cell, codes, half, offset, correction, *xs)
-        ctx.constants = (axis, learns, fuse)
+        ctx.constants = (axis, learns, corrects, fuse)
         ctx.set_materialize_grads(False)
         kind, row = half.device.type, _row(xs, xs, axis, len(values))
         if fuse and len(values) == 1 and values.shape[1] <= _FEW:
@@ -275,7 +289,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         values, by_cell, codes, half, offset, correction, *xs = ctx.saved_tensors
-        axis, learns, fuse = ctx.constants
+        axis, learns, corrects, fuse = ctx.constants
         kind, (groups, count) = half.device.type, values.shape
         known = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, xs, strict=True)]
         pair = _row(known, xs, axis, groups), _row(xs, xs, axis, groups)
@@ -285,19 +299,18 @@ class _FakeQuantize(torch.autograd.Function):
             grad_x = (fused(_inside, kind) if fuse else _inside)(*pair, *ends)
         else:
             group = torch.arange(groups, device=half.device, dtype=torch.int32)[:, None]
-            low, high, *where = _spread(
-                [values[:, :1], values[:, -1:], half, offset, CELLS * group, correction[:, None]], xs
-            )
             if fuse and groups == 1 and count <= _FEW:
-                kernel = fused(_corrected_sums, kind)
-                grad_x, sums = kernel(count, *pair, low, high, by_cell, codes, *where)
+                grad_x, sums = fused(_corrected_sums, kind)(*pair, values, correction if corrects else None)
             else:
+                low, high, *where = _spread(
+                    [values[:, :1], values[:, -1:], half, offset, CELLS * group, correction[:, None]], xs
+                )
                 kernel = fused(_corrected, kind) if fuse else _corrected
                 small = torch.uint8 if groups * count <= 256 else torch.int32
                 grad_x, found, code = kernel(small, *pair, low, high, by_cell, codes + count * group, *where)
                 sums = _sums(found, code, groups * count).view(groups, count)
         of_xs = _parted(grad_x, xs, axis)
-        return sums, *(None,) * 8, *(None if grad is None else of_x for grad, of_x in zip(grads, of_xs, strict=True))
+        return sums, *(None,) * 9, *(None if grad is None else of_x for grad, of_x in zip(grads, of_xs, strict=True))
 
 
 def fake_quantize(x: Tensor, tables: Tables, *, axis: int = 0, correction: float = 0.0, fuse: bool = False) -> Tensor:
@@ -340,7 +353,7 @@ def _apply(xs: list[Tensor], tables: Tables, corrections: list[float], axis: int
     of_one = len(corrections) == 1  # is filled in by the device itself, without waiting for it
     factors = t.half.new_full((1,), corrections[0]) if of_one else t.half.new_tensor(corrections)
     out: tuple[Tensor, ...] = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        t.values, t.by_cell, t.codes, t.half, t.offset, factors, axis, t.learns, fuse, *xs
+        t.values, t.by_cell, t.codes, t.half, t.offset, factors, axis, t.learns, any(corrections), fuse, *xs
     )
     return out
 
