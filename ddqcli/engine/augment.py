@@ -10,11 +10,11 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def key_seed(*key: str | int) -> int:
@@ -43,11 +43,14 @@ def seeded(*key: str | int) -> Iterator[None]:
         random.setstate(before[2])
 
 
-def shifted_crops(images: Tensor, pad: int, tops: Tensor, lefts: Tensor) -> Tensor:
-    """Pad images [B,H,W,C] with black by `pad` pixels and cut [H,W] out at tops, lefts [B] (0..2*pad) of each."""
+def shifted_crops(images: Tensor, pad: int, tops: Tensor, lefts: Tensor, fill: Tensor) -> Tensor:
+    """Pad images [B,H,W,C] with `fill` [C] by `pad` pixels and cut [H,W] out at tops, lefts [B] (0..2*pad) of each."""
     batch, height, width, channels = images.shape
-    padded = F.pad(images, (0, 0, pad, pad, pad, pad)).flatten(2)
-    windows = padded.unfold(2, width * channels, channels)  # [B, H + 2 pad, 2 pad + 1, W * C]; copies whole rows: fast
+    padded = fill.expand(batch, height + 2 * pad, width + 2 * pad, channels).clone()
+    padded[:, pad : pad + height, pad : pad + width] = images
+    windows = padded.flatten(2).unfold(
+        2, width * channels, channels
+    )  # [B, H + 2 pad, 2 pad + 1, W * C]; copies whole rows: fast
     rows = tops[:, None] + torch.arange(height)
     return windows[torch.arange(batch)[:, None], rows, lefts[:, None]].unflatten(2, (width, channels))
 
@@ -86,18 +89,21 @@ class Prepare:
         *,
         seed: int = 0,
         pad: int = 0,
+        fill: Literal["black", "mean"] = "black",
         flip: bool = False,
     ) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(std, dtype=torch.float32, device=device)
         self.device, self.seed, self.pad, self.flip = device, seed, pad, flip
+        shade = torch.tensor(mean, dtype=torch.float32) * 255 if fill == "mean" else torch.zeros(len(mean))
+        self.fill = shade.round().clamp(0, 255).to(torch.uint8)  # of what is added around an image
 
     def __call__(self, images: Tensor, epoch: int, batch: int) -> Tensor:
         """Float32 [B,C,H,W] on the device; the augmentation is that of batch `batch` of epoch `epoch`."""
         draw = generator("augment", self.seed, epoch, batch)
         if self.pad:
             tops, lefts = torch.randint(0, 2 * self.pad + 1, (2, len(images)), generator=draw)
-            images = shifted_crops(images, self.pad, tops, lefts)
+            images = shifted_crops(images, self.pad, tops, lefts, self.fill)
         if self.flip:
             images = mirrored(images, torch.rand(len(images), generator=draw) < 0.5)
         return normalised(to_device(images, self.device), self.mean, self.std)

@@ -78,7 +78,8 @@ def _from_images(
     """Images: small ones with crops after padding, large ones with crops of random size; in memory if they fit."""
     form = choose_format(source, section)
     pad = section.pad if form.small else 0
-    augment = Prepare(form.mean, form.std, device, seed=seed * shard.count + shard.rank, pad=pad, flip=section.flip)
+    rank_seed = seed * shard.count + shard.rank
+    augment = Prepare(form.mean, form.std, device, seed=rank_seed, pad=pad, fill=section.fill, flip=section.flip)
     plain = Prepare(form.mean, form.std, device)
     val_size = max(SMALL_VAL_BATCH, section.batch_size) if form.small else section.batch_size
 

@@ -70,13 +70,18 @@ def reference(image: Image.Image) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- augmentation
 
 
-def test_crops_and_flips_agree_with_torchvision_sample_by_sample():
+@pytest.mark.parametrize("fill", [(0, 0, 0), (124, 116, 104)], ids=str)
+def test_crops_and_flips_agree_with_torchvision_sample_by_sample(fill):
     images = torch.from_numpy(pixels(40, 7, 9, 3))
     tops, lefts = torch.randint(0, 7, (2, 40))
     flips = torch.rand(40) < 0.5
-    result = mirrored(shifted_crops(images, 3, tops, lefts), flips)
+    colour = torch.tensor(fill, dtype=torch.uint8)
+    result = mirrored(shifted_crops(images, 3, tops, lefts, colour), flips)
     for image, top, left, flip, got in zip(images, tops.tolist(), lefts.tolist(), flips, result, strict=True):
-        expected = TF.crop(TF.pad(image.permute(2, 0, 1), [3]), top, left, 7, 9)
+        padded = torch.stack(
+            [TF.pad(channel, [3], value) for channel, value in zip(image.permute(2, 0, 1), fill, strict=True)]
+        )
+        expected = TF.crop(padded, top, left, 7, 9)
         expected = TF.hflip(expected) if flip else expected
         assert torch.equal(got.permute(2, 0, 1), expected)
 
