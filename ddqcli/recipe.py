@@ -70,7 +70,9 @@ class DataSection(_Section):
     )
     crop: Annotated[int, Field(ge=1)] | None = None  # centre (validation) or random (training) crop, pixels
     pad: Annotated[int, Field(ge=0)] = 4  # training: random crop after padding by so many pixels (small images)
-    fill: Literal["black", "mean"] = "black"  # what they are padded with: mean is 0 once normalised
+    fill: Literal["auto", "black", "mean"] = (
+        "auto"  # what they are padded with; auto: as the model's BatchNorm knows them
+    )
     flip: bool = True  # training: random horizontal flip
     batch_size: Annotated[int, Field(ge=1)] = 128
     workers: Annotated[int, Field(ge=0)] = 2  # processes that decode, where a set is too large for memory

@@ -18,7 +18,7 @@ from ddqcli.engine import distributed
 from ddqcli.engine.checkpoint import load_checkpoint
 from ddqcli.engine.convert import Converted, convert, quantizers
 from ddqcli.engine.data import Data, load_data
-from ddqcli.engine.evaluate import calibrate, evaluate, probe, reestimate_batch_norm
+from ddqcli.engine.evaluate import calibrate, evaluate, nearest_fill, probe, reestimate_batch_norm
 from ddqcli.engine.gates import Budget, Gates, make_budget
 from ddqcli.engine.health import ROLLED_BACK, find_warnings
 from ddqcli.engine.models import build_model
@@ -107,12 +107,16 @@ def finetune(
         with _explained("The model cannot run on these data", UsageError, recipe):
             before = saved["float_accuracy"] if saved else evaluate(teacher, data, on_progress=listener.progress)
             listener.note(f"float accuracy: {before:.2f} %")
+            fill = saved.get("fill") if saved else distributed.from_first(nearest_fill(teacher, data.train))
+            if recipe.data.fill == "auto" and fill:
+                data.pad_with(fill)
+                listener.note(f"crops are padded with {fill}: nearest to what the model's BatchNorm has seen")
             trainer = _trainer(converted, teacher, data, budget, recipe, steps, saved)
         if saved:
             listener.note(f"resumed {run.path} at step {trainer.step} of {steps}")
             run.cut_metrics(trainer.step)
         with _explained("Training failed", DDQError, recipe):
-            _train(trainer, run, {**facts, "float_accuracy": before}, listener)
+            _train(trainer, run, {**facts, "float_accuracy": before, "fill": fill}, listener)
             _keep_snapshot(run, converted, steps)
             if recipe.train.bn_batches and steps:
                 torch.manual_seed(recipe.train.seed)

@@ -10,7 +10,6 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 import torch
@@ -79,7 +78,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Prepare:
-    """Makes uint8 images [B,H,W,C] the model's input: augments (pad > 0, flip), moves to the device, normalises."""
+    """Makes uint8 images [B,H,W,C] the model's input: augments (pad > 0, flip), moves to the device, normalises.
+
+    Padding is black, as torchvision pads images, or of the mean colour, as who pads with 0 after normalisation has it.
+    """
 
     def __init__(
         self,
@@ -89,21 +91,21 @@ class Prepare:
         *,
         seed: int = 0,
         pad: int = 0,
-        fill: Literal["black", "mean"] = "black",
+        fill: str = "black",
         flip: bool = False,
     ) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(std, dtype=torch.float32, device=device)
-        self.device, self.seed, self.pad, self.flip = device, seed, pad, flip
-        shade = torch.tensor(mean, dtype=torch.float32) * 255 if fill == "mean" else torch.zeros(len(mean))
-        self.fill = shade.round().clamp(0, 255).to(torch.uint8)  # of what is added around an image
+        self.device, self.seed, self.pad, self.fill, self.flip = device, seed, pad, fill, flip
+        colour = (torch.tensor(mean, dtype=torch.float32) * 255).round().clamp(0, 255).to(torch.uint8)
+        self.fills = {"black": torch.zeros_like(colour), "mean": colour}
 
     def __call__(self, images: Tensor, epoch: int, batch: int) -> Tensor:
         """Float32 [B,C,H,W] on the device; the augmentation is that of batch `batch` of epoch `epoch`."""
         draw = generator("augment", self.seed, epoch, batch)
         if self.pad:
             tops, lefts = torch.randint(0, 2 * self.pad + 1, (2, len(images)), generator=draw)
-            images = shifted_crops(images, self.pad, tops, lefts, self.fill)
+            images = shifted_crops(images, self.pad, tops, lefts, self.fills[self.fill])
         if self.flip:
             images = mirrored(images, torch.rand(len(images), generator=draw) < 0.5)
         return normalised(to_device(images, self.device), self.mean, self.std)

@@ -40,6 +40,10 @@ class Data:
         """Tells whether a run goes on with the data it was begun with."""
         return f"{self.train.samples} {self.train.fingerprint()} {self.val.samples} {self.val.fingerprint()}"
 
+    def pad_with(self, fill: str) -> None:
+        """Pad training images with another one of `Prepare.fills` from now on."""
+        self.train.prepare.fill = fill  # type: ignore[attr-defined]
+
 
 def load_data(section: DataSection, *, seed: int, device: torch.device, shard: Shard = WHOLE) -> Data:
     """The data that `section` names, deterministic in `seed`; of each batch, one process's shard.
@@ -79,7 +83,8 @@ def _from_images(
     form = choose_format(source, section)
     pad = section.pad if form.small else 0
     rank_seed = seed * shard.count + shard.rank
-    augment = Prepare(form.mean, form.std, device, seed=rank_seed, pad=pad, fill=section.fill, flip=section.flip)
+    fill = "black" if section.fill == "auto" else section.fill  # until the model is asked
+    augment = Prepare(form.mean, form.std, device, seed=rank_seed, pad=pad, fill=fill, flip=section.flip)
     plain = Prepare(form.mean, form.std, device)
     val_size = max(SMALL_VAL_BATCH, section.batch_size) if form.small else section.batch_size
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ddqcli.engine import distributed
-from ddqcli.engine.augment import generator
+from ddqcli.engine.augment import Prepare, generator
+from ddqcli.engine.batches import Batches
 from ddqcli.engine.convert import Converted
 from ddqcli.engine.data import Data
 from ddqcli.errors import DataError
@@ -76,6 +77,34 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
         for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(distributed.total(statistic.clone()) / distributed.shard().count)
     model.eval()
+
+
+@torch.no_grad()
+def nearest_fill(model: nn.Module, batches: Batches) -> str | None:
+    """Which of `Prepare.fills` the images that `model` was trained on were padded with; None if nothing tells.
+
+    With each, the means of one batch are held against BatchNorm's running means, in running deviations.
+    """
+    prepare = getattr(batches, "prepare", None)
+    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.running_mean is not None]
+    if not (isinstance(prepare, Prepare) and prepare.pad and norms):
+        return None
+    distances: dict[str, list[Tensor]] = {fill: [] for fill in prepare.fills}
+    in_force = prepare.fill
+
+    def look(norm: Any, args: tuple[Tensor, ...]) -> None:
+        means = args[0].float().transpose(0, 1).flatten(1).mean(1)
+        off = (means - norm.running_mean).square() / (norm.running_var + norm.eps)
+        distances[prepare.fill].append(off.mean())
+
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    for fill in distances:
+        prepare.fill = fill
+        model(next(iter(batches.epoch(0)))[0])
+    for handle in hooks:
+        handle.remove()
+    prepare.fill = in_force
+    return min(distances, key=lambda fill: float(sum(distances[fill], torch.zeros(()))))
 
 
 @contextmanager

@@ -72,6 +72,19 @@ def test_a_run_meets_its_budget_and_says_so_in_its_folder_and_its_answer(project
     assert steps(folder) == [10, 12]
 
 
+def test_padding_is_chosen_by_the_model_unless_the_recipe_says_it(project: Path) -> None:
+    fill = "crops are padded with"
+    chosen = ddq("finetune", "model.pt", "--run-dir", "chosen").err
+    assert fill in chosen
+    assert fill not in ddq("finetune", "model.pt", "--set", "data.fill=mean", "--run-dir", "mean").err
+    assert fill not in ddq("finetune", "model.pt", "--set", "data.pad=0", "--run-dir", "none").err
+    ddq("finetune", "model.pt", "--set", "data.fill=black", "--run-dir", "black")
+    levels = {name: torch.load(f"{name}/final.pt")["weights"] for name in ("chosen", "mean", "black")}
+    same = "black" if f"{fill} black" in chosen else "mean"
+    torch.testing.assert_close(levels["chosen"], levels[same], rtol=0, atol=0)
+    assert any((levels["mean"][name] != value).any() for name, value in levels["black"].items())
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(project: Path, unharmed: bytes) -> None:
     assert exit_code(in_child(BEGIN, EXPORT)) == 0
     assert artifact() == unharmed

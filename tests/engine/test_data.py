@@ -22,6 +22,7 @@ from ddqcli.engine import data as data_module
 from ddqcli.engine.augment import mirrored, normalised, seeded, shifted_crops
 from ddqcli.engine.batches import LoadedBatches, MemoryBatches, Order, ReadyBatches
 from ddqcli.engine.data import Data, classification, load_data
+from ddqcli.engine.evaluate import nearest_fill
 from ddqcli.errors import DataError, UsageError
 from ddqcli.recipe import IMAGENET_MEAN, IMAGENET_STD, DataSection
 
@@ -734,3 +735,18 @@ def test_quickstart_model_reads_its_test_images():
     with torch.no_grad():
         hits = sum(data.metric(model.eval()(inputs), targets).sum().item() for inputs, targets in data.val.epoch(0))
     assert (hits, data.val.samples) == (357, 359)
+
+
+@pytest.mark.parametrize("trained_with", ["black", "mean"])
+def test_padding_is_found_again_in_the_batch_norm_of_a_model(tmp_path, trained_with):
+    images, labels = pixels(256, 12, 12, 3) // 2 + 100, np.arange(256)
+    path = write_npz(tmp_path / "a.npz", x_train=images, x_test=images, y_train=labels, y_test=labels)
+    norms = [torch.nn.BatchNorm2d(8, momentum=None) for _ in range(2)]
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norms[0], torch.nn.ReLU(), norms[1])
+    for inputs, _ in load(path, pad=3, fill=trained_with, batch_size=64).train.epoch(1):
+        model.train()(inputs)
+    data = load(path, pad=3, batch_size=64)
+    before = next(iter(data.train.epoch(0)))[0]
+    assert nearest_fill(model.eval(), data.train) == trained_with
+    assert torch.equal(next(iter(data.train.epoch(0)))[0], before)
+    assert nearest_fill(model, load(path, pad=0).train) is nearest_fill(torch.nn.Flatten(), data.train) is None
