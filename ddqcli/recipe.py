@@ -71,7 +71,7 @@ class DataSection(_Section):
     crop: Annotated[int, Field(ge=1)] | None = None  # centre (validation) or random (training) crop, pixels
     pad: Annotated[int, Field(ge=0)] = 4  # training: random crop after padding by so many pixels (small images)
     fill: Literal["auto", "black", "mean"] = (
-        "auto"  # what they are padded with; auto: as the model's BatchNorm knows them
+        "auto"  # what they are padded with; auto: as BatchNorm knows them, or black
     )
     flip: bool = True  # training: random horizontal flip
     batch_size: Annotated[int, Field(ge=1)] = 128

@@ -107,8 +107,10 @@ def finetune(
         with _explained("The model cannot run on these data", UsageError, recipe):
             before = saved["float_accuracy"] if saved else evaluate(teacher, data, on_progress=listener.progress)
             listener.note(f"float accuracy: {before:.2f} %")
-            fill = saved.get("fill") if saved else distributed.from_first(nearest_fill(teacher, data.train))
-            if recipe.data.fill == "auto" and fill:
+            fill = saved.get("fill") if saved else None
+            if recipe.data.fill == "auto" and not saved:
+                fill = distributed.from_first(nearest_fill(teacher, data.train))
+            if fill:
                 data.pad_with(fill)
                 listener.note(f"crops are padded with {fill}: nearest to what the model's BatchNorm has seen")
             trainer = _trainer(converted, teacher, data, budget, recipe, steps, saved)

@@ -199,7 +199,8 @@ def _note(source: Source, form: ImageFormat, section: DataSection, train: Batche
     kept = {MemoryBatches: "kept in memory", LoadedBatches: f"read by {section.workers} processes as needed"}
     kinds = list(dict.fromkeys(kept[type(part)] for part in (train, val)))  # type: ignore[index]
     values = [" ".join(f"{value:g}" for value in part) for part in (form.mean, form.std)]
-    steps = [f"crops after padding by {section.pad}"] if form.small and section.pad else []
+    colour = "" if section.fill == "auto" else f" with {section.fill}"
+    steps = [f"crops after padding by {section.pad}{colour}"] if form.small and section.pad else []
     steps += [] if form.small else ["crops of random size and place"]
     steps += ["flips"] if section.flip else []
     return (

@@ -20,6 +20,7 @@ from ddqcli.errors import DataError
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PROBE = 8  # samples
+_ENOUGH = 512  # samples, for means
 OnProgress = Callable[[str, int, int], None]  # what is going on, done, total
 
 
@@ -83,28 +84,38 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
 def nearest_fill(model: nn.Module, batches: Batches) -> str | None:
     """Which of `Prepare.fills` the images that `model` was trained on were padded with; None if nothing tells.
 
-    With each, the means of one batch are held against BatchNorm's running means, in running deviations.
+    With each, the means over some hundred samples are held against BatchNorm's running means, in running deviations.
     """
     prepare = getattr(batches, "prepare", None)
-    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.running_mean is not None]
+    norms = [m for m in model.modules() if type(m).forward is nn.BatchNorm2d.forward and m.running_mean is not None]
     if not (isinstance(prepare, Prepare) and prepare.pad and norms):
         return None
-    distances: dict[str, list[Tensor]] = {fill: [] for fill in prepare.fills}
-    in_force = prepare.fill
+    means: dict[nn.Module, list[Tensor]] = {}
 
-    def look(norm: Any, args: tuple[Tensor, ...]) -> None:
-        means = args[0].float().transpose(0, 1).flatten(1).mean(1)
-        off = (means - norm.running_mean).square() / (norm.running_var + norm.eps)
-        distances[prepare.fill].append(off.mean())
+    def look(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(iter((*args, *kwargs.values())))
+        means.setdefault(norm, []).append(x.float().transpose(0, 1).flatten(1).mean(1))
 
-    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
-    for fill in distances:
-        prepare.fill = fill
-        model(next(iter(batches.epoch(0)))[0])
-    for handle in hooks:
-        handle.remove()
+    def distance(norm: Any) -> float:
+        off = torch.stack(means[norm]).mean(0) - norm.running_mean
+        return float((off.square() / (norm.running_var + norm.eps)).mean())
+
+    hooks = [norm.register_forward_pre_hook(look, with_kwargs=True) for norm in norms]
+    found, in_force = {}, prepare.fill
+    for fill in prepare.fills:
+        prepare.fill, seen = fill, 0
+        means.clear()
+        for x, _ in batches.epoch(0):
+            model(x)
+            seen += len(x)
+            if seen >= _ENOUGH:
+                break
+        found[fill] = sum(map(distance, means))
+    for hook in hooks:
+        hook.remove()
     prepare.fill = in_force
-    return min(distances, key=lambda fill: float(sum(distances[fill], torch.zeros(()))))
+    nearest = min(found, key=lambda fill: found[fill])
+    return nearest if found[nearest] < max(found.values()) else None
 
 
 @contextmanager

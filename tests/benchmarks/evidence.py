@@ -110,7 +110,13 @@ def train(row: Row, model: list[str], folder: Path, environment: dict[str, str])
     bits = {tensor["name"]: tensor["bits"] for tensor in report["layers"]}
     kept = {key: report[key] for key in ("accuracy", "totals", "run")}
     name = {"table": row.table, "setting": row.setting, "method": row.method, "seed": row.seed}
-    return {**name, "command": shlex.join([*shown, *options]), **kept, "bits": bits}
+    return {**name, "commit": commit(), "command": shlex.join([*shown, *options]), **kept, "bits": bits}
+
+
+def commit() -> str:
+    """Of which code a result tells."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def results() -> list[dict[str, Any]]:
@@ -144,10 +150,14 @@ def main() -> None:
     options.add_argument("model", nargs="*", metavar="CHECKPOINT FILE.py:FACTORY CIFAR10_FOLDER")
     options.add_argument("--only", nargs="*", default=[], help="rows whose name contains one of these")
     options.add_argument("--jobs", type=int, default=1)
-    options.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "ddq-evidence")
+    runs = Path(tempfile.gettempdir()) / f"ddq-evidence-{commit()}"
+    options.add_argument("--runs", type=Path, default=runs)
     options.add_argument("--table", action="store_true")
     given = options.parse_args()
+    if not given.table and len(given.model) != 3:
+        options.error("give CHECKPOINT, FILE.py:FACTORY and CIFAR10_FOLDER, or --table")
     if not given.table:
+        RESULTS.parent.mkdir(exist_ok=True)
         done = {(r["table"], r["setting"], r["method"], r["seed"]) for r in results()}
         missing = [r for r in rows() if (r.table, r.setting, r.method, r.seed) not in done]
         wanted = [r for r in missing if not given.only or any(text in r.name for text in given.only)]

@@ -205,8 +205,9 @@ def test_no_level_stands_for_a_value_that_is_not_finite(bad, dtype, bits):
     out.sum().backward()
 
 
-@pytest.mark.parametrize("bits", [(4,), (6,), (2, 3, 1)], ids=str)
-def test_fused_kernels_decide_as_the_others_do(bits, monkeypatch):
+@pytest.mark.parametrize("correction", [0.0, 0.1])
+@pytest.mark.parametrize("bits", [(4,), (1,), (6,), (2, 3, 1)], ids=str)
+def test_fused_kernels_decide_as_the_others_do(bits, correction, monkeypatch):
     """The compiled kernels against the eager ones, which the oracle has checked: values bit for bit, sums in another order."""
     if not can_fuse(torch.device("cpu")):
         pytest.skip("torch.compile finds no compiler here")
@@ -220,7 +221,7 @@ def test_fused_kernels_decide_as_the_others_do(bits, monkeypatch):
     grad = torch.randn(x.shape, generator=seeded(2))
     results = []
     for fuse in (False, True):
-        out = fake_quantize(x, levels, scale, zero, gates, bits, correction=0.1, fuse=fuse)
+        out = fake_quantize(x, levels, scale, zero, gates, bits, correction=correction, fuse=fuse)
         results.append((out, *torch.autograd.grad(out, (x, levels), grad)))
     (out, grad_x, grad_levels), (fused_out, fused_grad_x, fused_grad_levels) = results
     assert oracle.same_bits(fused_out, out)
