@@ -70,9 +70,8 @@ class DataSection(_Section):
     )
     crop: Annotated[int, Field(ge=1)] | None = None  # centre (validation) or random (training) crop, pixels
     pad: Annotated[int, Field(ge=0)] = 4  # training: random crop after padding by so many pixels (small images)
-    fill: Literal["auto", "black", "mean"] = (
-        "auto"  # what they are padded with; auto: as BatchNorm knows them, or black
-    )
+    # What they are padded with; auto: as the model's BatchNorm knows them, or black.
+    fill: Literal["auto", "black", "mean"] = "auto"
     flip: bool = True  # training: random horizontal flip
     batch_size: Annotated[int, Field(ge=1)] = 128
     workers: Annotated[int, Field(ge=0)] = 2  # processes that decode, where a set is too large for memory

@@ -50,7 +50,7 @@ class Listener:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished run; `run_dir` is None after a dry run, and the report then says what would be trained."""
+    """A finished run, or sweep; `run_dir` is None after a dry run, and the report then says what would be trained."""
 
     run_dir: Path | None
     report: dict[str, Any]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddqcli import plots
-from ddqcli.commands.finetune import Listener, finetune, opened
+from ddqcli.commands.finetune import FinetuneResult, Listener, finetune, opened
 from ddqcli.commands.pictures import folder
 from ddqcli.engine import distributed
 from ddqcli.engine.placing import device_named
@@ -22,17 +21,6 @@ SWEEP_VERSION = 1
 PICTURE = "size-accuracy"
 
 
-@dataclass(frozen=True)
-class SweepResult:
-    """A finished sweep; `run_dir` is None after a dry run, and the table then says what would be trained."""
-
-    run_dir: Path | None
-    table: dict[str, Any]
-
-    def data(self) -> dict[str, Any]:
-        return {"run_dir": None if self.run_dir is None else str(self.run_dir), **self.table}
-
-
 def sweep(
     checkpoint_path: Path,
     recipes: Sequence[Recipe],
@@ -41,7 +29,7 @@ def sweep(
     run_dir: Path | None = None,
     dry_run: bool = False,
     listener: Listener | None = None,
-) -> SweepResult:
+) -> FinetuneResult:
     """Finetune a checkpoint to each recipe's target; the recipes differ in nothing else. Raises DDQError and its children.
 
     `run` is an unfinished sweep to go on with; otherwise a new one is made at `run_dir`. All targets are checked before the
@@ -52,7 +40,7 @@ def sweep(
     checked = [(recipe, _dry(checkpoint_path, recipe)) for recipe in recipes]
     checked.sort(key=lambda pair: pair[0].budget.target_bits or pair[1]["totals"]["budget_bytes"], reverse=True)
     if dry_run:
-        return SweepResult(None, _table([(recipe, report, None) for recipe, report in checked]))
+        return FinetuneResult(None, _table([(recipe, report, None) for recipe, report in checked]))
     device = distributed.local_device(device_named(recipes[0].train.device))
     with distributed.processes(device), _in_folder(run, run_dir, recipes) as run:
         done: list[tuple[Recipe, dict[str, Any], Run]] = []
@@ -71,7 +59,7 @@ def sweep(
             with folder(run.path):
                 plots.save(_picture(table), run.path / PICTURE)
             run.write_sweep(table)
-    return SweepResult(run.path, table)
+    return FinetuneResult(run.path, table)
 
 
 def _dry(checkpoint_path: Path, recipe: Recipe) -> dict[str, Any]:

@@ -47,9 +47,8 @@ def shifted_crops(images: Tensor, pad: int, tops: Tensor, lefts: Tensor, fill: T
     batch, height, width, channels = images.shape
     padded = fill.expand(batch, height + 2 * pad, width + 2 * pad, channels).clone()
     padded[:, pad : pad + height, pad : pad + width] = images
-    windows = padded.flatten(2).unfold(
-        2, width * channels, channels
-    )  # [B, H + 2 pad, 2 pad + 1, W * C]; copies whole rows: fast
+    # [B, H + 2 pad, 2 pad + 1, W * C]; copies whole rows: fast
+    windows = padded.flatten(2).unfold(2, width * channels, channels)
     rows = tops[:, None] + torch.arange(height)
     return windows[torch.arange(batch)[:, None], rows, lefts[:, None]].unflatten(2, (width, channels))
 
