@@ -76,11 +76,12 @@ def finetune(
     distillation's teacher is the checkpoint. With `dry_run`, stop where data would be read.
     """
     listener = listener if listener and distributed.is_first() else Listener()
+    introduce = (listener if not start else Listener()).note  # the run before has said the same
     recipe = recipe.of(checkpoint_path)
     device = distributed.local_device(device_named(recipe.train.device))
     checkpoint = load_checkpoint(checkpoint_path, pickle=recipe.model.pickle)
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
-    listener.note(f"model: {built.note}; {checkpoint.note}")
+    introduce(f"model: {built.note}; {checkpoint.note}")
     model = placed(built.model, device).eval()
     converted = convert(_started(copy.deepcopy(model), start), recipe)
     teacher = model.requires_grad_(False)  # the float model, which stays as it is
@@ -98,21 +99,23 @@ def finetune(
         return FinetuneResult(None, report)
     with distributed.processes(device), _in_folder(run, run_dir, recipe) as run:
         data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
-        listener.note(f"data: {data.note}")
+        introduce(f"data: {data.note}")
         steps = _steps(recipe, data)
         facts = {"sha256": checkpoint.sha256, "recipe": run.recipe_text(), "steps": steps, "data": data.fingerprint()}
-        if start and distributed.is_first():
-            start.saved({fact: facts[fact] for fact in ("sha256", "steps", "data")})
+        shared = {fact: facts[fact] for fact in ("sha256", "steps", "data")}
+        origin = distributed.from_first(start.saved(shared) if start and distributed.is_first() else None)
         saved = distributed.from_first(run.saved(facts) if distributed.is_first() else None)
         with _explained("The model cannot run on these data", UsageError, recipe):
-            before = saved["float_accuracy"] if saved else evaluate(teacher, data, on_progress=listener.progress)
-            listener.note(f"float accuracy: {before:.2f} %")
-            fill = saved.get("fill") if saved else None
-            if recipe.data.fill == "auto" and not saved:
-                fill = distributed.from_first(nearest_fill(teacher, data.train))
-            if fill:
-                data.pad_with(fill)
-                listener.note(f"crops are padded with {fill}: nearest to what the model's BatchNorm has seen")
+            if known := saved or origin:
+                before, fill = known["float_accuracy"], known.get("fill")
+            else:
+                before = evaluate(teacher, data, on_progress=listener.progress)
+                auto = recipe.data.fill == "auto"
+                fill = distributed.from_first(nearest_fill(teacher, data)) if auto else None
+            introduce(f"float accuracy: {before:.2f} %")
+            if data.augment and fill:
+                data.augment.fill = fill
+                introduce(f"crops are padded with {fill}: nearest to what the model's BatchNorm has seen")
             trainer = _trainer(converted, teacher, data, budget, recipe, steps, saved)
         if saved:
             listener.note(f"resumed {run.path} at step {trainer.step} of {steps}")

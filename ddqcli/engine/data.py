@@ -35,14 +35,11 @@ class Data:
     metric: Score  # (output, target) -> [B] scores in 0..1; a hit of the first class by default
     classes: tuple[str, ...] | None
     note: str  # one line: what was found, and the preprocessing in force
+    augment: Prepare | None = None  # what `train` passes images through; None where samples come ready
 
     def fingerprint(self) -> str:
         """Tells whether a run goes on with the data it was begun with."""
         return f"{self.train.samples} {self.train.fingerprint()} {self.val.samples} {self.val.fingerprint()}"
-
-    def pad_with(self, fill: str) -> None:
-        """Pad training images with another one of `Prepare.fills` from now on."""
-        self.train.prepare.fill = fill  # type: ignore[attr-defined]
 
 
 def load_data(section: DataSection, *, seed: int, device: torch.device, shard: Shard = WHOLE) -> Data:
@@ -72,13 +69,13 @@ def load_data(section: DataSection, *, seed: int, device: torch.device, shard: S
         raise DataError(f"The data {source} do not exist; give a folder, a .npz file, DATASET:ROOT or module:factory.")
     loss, metric = classification(found.count, exact=found.classes is not None)
     make = _from_tensors if isinstance(found.train, TensorDataset) else _from_images
-    train, val, note = make(found, section, seed, device, shard)
-    return Data(train, val, loss, metric, found.classes, note)
+    train, val, note, augment = make(found, section, seed, device, shard)
+    return Data(train, val, loss, metric, found.classes, note, augment)
 
 
 def _from_images(
     source: Source, section: DataSection, seed: int, device: torch.device, shard: Shard
-) -> tuple[Batches, Batches, str]:
+) -> tuple[Batches, Batches, str, Prepare]:
     """Images: small ones with crops after padding, large ones with crops of random size; in memory if they fit."""
     form = choose_format(source, section)
     pad = section.pad if form.small else 0
@@ -96,12 +93,12 @@ def _from_images(
 
     train = batches(source.train, Order(len(source.train), section.batch_size, seed, shard), augment, not form.small)
     val = batches(source.val, Order(len(source.val), val_size, shard=shard), plain, False)
-    return train, val, _note(source, form, section, train, val)
+    return train, val, _note(source, form, section, train, val), augment
 
 
 def _from_tensors(
     source: Source, section: DataSection, seed: int, device: torch.device, shard: Shard
-) -> tuple[Batches, Batches, str]:
+) -> tuple[Batches, Batches, str, None]:
     """Inputs that are ready for the model: passed on as they are."""
     (inputs, targets), (val_inputs, val_targets) = source.train.tensors, source.val.tensors
     train = MemoryBatches(inputs, targets, Order(len(inputs), section.batch_size, seed, shard), device)
@@ -110,7 +107,7 @@ def _from_tensors(
     if val_inputs.shape[1:] != inputs.shape[1:]:
         raise DataError(f"{source.place}: training and evaluation images differ in shape; make them equal.")
     note = f"{_counts(source, train, val)}, float {shape}, passed on as they are: not normalised, not augmented"
-    return train, val, note
+    return train, val, note, None
 
 
 def _from_factory(spec: str, section: DataSection, seed: int, device: torch.device, shard: Shard) -> Data:

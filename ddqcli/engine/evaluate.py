@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ddqcli.engine import distributed
-from ddqcli.engine.augment import Prepare, generator
-from ddqcli.engine.batches import Batches
+from ddqcli.engine.augment import generator
 from ddqcli.engine.convert import Converted
 from ddqcli.engine.data import Data
 from ddqcli.errors import DataError
@@ -81,14 +80,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def nearest_fill(model: nn.Module, batches: Batches) -> str | None:
+def nearest_fill(model: nn.Module, data: Data) -> str | None:
     """Which of `Prepare.fills` the images that `model` was trained on were padded with; None if nothing tells.
 
     With each, the means over some hundred samples are held against BatchNorm's running means, in running deviations.
     """
-    prepare = getattr(batches, "prepare", None)
+    augment = data.augment
     norms = [m for m in model.modules() if type(m).forward is nn.BatchNorm2d.forward and m.running_mean is not None]
-    if not (isinstance(prepare, Prepare) and prepare.pad and norms):
+    if not (augment and augment.pad and norms):
         return None
     means: dict[nn.Module, list[Tensor]] = {}
 
@@ -101,11 +100,11 @@ def nearest_fill(model: nn.Module, batches: Batches) -> str | None:
         return float((off.square() / (norm.running_var + norm.eps)).mean())
 
     hooks = [norm.register_forward_pre_hook(look, with_kwargs=True) for norm in norms]
-    found, in_force = {}, prepare.fill
-    for fill in prepare.fills:
-        prepare.fill, seen = fill, 0
+    found, in_force = {}, augment.fill
+    for fill in augment.fills:
+        augment.fill, seen = fill, 0
         means.clear()
-        for x, _ in batches.epoch(0):
+        for x, _ in data.train.epoch(0):
             model(x)
             seen += len(x)
             if seen >= _ENOUGH:
@@ -113,7 +112,7 @@ def nearest_fill(model: nn.Module, batches: Batches) -> str | None:
         found[fill] = sum(map(distance, means))
     for hook in hooks:
         hook.remove()
-    prepare.fill = in_force
+    augment.fill = in_force
     nearest = min(found, key=lambda fill: found[fill])
     return nearest if found[nearest] < max(found.values()) else None
 

@@ -136,6 +136,12 @@ def test_a_sweep_ends_with_a_table_and_a_picture(swept: Path) -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_what_all_targets_share_is_looked_at_and_said_once(project: Path) -> None:
+    said = ddq("finetune", "--target-bits", "6,4", "--max-steps", "2").err
+    for what in ("model: ", "data: ", "float accuracy: "):
+        assert sum(line.startswith(what) for line in said.splitlines()) == 1, said
+
+
 def test_its_json_keys_are_these(swept: Path) -> None:
     data = ddq("finetune", "--resume", "--run-dir", SWEEP, "--json").data
     assert list(data) == ["run_dir", "version", "float", "targets", "source"]

@@ -747,6 +747,6 @@ def test_padding_is_found_again_in_the_batch_norm_of_a_model(tmp_path, trained_w
         model.train()(inputs)
     data = load(path, pad=3, batch_size=64)
     before = next(iter(data.train.epoch(0)))[0]
-    assert nearest_fill(model.eval(), data.train) == trained_with
+    assert nearest_fill(model.eval(), data) == trained_with
     assert torch.equal(next(iter(data.train.epoch(0)))[0], before)
-    assert nearest_fill(model, load(path, pad=0).train) is nearest_fill(torch.nn.Flatten(), data.train) is None
+    assert nearest_fill(model, load(path, pad=0)) is nearest_fill(torch.nn.Flatten(), data) is None
