@@ -172,10 +172,12 @@ class GatesSection(_Section):
 
 
 class DistillSection(_Section):
-    """Learning from the float model's outputs beside the labels."""
+    """Learning from the float model's outputs beside the labels (Hinton et al. 2015)."""
 
-    weight: Fraction = 0.0  # of the loss; 1 needs no labels
-    temperature: Positive = 1.0
+    weight: Fraction | None = (
+        None  # of the loss; 1 needs no labels; by default 0.9, or 0 if the data bring their own loss
+    )
+    temperature: Positive = 4.0
 
 
 class TrainSection(_Section):

@@ -26,7 +26,7 @@ from ddqcli.engine.placing import device_named, placed
 from ddqcli.engine.results import freeze, make_report
 from ddqcli.engine.runs import FINAL, LAST, ReadOnlyRun, Run
 from ddqcli.engine.snapshot import is_due, snapshot
-from ddqcli.engine.train import REPORT_EVERY, Diverged, StepMetrics, Trainer
+from ddqcli.engine.train import REPORT_EVERY, Diverged, StepMetrics, Trainer, distilled_share
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.quant.fusion import can_fuse
 from ddqcli.recipe import Recipe
@@ -250,14 +250,14 @@ def _trainer(
     """A trainer at its first step, or where `saved` left off."""
     batch_size = round(data.train.samples / len(data.train))  # a user's own batches have their own
     gates = Gates(converted, recipe, budget, steps, batch_size)
-    unlabelled = recipe.train.distill.weight == 1
+    unlabelled = distilled_share(recipe.train.distill, data) == 1
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch, teacher if unlabelled else None)
     gates.start()
     values = sum(a.values for a in converted.activations.values()) + sum(t.parameter.numel() for t in converted.tensors)
     fuse = steps * values >= _FUSE_FROM and can_fuse(device_named(recipe.train.device))
     for quantizer in quantizers(converted):
         quantizer.fuse = fuse
-    trainer = Trainer(converted, teacher if recipe.train.distill.weight else None, data, gates, recipe, steps)
+    trainer = Trainer(converted, teacher, data, gates, recipe, steps)
     if saved:
         trainer.load(saved)
     elif distributed.shard().count > 1:

@@ -36,6 +36,7 @@ class Data:
     classes: tuple[str, ...] | None
     note: str  # one line: what was found, and the preprocessing in force
     augment: Prepare | None = None  # what `train` passes images through; None where samples come ready
+    own_loss: bool = False  # whether `loss` is the user's
 
     def fingerprint(self) -> str:
         """Tells whether a run goes on with the data it was begun with."""
@@ -138,7 +139,7 @@ def _from_factory(spec: str, section: DataSection, seed: int, device: torch.devi
     own = [name for name in ("loss", "metric") if made[name] is not None]
     note = f"{counts} from {spec}, prepared by it" + (f"; its own {' and '.join(own)}" if own else "")
     metric = _one_a_sample(made["metric"], spec) if made["metric"] else metric
-    return Data(train, val, made["loss"] or loss, metric, None, note)
+    return Data(train, val, made["loss"] or loss, metric, None, note, own_loss=made["loss"] is not None)
 
 
 def _one_a_sample(metric: Score, spec: str) -> Score:

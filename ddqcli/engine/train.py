@@ -22,7 +22,7 @@ from ddqcli.engine.data import Data
 from ddqcli.engine.evaluate import output_of
 from ddqcli.engine.gates import Gates
 from ddqcli.errors import DataError, DDQError, Interrupted
-from ddqcli.recipe import Recipe, TrainSection
+from ddqcli.recipe import DistillSection, Recipe, TrainSection
 
 _STEP_LR = 0.05  # log2 of a learned step or clip moves by this share of levels_lr
 REPORT_EVERY = 10  # steps
@@ -61,6 +61,7 @@ class Trainer:
         self.converted, self.teacher, self.data, self.gates, self.recipe = converted, teacher, data, gates, recipe
         self.model, self.steps, self.step = converted.model, steps, 0
         self.lr_scale = 1.0  # of every step size
+        self.distilled = distilled_share(recipe.train.distill, data) if teacher else 0.0  # of the loss
         self.parallel = distributed.parallel(self.model)
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
 
@@ -190,15 +191,14 @@ class Trainer:
         return Diverged(f"The loss became {loss} {at}, {f'first in {found[0]}' if found else 'though not the output'}")
 
     def _loss(self, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
-        distill = self.recipe.train.distill
-        if self.teacher is None:
+        if self.teacher is None or not self.distilled:
             return self.data.loss(output, y)
         with torch.no_grad():
             target = output_of(self.teacher(x))
-        divergence = distillation(output, target, distill.temperature)
-        if distill.weight == 1:
+        divergence = distillation(output, target, self.recipe.train.distill.temperature)
+        if self.distilled == 1:
             return divergence
-        return distill.weight * divergence + (1 - distill.weight) * self.data.loss(output, y)
+        return self.distilled * divergence + (1 - self.distilled) * self.data.loss(output, y)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [o for o in (self.weights_optimizer, self.levels_optimizer) if o]
@@ -212,6 +212,12 @@ class Trainer:
             self.step, self.steps, (self.step - 1) // len(self.data.train) + 1, loss, accuracy,
             self.weights_optimizer.param_groups[0]["lr"], average, pace * self.step, bits,
         )  # fmt: skip
+
+
+def distilled_share(distill: DistillSection, data: Data) -> float:
+    """Which share of the loss is distillation, 0 to 1."""
+    default = 0.0 if data.own_loss else 0.9
+    return default if distill.weight is None else distill.weight
 
 
 def distillation(output: Tensor, target: Tensor, temperature: float) -> Tensor:

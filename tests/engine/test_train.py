@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import os
@@ -32,7 +33,7 @@ def network(seed: int = 0) -> nn.Sequential:
 
 def told(**sections: Any) -> Recipe:
     gates = {"looks": 3, "freeze": 0.7, **sections.pop("gates", {})}
-    train = {"lr": 0.05, "save_every": 3, **sections.pop("train", {})}
+    train = {"lr": 0.05, "save_every": 3, "distill": {"weight": 0}, **sections.pop("train", {})}
     base = {"budget": {"target_bits": 3}, "gates": gates, "train": train, "data": {"batch_size": 8}}
     return Recipe.model_validate({**base, **sections})
 
@@ -102,7 +103,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def begin(recipe: Recipe, steps: int = STEPS, seed: int = 0) -> Trainer:
     teacher = network().eval().requires_grad_(False)
-    return trainer(network(seed), recipe, steps, random_data(), teacher if recipe.train.distill.weight else None)
+    return trainer(network(seed), recipe, steps, random_data(), teacher)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -184,6 +185,25 @@ def test_the_metrics_say_what_went_on() -> None:
     assert last.average_bits == pytest.approx(sum(last.bits[n] * sizes[n] for n in sizes) / sum(sizes.values()))
     assert last.remaining == 0
     assert all(m.steps == 25 and 0 <= m.train_accuracy <= 100 and m.seconds > 0 for m in metrics)
+
+
+def test_the_loss_is_that_of_hinton_et_al_beside_the_labels() -> None:
+    """Against sums in float64; by default 0.9 of it at temperature 4, and none where the loss is the user's own."""
+    x, y = next(random_data().train.epoch(0))
+    own = dataclasses.replace(random_data(), own_loss=True)
+    teacher = network(1).eval().requires_grad_(False)
+    for settings, data, share, temperature in [
+        ({}, random_data(), 0.9, 4.0),
+        ({}, own, 0.0, 4.0),
+        ({"weight": 0.3, "temperature": 2.0}, own, 0.3, 2.0),
+    ]:
+        running = trainer(network(), told(train={"distill": settings}), 5, data, teacher)
+        output = torch.randn(len(y), 10, generator=torch.Generator().manual_seed(3))
+        goal = (teacher(x).double() / temperature).softmax(1)
+        divergence = (goal * (goal.log() - (output.double() / temperature).log_softmax(1))).sum() / len(y)
+        labels = -output.double().log_softmax(1)[torch.arange(len(y)), y].mean()
+        expected = share * temperature**2 * divergence + (1 - share) * labels
+        assert running._loss(x, y, output).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_full_distillation_needs_no_labels() -> None:
