@@ -70,7 +70,9 @@ def rows() -> list[Row]:
     for setting in reversed(GOOD):
         weights, inputs = setting.split("/")
         options = ("--epochs", "15", "--target-bits", weights, "--act-bits", inputs)
-        found.append(Row("default recipe", setting, "gates", 0, options))
+        found.append(Row("default recipe", setting, "as it is", 0, options))
+        if weights == "2":
+            found.append(Row("default recipe", setting, "labels alone", 0, (*options, *LABELS_ALONE)))
     return found
 
 
@@ -78,30 +80,10 @@ def train(row: Row, model: list[str], folder: Path, environment: dict[str, str])
     """Run one row; raises CalledProcessError if the command fails."""
     checkpoint, arch, data = model
     options = [*row.options, "--set", "train.precision=bfloat16", "--seed", str(row.seed)]
-    shown = [
-        "ddq",
-        "finetune",
-        Path(checkpoint).name,
-        "--recipe",
-        RECIPE,
-        "--arch",
-        Path(arch).name,
-        "--data",
-        "CIFAR10_FOLDER",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "ddqcli",
-        "finetune",
-        checkpoint,
-        "--recipe",
-        str(ROOT / RECIPE),
-        "--arch",
-        arch,
-        "--data",
-        data,
-    ]
+    named = ["--recipe", RECIPE, "--arch", Path(arch).name, "--data", "CIFAR10_FOLDER"]
+    shown = ["ddq", "finetune", Path(checkpoint).name, *named]
+    here = ["--recipe", str(ROOT / RECIPE), "--arch", arch, "--data", data]
+    command = [sys.executable, "-m", "ddqcli", "finetune", checkpoint, *here]
     run = folder / row.name.replace("/", "-").replace(" ", "_")
     done = subprocess.run(
         [*command, *options, "--run-dir", str(run), "--resume", "--json", "--quiet"],
@@ -140,9 +122,9 @@ def print_tables() -> None:
     for r in found:
         if r["table"] == "default recipe":
             accuracy, totals = r["accuracy"], r["totals"]
+            size, drop = f"{totals['bytes']:,} | {totals['average_bits']:.3f}", f"{accuracy['drop']:.2f}"
             print(
-                f"| {r['setting']} | {totals['bytes']:,} | {totals['average_bits']:.3f} | {accuracy['quantized']:.2f} "
-                f"| {accuracy['drop']:.2f} | {GOOD[r['setting']]} |"
+                f"| {r['setting']} | {r['method']} | {size} | {accuracy['quantized']:.2f} | {drop} | {GOOD[r['setting']]} |"
             )
 
 

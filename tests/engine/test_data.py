@@ -495,6 +495,7 @@ def test_factory_with_its_own_loss_and_metric(factory):
     assert data.loss(torch.tensor([0.5, 1.0]), torch.tensor([0.0, 1.0])).item() == 0.25
     assert data.metric(torch.tensor([0.5, 1.0]), torch.tensor([0.0, 1.0])).tolist() == [0.5, 1.0]
     assert data.note.endswith("its own loss and metric")
+    assert (data.own_loss, load(factory("plain")).own_loss) == (True, False)
     assert targets.tolist() == [0, 1, 0, 1]
 
 
