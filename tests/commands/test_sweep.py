@@ -18,7 +18,8 @@ from tiny_project import ddq, exit_code, in_child
 from ddqcli.engine.train import Trainer
 
 SWEEP = "runs/s"
-BEGIN = f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} -q"
+LABELS_ALONE = "--set train.distill.weight=0"  # else a run of its own has another teacher
+BEGIN = f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} {LABELS_ALONE} -q"
 FOLDERS = ["6-bits", "4-bits", "3-bits"]  # as they are trained
 
 
@@ -58,7 +59,7 @@ def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next
     checkpoint = Path("model.pt")
     for number, folder in enumerate(FOLDERS):
         alone = f"runs/alone-{folder}"
-        command = f"finetune {checkpoint} --target-bits {folder[0]} --run-dir {alone} -q"
+        command = f"finetune {checkpoint} --target-bits {folder[0]} --run-dir {alone} {LABELS_ALONE} -q"
         assert exit_code(in_child(command)) == 0, Path("child.txt").read_text()
         here, there = (torch.load(run / "final.pt") for run in (swept / folder, Path(alone)))
         for part in ("trained", "weights", "floats"):
@@ -212,7 +213,12 @@ def dying_at(moment: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("moment", "flags"),
-    [(5, ""), (12, f"--run-dir {SWEEP}"), (17, f"--run-dir {SWEEP}/4-bits"), (35, "model.pt --target-bits 3,6,4")],
+    [
+        (5, ""),
+        (12, f"--run-dir {SWEEP}"),
+        (17, f"--run-dir {SWEEP}/4-bits"),
+        (35, f"model.pt --target-bits 3,6,4 {LABELS_ALONE}"),
+    ],
 )
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     project: Path, unharmed: Path, moment: int, flags: str
