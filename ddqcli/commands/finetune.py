@@ -103,10 +103,10 @@ def finetune(
         steps = _steps(recipe, data)
         facts = {"sha256": checkpoint.sha256, "recipe": run.recipe_text(), "steps": steps, "data": data.fingerprint()}
         shared = {fact: facts[fact] for fact in ("sha256", "steps", "data")}
-        origin = distributed.from_first(start.saved(shared) if start and distributed.is_first() else None)
+        looked = _looked(start, shared) if start and distributed.is_first() else None
         saved = distributed.from_first(run.saved(facts) if distributed.is_first() else None)
         with _explained("The model cannot run on these data", UsageError, recipe):
-            if known := saved or origin:
+            if known := saved or distributed.from_first(looked):
                 before, fill = known["float_accuracy"], known.get("fill")
             else:
                 before = evaluate(teacher, data, on_progress=listener.progress)
@@ -138,6 +138,12 @@ def finetune(
         run.save(FINAL, freeze(converted) | {"probe": probe(converted.model, data)})
         run.write_report(report)
     return FinetuneResult(run.path, report)
+
+
+def _looked(start: Run, shared: dict[str, Any]) -> dict[str, Any] | None:
+    """What a run of the same checkpoint and data has found out about the float model; the rest of its state is let go."""
+    state = start.saved(shared)
+    return state and {"float_accuracy": state["float_accuracy"], "fill": state.get("fill")}
 
 
 def _started(model: torch.nn.Module, start: Run | None) -> torch.nn.Module:

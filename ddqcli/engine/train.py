@@ -58,10 +58,11 @@ class Trainer:
     def __init__(
         self, converted: Converted, teacher: nn.Module | None, data: Data, gates: Gates, recipe: Recipe, steps: int
     ) -> None:
-        self.converted, self.teacher, self.data, self.gates, self.recipe = converted, teacher, data, gates, recipe
+        self.converted, self.data, self.gates, self.recipe = converted, data, gates, recipe
         self.model, self.steps, self.step = converted.model, steps, 0
         self.lr_scale = 1.0  # of every step size
-        self.distilled = distilled_share(recipe.train.distill, data) if teacher else 0.0  # of the loss
+        self.distilled = distilled_share(recipe.train.distill, data)  # of the loss
+        self.teacher = teacher if self.distilled else None
         self.parallel = distributed.parallel(self.model)
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
 
@@ -191,7 +192,7 @@ class Trainer:
         return Diverged(f"The loss became {loss} {at}, {f'first in {found[0]}' if found else 'though not the output'}")
 
     def _loss(self, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
-        if self.teacher is None or not self.distilled:
+        if self.teacher is None:
             return self.data.loss(output, y)
         with torch.no_grad():
             target = output_of(self.teacher(x))
