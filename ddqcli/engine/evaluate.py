@@ -48,8 +48,8 @@ def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = N
 def probe(model: nn.Module, data: Data) -> dict[str, Tensor] | None:
     """The first held-out inputs and what the model makes of them, to compare a loaded one with; None for no tensor."""
     model.eval()
-    x = next(iter(data.val.epoch(0)))[0][:_PROBE].clone()
-    output = output_of(model(x))
+    x = next(iter(data.val.epoch(0)))[0][:_PROBE]
+    output = output_of(model(x.clone()))  # a network may change its input in place
     return {"input": x.cpu(), "output": output.cpu()} if isinstance(output, Tensor) else None
 
 
@@ -142,7 +142,7 @@ def calibrate(
         for number, (x, y) in enumerate(islice(data.train.epoch(0), batches)):
             if x.is_floating_point() and not x.isfinite().all():
                 raise DataError(f"Batch {number} of the training data holds NaN or infinite values; repair the data.")
-            output = output_of(model(x))
+            output = output_of(model(x.clone()))
             if teacher is None:
                 loss = data.loss(output, y)
             else:

@@ -146,8 +146,9 @@ class Trainer:
         autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
         with self.converted.at_once():  # the backward pass, too, may quantize: whatever is recomputed there
             with autocast, parametrize.cached():  # a weight that is read more than once is quantized once
+                target = self._target(x)
                 output = output_of(self.parallel(x))
-                loss = self._loss(x, y, output)
+                loss = self._loss(output, y, target)
             value = float(loss.detach())
             if not math.isfinite(value) and shard.count == 1:
                 raise self._divergence(x, value)  # with more, the averaged gradients tell all processes at once
@@ -191,11 +192,14 @@ class Trainer:
             handle.remove()
         return Diverged(f"The loss became {loss} {at}, {f'first in {found[0]}' if found else 'though not the output'}")
 
-    def _loss(self, x: Tensor, y: Tensor, output: Tensor) -> Tensor:
-        if self.teacher is None:
+    @torch.no_grad()
+    def _target(self, x: Tensor) -> Tensor | None:
+        """The float model's output. Of a copy of x, since a network may change its input in place."""
+        return output_of(self.teacher(x.clone())) if self.teacher else None
+
+    def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+        if target is None:
             return self.data.loss(output, y)
-        with torch.no_grad():
-            target = output_of(self.teacher(x))
         divergence = distillation(output, target, self.recipe.train.distill.temperature)
         if self.distilled == 1:
             return divergence
@@ -222,8 +226,11 @@ def distilled_share(distill: DistillSection, data: Data) -> float:
 
 
 def distillation(output: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the outputs from the float model's, both softened (Hinton et al. 2015); mean over the batch."""
-    soft, goal = F.log_softmax(output / temperature, -1), F.log_softmax(target / temperature, -1)
+    """KL divergence of the outputs from the float model's, both softened (Hinton et al. 2015); mean over the batch.
+
+    In float32 always: rounded to bfloat16, two outputs that are alike differ mostly by rounding.
+    """
+    soft, goal = (F.log_softmax(scores.float() / temperature, -1) for scores in (output, target))
     return F.kl_div(soft, goal, reduction="batchmean", log_target=True) * temperature**2
 
 

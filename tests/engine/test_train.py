@@ -16,7 +16,7 @@ from small_models import RandomBatches, random_data, trainer
 from torch import Tensor, nn
 
 from ddqcli.engine.data import Data
-from ddqcli.engine.train import StepMetrics, Trainer
+from ddqcli.engine.train import StepMetrics, Trainer, distillation
 from ddqcli.errors import DDQError, Interrupted
 from ddqcli.recipe import Recipe
 
@@ -203,7 +203,45 @@ def test_the_loss_is_that_of_hinton_et_al_beside_the_labels() -> None:
         divergence = (goal * (goal.log() - (output.double() / temperature).log_softmax(1))).sum() / len(y)
         labels = -output.double().log_softmax(1)[torch.arange(len(y)), y].mean()
         expected = share * temperature**2 * divergence + (1 - share) * labels
-        assert running._loss(x, y, output).item() == pytest.approx(expected.item(), rel=1e-5)
+        found = running._loss(output, y, running._target(x))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_distillation_is_exact_under_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = (5 * torch.randn(64, 10, generator=generator)).bfloat16()
+    output = (target + 0.2 * torch.randn(64, 10, generator=generator)).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distillation(output, target, 4.0)
+    found.backward()
+    exact = output.detach().double().requires_grad_()
+    goal = (target.double() / 4).softmax(1)
+    expected = 16 * (goal * (goal.log() - (exact / 4).log_softmax(1))).sum() / 64
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert output.grad is not None
+    assert exact.grad is not None
+    assert (output.grad.double() - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
+def test_the_float_model_sees_the_input_that_a_network_changes_in_place() -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.sub_(0.5).div_(0.2))  # type: ignore[no-any-return]
+
+    teacher = Normalised().eval().requires_grad_(False)
+    running = trainer(Normalised(), told(train={"distill": {"weight": 1}}), 5, random_data(), teacher)
+    x, _ = next(random_data().train.epoch(0))
+    kept = x.clone()
+    target = running._target(x)
+    assert target is not None
+    assert torch.equal(x, kept)
+    assert torch.equal(target, teacher(kept))
+    assert len(finish(running))
 
 
 def test_full_distillation_needs_no_labels() -> None:
