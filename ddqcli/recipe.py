@@ -172,7 +172,7 @@ class GatesSection(_Section):
 
 
 class DistillSection(_Section):
-    """Learning from the float model's outputs beside the labels (Hinton et al. 2015)."""
+    """Learning from the float model's scores [B,K] beside the labels (Hinton et al. 2015)."""
 
     weight: Fraction | None = (
         None  # of the loss; 1 needs no labels; by default 0.9, or 0 if the data bring their own loss

@@ -26,7 +26,7 @@ from ddqcli.engine.placing import device_named, placed
 from ddqcli.engine.results import freeze, make_report
 from ddqcli.engine.runs import FINAL, LAST, ReadOnlyRun, Run
 from ddqcli.engine.snapshot import is_due, snapshot
-from ddqcli.engine.train import REPORT_EVERY, Diverged, StepMetrics, Trainer, distilled_share
+from ddqcli.engine.train import REPORT_EVERY, Diverged, StepMetrics, Trainer, check_distillable, distilled_share
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.quant.fusion import can_fuse
 from ddqcli.recipe import Recipe
@@ -66,6 +66,7 @@ def finetune(
     run: Run | None = None,
     run_dir: Path | None = None,
     start: Run | None = None,
+    introduced: bool = False,
     dry_run: bool = False,
     listener: Listener | None = None,
 ) -> FinetuneResult:
@@ -73,10 +74,11 @@ def finetune(
 
     `run` is an unfinished run to go on with; otherwise a new one is made at `run_dir`. `start` is a finished run of the same
     checkpoint and data whose float weights training starts from; accuracy is still held against the checkpoint's, and
-    distillation's teacher is the checkpoint. With `dry_run`, stop where data would be read.
+    distillation's teacher is the checkpoint. `introduced`: the listener knows of model and data. With `dry_run`, stop where
+    data would be read.
     """
     listener = listener if listener and distributed.is_first() else Listener()
-    introduce = (listener if not start else Listener()).note  # the run before has said the same
+    introduce = (Listener() if introduced else listener).note
     recipe = recipe.of(checkpoint_path)
     device = distributed.local_device(device_named(recipe.train.device))
     checkpoint = load_checkpoint(checkpoint_path, pickle=recipe.model.pickle)
@@ -113,6 +115,10 @@ def finetune(
                 auto = recipe.data.fill == "auto"
                 fill = distributed.from_first(nearest_fill(teacher, data)) if auto else None
             introduce(f"float accuracy: {before:.2f} %")
+            if distilled := distilled_share(recipe.train.distill, data):
+                check_distillable(probe(teacher, data))
+                temperature = recipe.train.distill.temperature
+                introduce(f"loss: {100 * distilled:g} % distillation from the float model, temperature {temperature:g}")
             if data.augment and fill:
                 data.augment.fill = fill
                 introduce(f"crops are padded with {fill}: nearest to what the model's BatchNorm has seen")

@@ -44,14 +44,19 @@ def sweep(
     device = distributed.local_device(device_named(recipes[0].train.device))
     with distributed.processes(device), _in_folder(run, run_dir, recipes) as run:
         done: list[tuple[Recipe, dict[str, Any], Run]] = []
+        introduced = False
         for number, (recipe, _) in enumerate(checked):
             here, before = Run(run.path / _folder_name(recipe)), done[-1][2] if done else None
             origin = f", starting from {before.path}" if before else ""
             listener.note(f"target {recipe.budget.target} ({number + 1} of {len(checked)}): {here.path}{origin}")
+            begun = here if here.recipe_path.exists() else None
+            if begun:
+                begun.check_same([recipe])
             if not _is_whole(here):
-                begun = here if here.recipe_path.exists() else None
                 distributed.wait()  # until all have looked
-                finetune(checkpoint_path, recipe, run=begun, run_dir=here.path, start=before, listener=listener)
+                known = {"start": before, "introduced": introduced}
+                finetune(checkpoint_path, recipe, run=begun, run_dir=here.path, **known, listener=listener)
+                introduced = True
             distributed.wait()  # for the one that writes
             done.append((recipe, here.report(), here))
         table = _table(done)

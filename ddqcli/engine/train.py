@@ -225,6 +225,17 @@ def distilled_share(distill: DistillSection, data: Data) -> float:
     return default if distill.weight is None else distill.weight
 
 
+def check_distillable(seen: dict[str, Tensor] | None) -> None:
+    """Raise DataError if what `probe` saw of a model is not scores of two classes or more, [B,K]."""
+    shape = list(seen["output"].shape) if seen else None
+    if shape is None or len(shape) != 2 or shape[1] < 2:
+        kind = f"of shape {shape}" if shape else "no tensor"
+        raise DataError(
+            f"Distillation is of scores [B,K] of two classes or more, and the model's output is {kind}; "
+            "set train.distill.weight=0."
+        )
+
+
 def distillation(output: Tensor, target: Tensor, temperature: float) -> Tensor:
     """KL divergence of the outputs from the float model's, both softened (Hinton et al. 2015); mean over the batch.
 

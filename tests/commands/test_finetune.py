@@ -355,6 +355,33 @@ def test_training_that_diverges_goes_back_once_with_a_smaller_step(project: Path
     assert max(entry["lr"] for entry in metrics() if "lr" in entry) < 0.001
 
 
+ONE_OUTPUT = """
+import data, net
+
+def build():
+    made = net.build()
+    made[8] = net.nn.Linear(16, 1)
+    return made
+
+def make():
+    loss = lambda output, target: (output[:, 0] - target).square().mean()
+    return {**data.make(), "loss": loss, "metric": lambda output, target: 1 / (1 + (output[:, 0] - target).abs())}
+"""
+
+
+def test_outputs_that_are_no_scores_of_classes_are_not_distilled(project: Path) -> None:
+    Path("data.py").write_text(LOSS)
+    Path("one.py").write_text(ONE_OUTPUT)
+    state = torch.load("model.pt")
+    torch.save({**state, "8.weight": state["8.weight"][:1], "8.bias": state["8.bias"][:1]}, "one.pt")
+    command = ["finetune", "one.pt", "--arch", "one.py:build", "--data", "one.py:make", "--max-steps", "2"]
+    assert ddq(*command).code == 0
+    answer = ddq(*command, "--set", "train.distill.weight=0.5", "--run-dir", "none")
+    assert answer.code == 2
+    assert answer.err.splitlines()[-1].endswith("output is of shape [4, 1]; set train.distill.weight=0.")
+    assert not Path("none").exists()
+
+
 def test_training_that_diverges_again_stops_with_a_usable_run_folder(project: Path) -> None:
     answer = troubled([5, 6], "loss")  # the second try begins with the sixth call
     assert answer.code == 1

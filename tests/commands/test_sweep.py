@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,11 +16,11 @@ import pytest
 import torch
 from tiny_project import ddq, exit_code, in_child
 
+from ddqcli.engine.evaluate import evaluate
 from ddqcli.engine.train import Trainer
 
 SWEEP = "runs/s"
-LABELS_ALONE = "--set train.distill.weight=0"  # else a run of its own has another teacher
-BEGIN = f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} {LABELS_ALONE} -q"
+BEGIN = f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} -q"
 FOLDERS = ["6-bits", "4-bits", "3-bits"]  # as they are trained
 
 
@@ -54,12 +55,17 @@ def report(folder: Path | str) -> dict[str, Any]:
 # ---- what a sweep does
 
 
-def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next_larger(swept: Path) -> None:
-    """Against ordinary runs: the first of model.pt, the others of a checkpoint made of what the one before trained."""
-    checkpoint = Path("model.pt")
+def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next_larger(project: Path) -> None:
+    """Against ordinary runs: the first of model.pt, the others of a checkpoint made of what the one before trained.
+
+    With labels alone, since a run of such a checkpoint would distil from that.
+    """
+    labels_alone = "--set train.distill.weight=0 -q"
+    assert exit_code(in_child(f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} {labels_alone}")) == 0
+    swept, checkpoint = Path(SWEEP), Path("model.pt")
     for number, folder in enumerate(FOLDERS):
         alone = f"runs/alone-{folder}"
-        command = f"finetune {checkpoint} --target-bits {folder[0]} --run-dir {alone} {LABELS_ALONE} -q"
+        command = f"finetune {checkpoint} --target-bits {folder[0]} --run-dir {alone} {labels_alone}"
         assert exit_code(in_child(command)) == 0, Path("child.txt").read_text()
         here, there = (torch.load(run / "final.pt") for run in (swept / folder, Path(alone)))
         for part in ("trained", "weights", "floats"):
@@ -137,10 +143,31 @@ def test_a_sweep_ends_with_a_table_and_a_picture(swept: Path) -> None:
     assert max(map(len, lines)) <= 80
 
 
-def test_what_all_targets_share_is_looked_at_and_said_once(project: Path) -> None:
-    said = ddq("finetune", "--target-bits", "6,4", "--max-steps", "2").err
-    for what in ("model: ", "data: ", "float accuracy: "):
-        assert sum(line.startswith(what) for line in said.splitlines()) == 1, said
+def test_what_all_targets_share_is_looked_at_and_said_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated = []
+
+    def counted(model: Any, *args: Any, **kwargs: Any) -> float:
+        evaluated.append(model)
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr("ddqcli.commands.finetune.evaluate", counted)
+    said = ddq("finetune", "--target-bits", "6,4", "--max-steps", "2", "--run-dir", SWEEP).err
+    assert len(evaluated) == 3  # the float model, and the two results
+    shutil.rmtree(Path(SWEEP) / "4-bits")
+    said_again = ddq("finetune", "--resume", "--run-dir", SWEEP).err
+    assert len(evaluated) == 4
+    for what in ("model: ", "data: ", "float accuracy: ", "loss: "):
+        for text in (said, said_again):
+            assert sum(line.startswith(what) for line in text.splitlines()) == 1, text
+
+
+def test_a_recipe_that_was_changed_between_targets_is_refused(project: Path) -> None:
+    assert exit_code(in_child(BEGIN, before=dying_at(12))) == -signal.SIGKILL
+    recipe = Path(SWEEP) / "sweep.yaml"
+    recipe.write_text(re.sub(r"momentum: .*", "momentum: 0.5", recipe.read_text()))
+    answer = ddq("finetune", "--resume")
+    assert answer.code == 2
+    assert f"{SWEEP}/6-bits was begun with another recipe (train.momentum: 0.9, now 0.5)" in answer.err
 
 
 def test_its_json_keys_are_these(swept: Path) -> None:
@@ -217,7 +244,7 @@ def dying_at(moment: int) -> Callable[[], None]:
         (5, ""),
         (12, f"--run-dir {SWEEP}"),
         (17, f"--run-dir {SWEEP}/4-bits"),
-        (35, f"model.pt --target-bits 3,6,4 {LABELS_ALONE}"),
+        (35, "model.pt --target-bits 3,6,4"),
     ],
 )
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(
