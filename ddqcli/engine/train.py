@@ -177,6 +177,9 @@ class Trainer:
         at = f"at step {self.step + 1} of {self.steps}"
         if not x.isfinite().all():
             return DDQError(f"The batch {at} holds NaN or infinite values; repair the data and resume.")
+        target = self._target(x)
+        if target is not None and not target.isfinite().all():
+            return DDQError(f"The float model's own output is NaN or infinite {at}; set train.distill.weight=0.")
         found: list[str] = []
 
         def look(name: str) -> Callable[..., None]:

@@ -263,6 +263,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step() -> None:
         finish(running)
 
 
+def test_classes_that_a_network_rules_out_can_be_learned_from_labels_but_not_distilled() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.pad(self.net(x), (0, 1), value=-math.inf)
+
+    teacher = Masked().eval().requires_grad_(False)
+    assert finish(trainer(Masked(), told(), 5, random_data(), teacher))[-1].step == 5
+    with pytest.raises(DDQError, match=r"float model's own output .* at step 1 of 5; set train.distill.weight=0"):
+        finish(trainer(Masked(), told(train={"distill": {"weight": 0.5}}), 5, random_data(), teacher))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_waits_for_the_end_of_the_step_and_saves(number: int, code: int) -> None:
     recipe = told()
