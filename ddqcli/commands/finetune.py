@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ddqcli.engine import distributed
 from ddqcli.engine.checkpoint import load_checkpoint
 from ddqcli.engine.convert import Converted, convert, quantizers
 from ddqcli.engine.data import Data, load_data
-from ddqcli.engine.evaluate import calibrate, evaluate, nearest_fill, probe, reestimate_batch_norm
+from ddqcli.engine.evaluate import calibrate, evaluate, nearest_fill, probe
 from ddqcli.engine.gates import Budget, Gates, make_budget
 from ddqcli.engine.health import ROLLED_BACK, find_warnings
 from ddqcli.engine.models import build_model
@@ -129,10 +128,6 @@ def finetune(
         with _explained("Training failed", DDQError, recipe):
             _train(trainer, run, {**facts, "float_accuracy": before, "fill": fill}, listener)
             _keep_snapshot(run, converted, steps)
-            if recipe.train.bn_batches and steps:
-                torch.manual_seed(recipe.train.seed)
-                batches = data.train.epoch(recipe.train.epochs)
-                reestimate_batch_norm(converted.model, islice(batches, recipe.train.bn_batches))
             after = evaluate(converted.model, data, on_progress=listener.progress)
         found = find_warnings(trainer, run.metrics())
         for warning in found:

@@ -59,18 +59,22 @@ def sample_differences(found: Tensor, expected: Tensor) -> Tensor:
     return (error / expected.double().square().mean().sqrt()).nan_to_num(nan=torch.inf) * (error != 0)
 
 
+def batch_norms(model: nn.Module) -> list[Any]:
+    """The BatchNorm layers that keep statistics, and in training change them: a network may hold its own fixed."""
+    return [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats and m.training]
+
+
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set BatchNorm's running statistics to the plain mean over `batches`, with the weights as they now are."""
-    norms = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
+    """Set BatchNorm's running statistics to the plain mean over `batches`, if any, with the weights as they now are."""
     model.train()
-    for x, _ in batches:
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    for number, (x, _) in enumerate(batches if norms else ()):
+        if number == 0:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
         model(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

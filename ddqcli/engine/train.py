@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrize
 from ddqcli.engine import distributed
 from ddqcli.engine.convert import Converted, quantizers
 from ddqcli.engine.data import Data
-from ddqcli.engine.evaluate import output_of
+from ddqcli.engine.evaluate import batch_norms, output_of, reestimate_batch_norm
 from ddqcli.engine.gates import Gates
 from ddqcli.errors import DataError, DDQError, Interrupted
 from ddqcli.recipe import DistillSection, Recipe, TrainSection
@@ -63,6 +64,8 @@ class Trainer:
         self.lr_scale = 1.0  # of every step size
         self.distilled = distilled_share(recipe.train.distill, data)  # of the loss
         self.teacher = teacher if self.distilled else None
+        # BatchNorm's statistics freeze after the bits have: what is trained last is then what will be evaluated.
+        self.bn_frozen_from = min(steps, max(int(recipe.train.bn_freeze * steps), gates.frozen_from + 1))
         self.parallel = distributed.parallel(self.model)
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
 
@@ -73,7 +76,7 @@ class Trainer:
         """
         began, first = time.monotonic(), self.step
         loss_sum, hits, count = 0.0, 0.0, 0
-        self.model.train()
+        self._train_mode()
         with _signals_held() as caught:
             for x, y in self._batches():
                 self.gates.before_step(self.step)
@@ -91,6 +94,8 @@ class Trainer:
                     number = caught[0] if caught else signal.SIGTERM
                     raise Interrupted(f"Stopped at step {self.step} of {self.steps}", number)
         self.gates.finish()
+        if self.steps == self.bn_frozen_from:
+            self._freeze_batch_norm()
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs: random numbers follow from seed, epoch and step, so none are stored."""
@@ -121,14 +126,30 @@ class Trainer:
         ends = (self.recipe.train.save_every, len(self.data.train), self.steps)
         return any(self.step % end == 0 for end in ends)
 
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.step >= self.bn_frozen_from:
+            for norm in batch_norms(self.model):
+                norm.eval()
+
+    def _freeze_batch_norm(self) -> None:
+        """Estimate BatchNorm's statistics anew, with the weights as they now are, and leave them so from here on."""
+        if self.steps:
+            torch.manual_seed(self.recipe.train.seed)
+            batches = self.data.train.epoch(self.recipe.train.epochs)
+            reestimate_batch_norm(self.model, islice(batches, self.recipe.train.bn_batches))
+            self._train_mode()
+
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         per_epoch = len(self.data.train)
         while self.step < self.steps:
+            if self.step == self.bn_frozen_from:  # between two passes over the data, since this is one of its own
+                self._freeze_batch_norm()
             epoch, start = divmod(self.step, per_epoch)
             before = self.step
             for number, batch in enumerate(self.data.train.epoch(epoch, start)):
                 yield batch
-                if self.step >= self.steps or number + start + 1 >= per_epoch:
+                if self.step in (self.steps, self.bn_frozen_from) or number + start + 1 >= per_epoch:
                     break
             if self.step == before:
                 raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import math
 import os
 import signal
@@ -112,7 +113,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one_bit_for_bit(name: str) -> None
     whole = begin(recipe)
     finish(whole)
     expected = whole.state()
-    for stop in (1, 4, 7, STEPS - 1) if name == "fisher" else (6,):
+    for stop in (1, 4, 7, 8, 9, STEPS - 1) if name == "fisher" else (6,):
         first = begin(recipe)
         finish(first, stop)
         saved = stored(first.state())
@@ -185,6 +186,58 @@ def test_the_metrics_say_what_went_on() -> None:
     assert last.average_bits == pytest.approx(sum(last.bits[n] * sizes[n] for n in sizes) / sum(sizes.values()))
     assert last.remaining == 0
     assert all(m.steps == 25 and 0 <= m.train_accuracy <= 100 and m.seconds > 0 for m in metrics)
+
+
+@pytest.mark.parametrize(("share", "frozen_from"), [(0.8, 8), (0.1, 3), (1.0, 11)])
+def test_batch_norm_freezes_at_its_statistics_over_the_batches_told(share: float, frozen_from: int) -> None:
+    """Against sums in float64 over the batches of the epoch after the last, with the weights of that moment."""
+    running = begin(told(gates={"freeze": 0.2}, train={"bn_freeze": share, "bn_batches": 3, "epochs": 3}))
+    before_step, seen = running.gates.before_step, {}
+    conv, norm = running.model[0], running.model[1]
+
+    def watched(step: int) -> None:
+        seen[step] = [t.detach().clone() for t in (norm.running_mean, norm.running_var, conv.weight, conv.bias)]
+        before_step(step)
+
+    running.gates.before_step = watched
+    finish(running)
+    weight, bias = seen[frozen_from][2:] if frozen_from < STEPS else (conv.weight.detach(), conv.bias.detach())
+    inputs = [x.double() for x, _ in list(running.data.train.epoch(3))[:3]]
+    outputs = [nn.functional.conv2d(x, weight.double(), bias.double()).transpose(0, 1).flatten(1) for x in inputs]
+    mean = torch.stack([output.mean(1) for output in outputs]).mean(0)
+    var = torch.stack([output.var(1, unbiased=True) for output in outputs]).mean(0)
+    assert torch.allclose(norm.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(norm.running_var.double(), var, rtol=1e-4)
+    assert norm.momentum == 0.1
+    for step, (running_mean, running_var, *_) in seen.items():
+        frozen = torch.equal(running_mean, norm.running_mean) and torch.equal(running_var, norm.running_var)
+        assert frozen == (step >= frozen_from), step
+
+
+def test_a_network_that_holds_its_batch_norm_fixed_keeps_its_statistics() -> None:
+    class Fixed(nn.Sequential):
+        def train(self, mode: bool = True) -> Fixed:
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    running = trainer(Fixed(*network()), told(), STEPS, random_data())
+    running.model[1].running_mean.fill_(0.5)
+    finish(running)
+    assert torch.equal(running.model[1].running_mean, torch.full((8,), 0.5))
+
+
+def test_without_batches_the_running_statistics_freeze() -> None:
+    running = begin(told(train={"bn_batches": 0}))
+    before_step, seen = running.gates.before_step, []
+
+    def watched(step: int) -> None:
+        seen.append(running.model[1].running_mean.clone())
+        before_step(step)
+
+    running.gates.before_step = watched
+    finish(running)
+    assert [not torch.equal(a, b) for a, b in itertools.pairwise(seen)] == [True] * 8 + [False] * 2
 
 
 def test_the_loss_is_that_of_hinton_et_al_beside_the_labels() -> None:
