@@ -192,7 +192,8 @@ class TrainSection(_Section):
     levels_lr: Positive = 0.1  # of levels, in steps of the level grid (1/255 of the range); Adam
     correction: NonNegative = 1.0  # gradient correction (Eqn 9) as a multiple of the layer's Fisher; 0 switches it off
     distill: DistillSection = DistillSection()
-    bn_freeze: Fraction = 0.75  # share of the run after which BatchNorm's statistics, estimated anew, stay as they are
+    # Share of the run, rounded up to an epoch, after which BatchNorm's statistics, estimated anew, stay; not before the bits do.
+    bn_freeze: Fraction = 0.75
     bn_batches: Annotated[int, Field(ge=0)] = 64  # over which they are estimated; 0: the running ones stay
     save_every: Annotated[int, Field(ge=1)] = 500  # steps between two checkpoints
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast

@@ -54,8 +54,15 @@ def sweep(
                 begun.check_same([recipe])
             if not _is_whole(here):
                 distributed.wait()  # until all have looked
-                known = {"start": before, "introduced": introduced}
-                finetune(checkpoint_path, recipe, run=begun, run_dir=here.path, **known, listener=listener)
+                finetune(
+                    checkpoint_path,
+                    recipe,
+                    run=begun,
+                    run_dir=here.path,
+                    start=before,
+                    introduced=introduced,
+                    listener=listener,
+                )
                 introduced = True
             distributed.wait()  # for the one that writes
             done.append((recipe, here.report(), here))

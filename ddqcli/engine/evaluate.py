@@ -70,11 +70,10 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
     model.train()
     norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
-    for number, (x, _) in enumerate(batches if norms else ()):
-        if number == 0:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None
+    for norm in norms:
+        norm.momentum = None  # the plain mean; what no batch reaches keeps its statistics
+        norm.num_batches_tracked.zero_()
+    for x, _ in batches if norms else ():
         model(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -64,8 +64,7 @@ class Trainer:
         self.lr_scale = 1.0  # of every step size
         self.distilled = distilled_share(recipe.train.distill, data)  # of the loss
         self.teacher = teacher if self.distilled else None
-        # BatchNorm's statistics freeze after the bits have: what is trained last is then what will be evaluated.
-        self.bn_frozen_from = min(steps, max(int(recipe.train.bn_freeze * steps), gates.frozen_from + 1))
+        self.bn_frozen_from = self._bn_frozen_from()
         self.parallel = distributed.parallel(self.model)
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
 
@@ -126,11 +125,21 @@ class Trainer:
         ends = (self.recipe.train.save_every, len(self.data.train), self.steps)
         return any(self.step % end == 0 for end in ends)
 
+    def _bn_frozen_from(self) -> int:
+        """The step from which BatchNorm's statistics stay: after the bits have frozen, and between epochs if it can be."""
+        self.model.train()
+        if not batch_norms(self.model):
+            return self.steps
+        per_epoch = len(self.data.train)
+        first = max(int(self.recipe.train.bn_freeze * self.steps), self.gates.frozen_from + 1)
+        epoch_end = math.ceil(first / per_epoch) * per_epoch
+        return min(self.steps, epoch_end if epoch_end < self.steps else first)
+
     def _train_mode(self) -> None:
         self.model.train()
         if self.step >= self.bn_frozen_from:
             for norm in batch_norms(self.model):
-                norm.eval()
+                norm.training = False
 
     def _freeze_batch_norm(self) -> None:
         """Estimate BatchNorm's statistics anew, with the weights as they now are, and leave them so from here on."""
@@ -198,9 +207,6 @@ class Trainer:
         at = f"at step {self.step + 1} of {self.steps}"
         if not x.isfinite().all():
             return DDQError(f"The batch {at} holds NaN or infinite values; repair the data and resume.")
-        target = self._target(x)
-        if target is not None and not target.isfinite().all():
-            return DDQError(f"The float model's own output is NaN or infinite {at}; set train.distill.weight=0.")
         found: list[str] = []
 
         def look(name: str) -> Callable[..., None]:
@@ -219,7 +225,7 @@ class Trainer:
     @torch.no_grad()
     def _target(self, x: Tensor) -> Tensor | None:
         """The float model's output. Of a copy of x, since a network may change its input in place."""
-        return output_of(self.teacher(x.clone())) if self.teacher else None
+        return None if self.teacher is None else output_of(self.teacher(x.clone()))
 
     def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
         if target is None:
@@ -250,14 +256,18 @@ def distilled_share(distill: DistillSection, data: Data) -> float:
 
 
 def check_distillable(seen: dict[str, Tensor] | None) -> None:
-    """Raise DataError if what `probe` saw of a model is not scores of two classes or more, [B,K]."""
-    shape = list(seen["output"].shape) if seen else None
-    if shape is None or len(shape) != 2 or shape[1] < 2:
-        kind = f"of shape {shape}" if shape else "no tensor"
-        raise DataError(
-            f"Distillation is of scores [B,K] of two classes or more, and the model's output is {kind}; "
-            "set train.distill.weight=0."
-        )
+    """Raise DataError if what `probe` saw of a model is not finite scores [B,K] of two classes or more."""
+    output = seen["output"] if seen else None
+    if output is None:
+        kind = "no tensor"
+    elif output.dim() != 2 or output.shape[1] < 2:
+        kind = f"of shape {list(output.shape)}"
+    elif not output.isfinite().all():
+        kind = "partly infinite or NaN"
+    else:
+        return
+    scores = "Distillation is of finite scores [B,K] of two classes or more"
+    raise DataError(f"{scores}, and the model's output is {kind}; set train.distill.weight=0.")
 
 
 def distillation(output: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -34,8 +34,12 @@ UNIFORM = {
     "4/8": (["--max-bits", "4", "--min-bits", "4"], "145904B"),
     "2/4": (["--max-bits", "2", "--min-bits", "2", "--set", ENDS], "79664B"),
 }
-LABELS_ALONE = ["--set", "train.distill.weight=0"]
-QUANTIZERS_ALONE = [*LABELS_ALONE, "--set", "train.bn_freeze=1"]  # the defaults when the first seed was trained
+LABELS_ALONE = [
+    "--set",
+    "train.distill.weight=0",
+    "--set",
+    "train.bn_freeze=1",
+]  # the defaults when the first seed was trained
 LSQ = ["--set", "weights.levels=uniform", "--set", "activations.levels=uniform"]
 GOOD = {"4/8": 0.0, "4/4": 0.2, "3/3": 0.6, "2/4": 1.0, "2/2": 1.9}  # the drop that was aimed at, percent
 
@@ -60,7 +64,7 @@ def rows() -> list[Row]:
     found = []
     for seed in SEEDS:
         for setting, (uniform, size) in reversed(UNIFORM.items()):
-            common = ("--epochs", "5", "--target-size", size, "--act-bits", setting[-1], *QUANTIZERS_ALONE)
+            common = ("--epochs", "5", "--target-size", size, "--act-bits", setting[-1], *LABELS_ALONE)
             methods = {
                 "gates": [],
                 "static allocation": ["--set", "gates.rule=fixed"],
