@@ -356,25 +356,19 @@ def test_training_that_diverges_goes_back_once_with_a_smaller_step(project: Path
 
 
 ONE_OUTPUT = """
-import data, net
-
 def build():
-    made = net.build()
-    made[8] = net.nn.Linear(16, 1)
-    return made
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
 
-def make():
+def regression():
     loss = lambda output, target: (output[:, 0] - target).square().mean()
-    return {**data.make(), "loss": loss, "metric": lambda output, target: 1 / (1 + (output[:, 0] - target).abs())}
+    return {**make(), "loss": loss, "metric": lambda output, target: 1 / (1 + (output[:, 0] - target).abs())}
 """
 
 
 def test_outputs_that_are_no_scores_of_classes_are_not_distilled(project: Path) -> None:
-    Path("data.py").write_text(LOSS)
-    Path("one.py").write_text(ONE_OUTPUT)
-    state = torch.load("model.pt")
-    torch.save({**state, "8.weight": state["8.weight"][:1], "8.bias": state["8.bias"][:1]}, "one.pt")
-    command = ["finetune", "one.pt", "--arch", "one.py:build", "--data", "one.py:make", "--max-steps", "2"]
+    Path("one.py").write_text(LOSS + ONE_OUTPUT)
+    torch.save({"1.weight": torch.randn(1, 64) / 64, "1.bias": torch.zeros(1)}, "one.pt")
+    command = ["finetune", "one.pt", "--arch", "one.py:build", "--data", "one.py:regression", "--max-steps", "2"]
     assert ddq(*command).code == 0
     answer = ddq(*command, "--set", "train.distill.weight=0.5", "--run-dir", "none")
     assert answer.code == 2
