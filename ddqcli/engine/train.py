@@ -64,6 +64,7 @@ class Trainer:
         self.lr_scale = 1.0  # of every step size
         self.distilled = distilled_share(recipe.train.distill, data)  # of the loss
         self.teacher = teacher if self.distilled else None
+        self.model.train()
         self.bn_frozen_from = self._bn_frozen_from()
         self.parallel = distributed.parallel(self.model)
         self.weights_optimizer, self.levels_optimizer = _optimizers(converted, recipe.train)
@@ -127,7 +128,6 @@ class Trainer:
 
     def _bn_frozen_from(self) -> int:
         """The step from which BatchNorm's statistics stay: after the bits have frozen, and between epochs if it can be."""
-        self.model.train()
         if not batch_norms(self.model):
             return self.steps
         per_epoch = len(self.data.train)

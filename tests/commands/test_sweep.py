@@ -240,12 +240,7 @@ def dying_at(moment: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("moment", "flags"),
-    [
-        (5, ""),
-        (12, f"--run-dir {SWEEP}"),
-        (17, f"--run-dir {SWEEP}/4-bits"),
-        (35, "model.pt --target-bits 3,6,4"),
-    ],
+    [(5, ""), (12, f"--run-dir {SWEEP}"), (17, f"--run-dir {SWEEP}/4-bits"), (35, "model.pt --target-bits 3,6,4")],
 )
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     project: Path, unharmed: Path, moment: int, flags: str
