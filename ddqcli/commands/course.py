@@ -96,6 +96,6 @@ def _levels(run: Run, snapshots: list[dict[str, Any]], rows: Sequence[dict[str, 
 
 
 def _thinned(values: Sequence[float]) -> list[float]:
-    """Means of neighbours, so that at most POINTS are left."""
-    parts = np.array_split(np.asarray(values, float), min(POINTS, len(values)))
-    return [float(part.mean()) for part in parts]
+    """Means of as many neighbours each, so that at most POINTS are left; the last may be of fewer."""
+    each = -(-len(values) // POINTS)
+    return [float(np.mean(values[k : k + each])) for k in range(0, len(values), each)]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from made_run import export_made, make_run
@@ -116,10 +117,13 @@ def test_a_run_without_metrics_has_no_course(tmp_path: Path, lines: str | None) 
     assert page_of(made.path, tmp_path).found["h2"] == ["Result", "Bits by layer", "Quantized tensors"]
 
 
-def test_long_runs_are_thinned_to_what_a_picture_can_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("entries", "each"), [(4000, 10), (585, 2), (400, 1)])
+def test_long_runs_are_thinned_to_what_a_picture_can_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: int, each: int
+) -> None:
     made = make_run(tmp_path / "run", 1)
     line = next(entry for entry in made.metrics() if "loss" in entry)
-    long = ({**line, "step": 10 * k, "loss": float(k)} for k in range(1, 4001))
+    long = ({**line, "step": 10 * k, "loss": float(k)} for k in range(1, entries + 1))
     (made.path / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in long))
     drawn = {}
     for name in ("bits_over_time_figure", "loss_over_time_figure"):
@@ -129,9 +133,10 @@ def test_long_runs_are_thinned_to_what_a_picture_can_show(tmp_path: Path, monkey
         )
     page_of(made.path, tmp_path)
     steps, loss = drawn["loss_over_time_figure"][:2]
-    assert len(steps) == len(loss) == 400
-    assert sum(loss) / 400 == pytest.approx(2000.5)  # means, so none is left out
-    assert [drawn["bits_over_time_figure"][0][k] for k in (0, -1)] == [10, 40_000]
+    means = [fmean(range(k + 1, min(k + each, entries) + 1)) for k in range(0, entries, each)]
+    assert loss == pytest.approx(means)  # as smooth at the end as at the start
+    assert steps == pytest.approx([10 * mean for mean in means])
+    assert [drawn["bits_over_time_figure"][0][k] for k in (0, -1)] == [10, 10 * entries]
     assert len(drawn["bits_over_time_figure"][0]) == 400
 
 
