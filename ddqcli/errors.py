@@ -51,8 +51,11 @@ class VerificationError(DDQError):
     exit_code = 4
 
 
-class Interrupted(DDQError):
-    """A signal ended the run; what was reached is kept (exit code 128 + signal: 130 on Ctrl-C, 143 on SIGTERM)."""
+class Interrupted(BaseException):
+    """A signal ended the run; what was reached is kept (exit code 128 + signal: 130 on Ctrl-C, 143 on SIGTERM).
+
+    No Exception, so that nobody takes it for a failure of what it fell into: a damaged image, a missing compiler.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         self.exit_code = 128 + signal_number

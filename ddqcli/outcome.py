@@ -34,7 +34,7 @@ class Answering(TyperGroup):
                 raise
             code = 0  # the reader has seen enough
             _abandon_stdout()
-        except Exception as error:
+        except (Exception, Interrupted) as error:
             if debug:
                 traceback.print_exc()
             code = _answer(error, command, as_json="--json" in given)
@@ -68,9 +68,9 @@ def _stop(number: int, frame: object) -> None:
     raise Interrupted("Terminated", number)
 
 
-def _answer(error: Exception, command: str | None, as_json: bool) -> int:
+def _answer(error: Exception | Interrupted, command: str | None, as_json: bool) -> int:
     """Say what went wrong, and give the exit code."""
-    if isinstance(error, DDQError):
+    if isinstance(error, DDQError | Interrupted):
         message, code = str(error), error.exit_code
     elif isinstance(error, _WrongUse):
         message, code = error.format_message(), 2

@@ -225,6 +225,22 @@ def test_a_signal_before_the_first_step_can_be_resumed_too(project: Path, unharm
     assert artifact() == unharmed
 
 
+def test_a_signal_is_not_taken_for_a_fault_of_what_it_falls_into(project: Path, unharmed: bytes) -> None:
+    def stopped_while_compiling() -> None:
+        from ddqcli.commands import finetune
+        from ddqcli.quant import fusion
+
+        finetune._FUSE_FROM = 0
+        fusion.fused = lambda *_: lambda _: signal.raise_signal(signal.SIGTERM)
+
+    child = in_child(BEGIN, before=stopped_while_compiling)
+    assert exit_code(child) == 143
+    said = Path("child.txt").read_text()
+    assert said == f"Error: Terminated; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
+    assert exit_code(in_child(RESUME, EXPORT)) == 0
+    assert artifact() == unharmed
+
+
 # ---- resuming
 
 
