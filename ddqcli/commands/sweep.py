@@ -101,7 +101,7 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe])
             if new:
                 run.write_recipe(*recipes)
             yield run
-        except Exception:
+        except BaseException:
             if new:
                 run.discard_if_empty()
             raise

@@ -92,6 +92,7 @@ class Trainer:
                     on_save()
                 if stopping:
                     number = caught[0] if caught else signal.SIGTERM
+                    caught.clear()
                     raise Interrupted(f"Stopped at step {self.step} of {self.steps}", number)
         self.gates.finish()
         if self.steps == self.bn_frozen_from:
@@ -287,18 +288,27 @@ def _plain(name: str) -> str:
 
 @contextmanager
 def _signals_held() -> Iterator[list[int]]:
-    """Within: SIGINT and SIGTERM are only noted, in the list, so that a step is never cut in two."""
+    """Within: SIGINT and SIGTERM are only noted, so that no step is cut in two. One that is left in the list comes at the end."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
         yield caught
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda n, _: caught.append(n)) for number in numbers]
+
+    def note(number: int, _: object) -> None:
+        caught.append(number)
+        # The data loader's processes may have got the same signal; torch would raise for each that ends, amid the step.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
     try:
         yield caught
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 def _optimizers(

@@ -213,6 +213,22 @@ def test_data_that_are_missing_leave_no_folder(project: Path) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_target_leaves_no_folder(project: Path, sent: int, code: int) -> None:
+    def stopped() -> None:
+        from ddqcli.commands import sweep
+
+        finetune = sweep.finetune
+
+        def begun(*args: Any, dry_run: bool = False, **options: Any) -> Any:
+            return finetune(*args, dry_run=True, **options) if dry_run else signal.raise_signal(sent)
+
+        sweep.finetune = begun
+
+    assert exit_code(in_child(BEGIN, before=stopped)) == code
+    assert not Path(SWEEP).exists()
+
+
 def test_a_folder_with_a_sweep_is_not_written_over(swept: Path) -> None:
     for targets in ("4", "4,3"):
         answer = ddq("finetune", "model.pt", "--target-bits", targets, "--run-dir", SWEEP)

@@ -376,6 +376,49 @@ def test_a_signal_waits_for_the_end_of_the_step_and_saves(number: int, code: int
     assert not differences(resumed.state(), whole.state())
 
 
+def test_the_end_of_a_loaders_process_does_not_cut_the_step_in_which_a_signal_came() -> None:
+    running, saved = begin(told()), []
+    before_step = running.gates.before_step
+
+    def stopped_together(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGCHLD)
+        before_step(step)
+
+    def torchs(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    running.gates.before_step = stopped_together
+    before = signal.signal(signal.SIGCHLD, torchs)
+    try:
+        with pytest.raises(Interrupted, match="Stopped at step 5 of 11"):
+            running.run(lambda metrics: None, lambda: saved.append(running.step))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert saved[-1] == 5
+
+
+@pytest.mark.parametrize("at", ["the last step's end", "a failure"])
+def test_a_signal_that_no_step_answers_comes_when_training_ends(at: str) -> None:
+    running = begin(told())
+    before_step = running.gates.before_step
+
+    def failing(step: int) -> None:
+        if step == 4 and at == "a failure":
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("It broke.")
+        before_step(step)
+
+    def save() -> None:
+        if running.step == STEPS:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    running.gates.before_step = failing
+    with pytest.raises(KeyboardInterrupt):
+        running.run(lambda metrics: None, save)
+
+
 def test_states_are_saved_every_so_often_and_at_each_epochs_end() -> None:
     running, saved = begin(told()), []
     running.run(lambda metrics: None, lambda: saved.append(running.step))
