@@ -297,7 +297,7 @@ def _signals_held() -> Iterator[list[int]]:
     def note(number: int, _: object) -> None:
         caught.append(number)
         # The data loader's processes may have got the same signal; torch would raise for each that ends, amid the step.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
     for number in (signal.SIGINT, signal.SIGTERM):
