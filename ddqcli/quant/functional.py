@@ -1,9 +1,14 @@
-"""DDQ's quantization function (Eqn 3) and its gradients (Eqn 8, Eqn 9, the gates' finite differences).
+"""DDQ's quantization function (Eqn 3) and its gradients (Eqn 8 and 9, the gates' finite differences).
 
 A level is a point of a grid: `value = (k - zero_point) * scale` with k in 0..255 (b_q = 8). `scale` has at most 12
 significant bits, so every level and every midpoint of two levels is exact in float32. A value's half-step,
 `floor(x / (scale / 2))`, then decides its nearest level exactly, and one small table replaces the search:
 no U, no Kronecker product, no one-hot vector and no N x 2^b tensor is ever made.
+
+Eqn (8) takes a level's members along when it moves, but not the values that change sides as the thresholds move, which undo that
+on average: x_q stays near x, as the straight-through gradient of x has it. Levels that follow Eqn (8) drift. So a level gets the
+gradient of x_q less that of the straight line between the two levels at either side of x. Levels that move together inside the
+range then change nothing, and for evenly spaced ones the gradient of the step is LSQ's (Esser et al. 2020, Eqn 3).
 
 No level stands for NaN or an infinity: they become NaN, so that the loss shows them without the device being asked at every
 step.
@@ -104,7 +109,10 @@ def half_steps(x: Tensor, half: Tensor, offset: Tensor | int) -> Tensor:
 
 
 class _LevelsInForce(torch.autograd.Function):
-    """(levels, gates) -> A_s (Eqn 3's R(q U / Z_U)), as values [G, slots]; Eqn (8) and the gates' finite differences back."""
+    """(levels, gates) -> A_s (Eqn 3's R(q U / Z_U)), as values [G, slots]; Eqn (8) and the gates' finite differences back.
+
+    Twice: what x_q says of the levels and what it says of the gates are two gradients.
+    """
 
     @staticmethod
     def forward(
@@ -114,7 +122,7 @@ class _LevelsInForce(torch.autograd.Function):
         zero_point: Tensor,
         gates: Tensor,
         bits: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ordered, order = levels.detach().float().sort(dim=1, stable=True)
         max_bits = (levels.shape[1] - 1).bit_length()
         finest = max(min(s + gates.requires_grad, max_bits) for s in bits)  # the gates' gradient asks for children
@@ -122,19 +130,20 @@ class _LevelsInForce(torch.autograd.Function):
         positions = level - zero_point[:, None]
         ctx.save_for_backward(ordered, order, scale, positions)
         ctx.bits = bits
-        ctx.mark_non_differentiable(level)
-        return positions * scale[:, None], level
+        values, of_gates = positions * scale[:, None], positions * scale[:, None]
+        ctx.mark_non_differentiable(level, *(() if gates.requires_grad else (of_gates,)))
+        return values, of_gates, level
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        sums, bits = grads[0], ctx.bits
+        (sums, by_slot, _), bits = grads, ctx.bits
         ordered, order, scale, positions = ctx.saved_tensors
         of_levels, of_scale, _, of_gates = ctx.needs_input_grad[:4]
         return (
             _levels_grad(sums, ordered, order, scale, bits) if of_levels else None,
             (sums * positions).sum(1) if of_scale else None,
             None,
-            _gates_grad(sums, ordered, scale, bits) if of_gates else None,
+            _gates_grad(by_slot, ordered, scale, bits) if of_gates else None,
             None,
         )
 
@@ -144,24 +153,31 @@ class Tables:
     """What decides where a value goes, for G groups; made from the levels once a step.
 
     Attributes:
-        values: [G, n] the levels in force, ascending; differentiable in levels, scale and gates.
+        values: [G, n] the levels in force, ascending; differentiable in levels and scale.
+        of_gates: the same, differentiable in the gates.
         by_cell: [G, 512] the nearest level's value for each cell of `half_steps`.
         codes: [G, 512] its place among the n.
+        gaps: [G, 512] how many of the n lie at or below the cell.
         half, offset: [G, 1], see `half_steps`.
         learns: whether anything behind the values is learned.
     """
 
     values: Tensor
+    of_gates: Tensor
     by_cell: Tensor
     codes: Tensor
+    gaps: Tensor
     half: Tensor
     offset: Tensor
     learns: bool
 
     def split(self) -> list[Tables]:
         """One for each group."""
-        parts = map(_by_row, (self.values, self.by_cell, self.codes, self.half, self.offset))
-        return [Tables(v, by_cell, codes, h, o, self.learns) for v, by_cell, codes, h, o in zip(*parts, strict=True)]
+        parts = map(_by_row, (self.values, self.of_gates, self.by_cell, self.codes, self.gaps, self.half, self.offset))
+        return [
+            Tables(v, of_gates, near, codes, gaps, h, o, self.learns)
+            for v, of_gates, near, codes, gaps, h, o in zip(*parts, strict=True)
+        ]
 
 
 def _by_row(x: Tensor) -> tuple[Tensor, ...]:
@@ -179,11 +195,13 @@ def make_tables(levels: Tensor, scale: Tensor, zero_point: Tensor, gates: Tensor
         gates: [G, b] gate logits; only their gradient is used here, `bits` says how many are open.
         bits: s for each group.
     """
-    values, level = _LevelsInForce.apply(levels, scale, zero_point, gates, bits)  # type: ignore[no-untyped-call]
+    values, of_gates, level = _LevelsInForce.apply(levels, scale, zero_point, gates, bits)  # type: ignore[no-untyped-call]
     nearest = nearest_table(level)
+    gaps = torch.searchsorted(2 * level, _cells(level.device).expand(len(level), -1).contiguous(), right=True)
     half, offset = scale.detach()[:, None] / 2, 2 * zero_point[:, None] + 1
     learns = scale.requires_grad or gates.requires_grad or (levels.requires_grad and min(bits) < LEVEL_BITS)
-    return Tables(values, values.detach().gather(1, nearest), nearest.float(), half, offset, learns)
+    by_cell = values.detach().gather(1, nearest)
+    return Tables(values, of_gates, by_cell, nearest.float(), gaps.float(), half, offset, learns)
 
 
 def _snap(x: Tensor, by_cell: Tensor, half: Tensor, offset: Tensor, base: Tensor) -> Tensor:
@@ -218,37 +236,60 @@ def _inside(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where((x >= low) & (x <= high), grad, 0.0)
 
 
-def _corrected(
+def _parts(
     kind: torch.dtype,
     grad: Tensor,
     x: Tensor,
     low: Tensor,
     high: Tensor,
-    by_cell: Tensor,
-    codes: Tensor,
     half: Tensor,
     offset: Tensor,
     base: Tensor,
-    correction: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of x, what reaches levels and gates (Eqn 9), and each value's code as `kind`; all [G, M].
+    by_cell: Tensor,
+    *places: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradient of x, what it says of the gap that x lies in, the residual x_q - x, and each of `places` as `kind`; [G, M].
 
     Only x is kept for this: with the tables it says all over again what became of each value.
     """
     cell = _cell(x, half, offset, base)
     residual = by_cell.view(-1).index_select(0, cell).view(x.shape) - x
-    code = codes.view(-1).index_select(0, cell).view(x.shape).to(kind)
-    return _inside(grad, x, low, high), grad.float() + correction * residual, code
+    found = [place.view(-1).index_select(0, cell).view(x.shape).to(kind) for place in places]
+    return _inside(grad, x, low, high), _to_gap(grad, x, residual, low, high), residual, *found
 
 
-def _corrected_sums(grad: Tensor, x: Tensor, values: Tensor, correction: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`_corrected` of [1, M] as `_snap_to_few` finds the values, and at once the sums of [1, n] values: to be fused."""
-    reached, reaches = _reached(x, values), grad.float()
-    if correction is not None:
-        reaches = reaches + correction * (_highest(reached, values) - x)
-    members = [~reached[0], *(a & ~b for a, b in itertools.pairwise(reached)), reached[-1]]
-    sums = [torch.where(member, reaches, 0.0).sum(1) for member in members]
-    return _inside(grad, x, values[:, :1], values[:, -1:]), torch.stack(sums, 1)
+def _to_gap(grad: Tensor, x: Tensor, residual: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What the levels around each x get, but for the distance of the two: see `_by_level`."""
+    inside = (x >= low) & (x <= high)
+    return torch.where(inside, -residual, 1.0) * grad.float()
+
+
+def _parts_of_few(grad: Tensor, x: Tensor, values: Tensor, correction: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradient of x [1, M], the sums [1, n + 1] by gap and, for Eqn (9), [1, n] by level of n values: to be fused."""
+    reached, (low, high) = _reached(x, values), (values[:, :1], values[:, -1:])
+    residual = _highest(reached, values) - x
+    above = [x >= value for value in values.unbind(1)]
+    by_gap = _masked_sums(_to_gap(grad, x, residual, low, high), above)
+    if correction is None:
+        return _inside(grad, x, low, high), by_gap
+    return _inside(grad, x, low, high), by_gap, _masked_sums(correction * residual, reached)
+
+
+def _masked_sums(of: Tensor, above: list[Tensor]) -> Tensor:
+    """[1, k + 1] sums of [1, M] between k ascending thresholds, of which each value is at or `above` some."""
+    members = [~above[0], *(a & ~b for a, b in itertools.pairwise(above)), above[-1]]
+    return torch.stack([torch.where(member, of, 0.0).sum(1) for member in members], 1)
+
+
+def _by_level(by_gap: Tensor, values: Tensor) -> Tensor:
+    """Sums [G, n + 1] of `_to_gap` below, between and above n values [G, n] as what each value gets.
+
+    With x between q and q' and the straight line x = (1 - t) q + t q': if q is nearer, x_q less the line is t q - t q', else
+    (1 - t) (q' - q). Both are (x - x_q) / (q' - q) for q and minus that for q'. Beyond the ends x_q is the end.
+    """
+    width = values.diff(dim=1)
+    shares = torch.where(width > 0, by_gap[:, 1:-1] / width, 0.0)
+    return torch.cat([shares, by_gap[:, -1:]], 1) - torch.cat([-by_gap[:, :1], shares], 1)
 
 
 _FEW = 16  # levels up to which a fused comparison with each is faster than memory
@@ -256,7 +297,7 @@ MANY = 2**16  # values from which on kernels of their own are worth their calls
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x -> the nearest of `values`; straight through to x, to each of the values the sum over its members (Eqn 9 included).
+    """x -> the nearest of `values`; back to x, to the values for what is learned (Eqn 8) and to those for the gates.
 
     Takes one x with G groups, or G of them with one group each, which go through the kernels as one row.
     """
@@ -265,8 +306,10 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any,
         values: Tensor,
+        of_gates: Tensor,
         by_cell: Tensor,
         codes: Tensor,
+        gaps: Tensor,
         half: Tensor,
         offset: Tensor,
         correction: Tensor,
@@ -276,7 +319,7 @@ class _FakeQuantize(torch.autograd.Function):
         fuse: bool,
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(values, by_cell, codes, half, offset, correction, *xs)
+        ctx.save_for_backward(values, by_cell, codes, gaps, half, offset, correction, *xs)
         ctx.constants = (axis, learns, corrects, fuse)
         ctx.set_materialize_grads(False)
         kind, row = half.device.type, _row(xs, xs, axis, len(values))
@@ -288,29 +331,34 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        values, by_cell, codes, half, offset, correction, *xs = ctx.saved_tensors
+        values, by_cell, codes, gaps, half, offset, correction, *xs = ctx.saved_tensors
         axis, learns, corrects, fuse = ctx.constants
         kind, (groups, count) = half.device.type, values.shape
         known = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, xs, strict=True)]
         pair = _row(known, xs, axis, groups), _row(xs, xs, axis, groups)
-        sums = torch.zeros_like(values) if ctx.needs_input_grad[0] else None
-        if sums is None or not learns:
-            ends = _spread([values[:, :1], values[:, -1:]], xs)
+        wants, gated = ctx.needs_input_grad[:2]
+        sums = torch.zeros_like(values) if wants else None
+        of_gates = torch.zeros_like(values) if gated else None
+        ends = _spread([values[:, :1], values[:, -1:]], xs)
+        if not (learns and (wants or gated)):
             grad_x = (fused(_inside, kind) if fuse else _inside)(*pair, *ends)
+        elif fuse and groups == 1 and count <= _FEW and not gated:
+            grad_x, by_gap, *by_code = fused(_parts_of_few, kind)(*pair, values, correction if corrects else None)
+            sums = _by_level(by_gap, values) + sum(by_code)
         else:
             group = torch.arange(groups, device=half.device, dtype=torch.int32)[:, None]
-            if fuse and groups == 1 and count <= _FEW:
-                grad_x, sums = fused(_corrected_sums, kind)(*pair, values, correction if corrects else None)
-            else:
-                low, high, *where = _spread(
-                    [values[:, :1], values[:, -1:], half, offset, CELLS * group, correction[:, None]], xs
-                )
-                kernel = fused(_corrected, kind) if fuse else _corrected
-                small = torch.uint8 if groups * count <= 256 else torch.int32
-                grad_x, found, code = kernel(small, *pair, low, high, by_cell, codes + count * group, *where)
-                sums = _sums(found, code, groups * count).view(groups, count)
-        of_xs = _parted(grad_x, xs, axis)
-        return sums, *(None,) * 9, *(None if grad is None else of_x for grad, of_x in zip(grads, of_xs, strict=True))
+            where = _spread([half, offset, CELLS * group], xs)
+            small = torch.uint8 if groups * (count + 1) <= 256 else torch.int32
+            places = [gaps + (count + 1) * group, *([codes + count * group] if corrects or gated else ())]
+            kernel = fused(_parts, kind) if fuse else _parts
+            grad_x, to_gap, residual, gap, *code = kernel(small, *pair, *ends, *where, by_cell, *places)
+            sums = _by_level(_sums(to_gap, gap, groups, count + 1), values)
+            if code:
+                corrections = _sums(residual, code[0], groups, count) * correction[:, None]
+                sums = sums + corrections
+                of_gates = corrections + _sums(pair[0].float(), code[0], groups, count) if gated else None
+        of_xs = zip(grads, _parted(grad_x, xs, axis), strict=True)
+        return sums, of_gates, *(None,) * 10, *(None if grad is None else of_x for grad, of_x in of_xs)
 
 
 def fake_quantize(x: Tensor, tables: Tables, *, axis: int = 0, correction: float = 0.0, fuse: bool = False) -> Tensor:
@@ -325,7 +373,7 @@ def fake_quantize(x: Tensor, tables: Tables, *, axis: int = 0, correction: float
         correction: lambda of Eqn (9), in units of the loss per squared unit of x.
         fuse: go over the values with kernels of torch.compile, if there are enough of them.
 
-    Gradients: to x where A_0 <= x <= A_last; to levels the sum over a level's members divided by its run length;
+    Gradients: to x where A_0 <= x <= A_last; to levels what x_q says beyond that (`_by_level`), divided by the run length;
     to the gates s and s + 1 the finite differences A_s - A_(s-1) and A_(s+1) - A_s, none to the others.
 
     >>> levels, one = torch.tensor([[0.0, 10.0, 20.0, 30.0]]), torch.ones(1)
@@ -353,8 +401,9 @@ def _apply(xs: list[Tensor], tables: Tables, corrections: list[float], axis: int
     of_one = len(corrections) == 1  # is filled in by the device itself, without waiting for it
     factors = t.half.new_full((1,), corrections[0]) if of_one else t.half.new_tensor(corrections)
     out: tuple[Tensor, ...] = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        t.values, t.by_cell, t.codes, t.half, t.offset, factors, axis, t.learns, any(corrections), fuse, *xs
-    )
+        t.values, t.of_gates, t.by_cell, t.codes, t.gaps, t.half, t.offset, factors,
+        axis, t.learns, any(corrections), fuse, *xs,
+    )  # fmt: skip
     return out
 
 
@@ -424,12 +473,12 @@ def along(per_group: Tensor, like: Tensor, axis: int) -> Tensor:
     return per_group.view(shape)
 
 
-def _sums(grad: Tensor, code: Tensor, count: int) -> Tensor:
-    """[count] float32: the sum of `grad` by code."""
-    flat, index = grad.reshape(-1), code.reshape(-1)
-    if grad.is_cpu:
-        return torch.bincount(index, weights=flat, minlength=count).float()
-    return torch.zeros(count, device=grad.device).scatter_add_(0, index.long(), flat)
+def _sums(of: Tensor, code: Tensor, groups: int, count: int) -> Tensor:
+    """[groups, count] float32: the sums by code."""
+    flat, index = of.reshape(-1), code.reshape(-1)
+    if of.is_cpu:
+        return torch.bincount(index, weights=flat, minlength=groups * count).float().view(groups, count)
+    return torch.zeros(groups * count, device=of.device).scatter_add_(0, index.long(), flat).view(groups, count)
 
 
 def _folded(sums: Tensor, s: int) -> Tensor:
@@ -445,7 +494,7 @@ def _rows_of(bits: tuple[int, ...]) -> list[tuple[int, slice | list[int]]]:
 
 
 def _levels_grad(sums: Tensor, ordered: Tensor, order: Tensor, scale: Tensor, bits: tuple[int, ...]) -> Tensor:
-    """Eqn (8): each level gets its members' sum, shared evenly by the 2^(b - s) stored levels of its run."""
+    """Eqn (8)'s 1 / Z_U: what a level in force gets is shared evenly by the 2^(b - s) stored levels of its run."""
     shared = torch.empty_like(ordered)
     n = ordered.shape[1]
     for s, rows in _rows_of(bits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -162,13 +163,13 @@ def test_the_layout_in_memory_changes_neither_values_nor_gradients(axis, layout)
     [((0,), 1, 0), ((3, 0), 1, 0), ((3, 0), 3, 0), ((0, 3, 2), 3, 1), ((2, 3, 0, 0), 3, 1), ((), 1, 0), ((1,), 1, 0)],
 )
 def test_empty_and_scalar_tensors_keep_their_shape(shape, groups, axis):
-    x = torch.zeros(shape).requires_grad_()
+    x = torch.full(shape, -1.0).requires_grad_()  # below all levels
     levels = torch.arange(4.0).repeat(groups, 1).requires_grad_()
     one = torch.ones(groups)
     out = fake_quantize(x, levels, one, 0 * one, torch.ones(groups, 2), (2,) * groups, axis=axis, correction=1.0)
     out.sum().backward()
     assert out.shape == x.shape == x.grad.shape
-    assert torch.equal(levels.grad.sum(), torch.tensor(float(x.numel())))
+    assert torch.equal(levels.grad.sum(), torch.tensor(2.0 * x.numel()))  # Eqn (8) and, for the distance of 1, Eqn (9)
 
 
 def test_constant_tensors_take_one_level():
@@ -257,13 +258,31 @@ def test_levels_stay_finite_and_distinct_at_extreme_scales(scale):
 # ---- gradients
 
 
-def relaxed(x: Tensor, levels: Tensor, bits: int, scale: Tensor, zero: float) -> Tensor:
-    """Eqn (3) with the selection held and without R, whose gradient passes straight through; differentiable."""
-    held = (oracle.effective(levels.detach(), bits) - zero) * scale.detach().double()
-    x_o = oracle.one_hot(oracle.nearest(x.detach(), held), 2**bits)
-    exact, rounded = oracle.averaged(levels, bits), oracle.effective(levels.detach(), bits)
-    values = (rounded + exact - exact.detach() - zero) * scale.double()
-    return x_o @ values
+def selections(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, n], float64: x_q as shares of the values, and x as shares of the two at either side of it, none outside."""
+    values, x = values.double(), x.double()
+    line = torch.zeros(len(x), len(values), dtype=torch.float64)
+    for i, value in enumerate(x):
+        above = int((values <= value).sum())
+        if 0 < above < len(values):
+            low, high = values[above - 1], values[above]
+            line[i, above - 1], line[i, above] = (high - value) / (high - low), (value - low) / (high - low)
+        elif value == values[-1]:
+            line[i, -1] = 1
+    return oracle.one_hot(oracle.nearest(x, values), len(values)), line
+
+
+def level_gradients(
+    x: Tensor, levels: Tensor, bits: int, scale: Tensor, zero: float, grad: Tensor, correction: float
+) -> list[Tensor]:
+    """Of levels and scale: x_q less the straight line, and Eqn (9) on x_q alone. The selection is held, R's gradient passes."""
+    inputs = levels.double().requires_grad_(), scale.double().requires_grad_()
+    exact, rounded = oracle.averaged(inputs[0], bits), oracle.effective(levels, bits)
+    values = (rounded + exact - exact.detach() - zero) * inputs[1]
+    x_o, line = selections(x, values.detach())
+    residual = (x_o @ values).detach() - x.double()
+    task = grad.double() @ ((x_o - line) @ values) + correction * residual @ (x_o @ values)
+    return list(torch.autograd.grad(task.sum(), inputs))
 
 
 def separate(seed: int, b: int, s: int) -> tuple[Tensor, Tensor]:
@@ -286,18 +305,14 @@ def test_level_and_scale_gradients_are_those_of_the_literal_formula(b, s, correc
         x, inputs[0][None], inputs[1], torch.tensor([zero]), torch.ones(1, b), (s,), correction=correction
     )
     found = torch.autograd.grad(out, inputs, grad)
-    exact = levels.double().requires_grad_(), scale.double().requires_grad_()
-    literal = relaxed(x, exact[0], s, exact[1], zero)
-    assert torch.equal(literal.float(), out)
-    corrected = grad + correction * (out.detach() - x)
-    expected = torch.autograd.grad(literal, exact, corrected.double())
+    expected = level_gradients(x, levels, s, scale, zero, grad, correction)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("b", "s"), [(b, s) for b, s in oracle.all_bits() if b <= 5])
 def test_level_gradients_are_finite_differences_of_the_oracle(b, s):
-    """Moving one stored level by Z_U grid steps moves its run's mean by one step, exactly."""
+    """Moving one stored level by Z_U grid steps moves its run's mean by one step, exactly; x goes along on its straight line."""
     run, scale, zero = 2 ** (b - s), 0.25, 100.0
     spacing = 250 // 2**s
     centres = torch.arange(2**s) * spacing + spacing // 2
@@ -307,11 +322,51 @@ def test_level_gradients_are_finite_differences_of_the_oracle(b, s):
     parameter = levels.clone().requires_grad_()
     out = apply(x, parameter, s, scale, zero)
     (found,) = torch.autograd.grad(out, parameter, grad.float())
+    before = ((oracle.effective(levels, s) - zero) * scale).numpy()
+    outside = torch.from_numpy((x.numpy() < before[0]) | (x.numpy() > before[-1]))
+
+    def task(levels: Tensor) -> float:
+        line = np.interp(x.numpy(), before, ((oracle.effective(levels, s) - zero) * scale).numpy())
+        return float(grad @ (oracle.quantize(x, levels, s, scale, zero) - torch.from_numpy(line).where(~outside, 0)))
+
     for k in range(2**b):
         step = torch.zeros(2**b)
         step[k] = run
-        up, down = (float(grad @ oracle.quantize(x, levels + d, s, scale, zero)) for d in (step, -step))
-        assert float(found[k]) == pytest.approx((up - down) / (2 * run), rel=1e-4, abs=1e-4)
+        difference = (task(levels + step) - task(levels - step)) / (2 * run)
+        assert float(found[k]) == pytest.approx(difference, rel=1e-4, abs=1e-4)
+
+
+def test_levels_that_move_with_the_values_are_not_counted_twice():
+    """Where values lie densely, shifting inner levels leaves the sum of x_q as it is; by Eqn (8) each member adds to it."""
+    levels, x = torch.tensor([10.0, 60, 130, 180]), torch.linspace(10, 180, 5441)
+
+    def total(levels: Tensor) -> float:
+        return float(oracle.quantize(x, levels, 2, 1.0, 0.0).sum())
+
+    parameter = levels.clone().requires_grad_()
+    apply(x, parameter, 2, 1.0, 0.0).sum().backward()
+    inner = torch.tensor([0.0, 1, 1, 0])
+    truth = (total(levels + inner) - total(levels - inner)) / 2
+    assert float(parameter.grad @ inner) == pytest.approx(truth, abs=20)
+    assert int(((x >= 35) & (x < 155)).sum()) > 100 * abs(truth)  # the members
+
+
+@few
+@given(seeds, st.sampled_from([2, 3, 5]))
+def test_the_step_of_even_levels_has_the_gradient_of_lsq(seed, bits):
+    """Esser et al. 2020, Eqn (3): round(x / s) - x / s within the range, the end's code beyond it."""
+    x, grad = (torch.randn(300, generator=seeded(seed + n), dtype=torch.float64) for n in range(2))
+    scale, half = 0.125, 2 ** (bits - 1)
+    codes = torch.arange(-half, half).double()
+    step = torch.tensor([scale], requires_grad=True)
+    out = fake_quantize(
+        x.float(), (codes + 128).float()[None], step, torch.tensor([128.0]), torch.ones(1, bits), (bits,)
+    )
+    (found,) = torch.autograd.grad(out, step, grad.float())
+    v = (x.float().double() / scale).clamp(-half, half - 1)
+    inside = (x / scale >= -half) & (x / scale <= half - 1)
+    expected = float((grad * (v.round() - v.where(inside, torch.zeros(())))).sum())
+    assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-3)
 
 
 def test_a_level_that_stands_alone_and_a_mean_of_many_move_equally_fast():

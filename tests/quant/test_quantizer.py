@@ -90,18 +90,20 @@ def test_power_of_two_levels_beyond_4_bits_are_those_at_4(bits):
 
 @pytest.mark.parametrize("kind", ["uniform", "power_of_two"])
 def test_the_clipping_threshold_gets_the_derivative_of_eqn_1_and_eqn_2(kind):
-    """With the selection held every level is c times a constant, so d x_q / d log2 c = ln 2 x_q."""
+    """With the selection held every level is c times a constant: d x_q / d log2 c = ln 2 (x_q - x), beyond the ends ln 2 x_q."""
     quantizer = DDQuantizer(1, 4, kind=kind)
     x, grad = normal(1000), normal(1000, seed=1)
     out = quantizer(x)
     (found,) = torch.autograd.grad(out, quantizer.log2_clip, grad)
-    expected = float(grad.double() @ out.detach().double()) * math.log(2)
+    inside = (x >= out.min()) & (x <= out.max())
+    expected = float(grad.double() @ (out.detach().double() - x.double() * inside)) * math.log(2)
     assert float(found) == pytest.approx(expected, rel=2**-11)  # to the 12 bits of the scale
 
     def held(log2_clip: float) -> float:
         levels = uniform_levels if kind == "uniform" else power_of_two_levels
         values = torch.tensor([float(v) for v in levels(4, Fraction(2.0**log2_clip))], dtype=torch.float64)
-        return float(grad.double() @ values[oracle.nearest(x, values / 2.0**log2_clip)])
+        line = x.double() * inside * 2.0**log2_clip  # x goes along with the levels at either side
+        return float(grad.double() @ (values[oracle.nearest(x, values / 2.0**log2_clip)] - line))
 
     slope = (held(1e-4) - held(-1e-4)) / 2e-4  # the oracle's finite difference
     assert float(found) == pytest.approx(slope, rel=2**-10)
