@@ -5,10 +5,10 @@ significant bits, so every level and every midpoint of two levels is exact in fl
 `floor(x / (scale / 2))`, then decides its nearest level exactly, and one small table replaces the search:
 no U, no Kronecker product, no one-hot vector and no N x 2^b tensor is ever made.
 
-Eqn (8) takes a level's members along when it moves, but not the values that change sides as the thresholds move, which undo that
-on average: x_q stays near x, as the straight-through gradient of x has it. Levels that follow Eqn (8) drift. So a level gets the
-gradient of x_q less that of the straight line between the two levels at either side of x. Levels that move together inside the
-range then change nothing, and for evenly spaced ones the gradient of the step is LSQ's (Esser et al. 2020, Eqn 3).
+Eqn (8) takes a level's members along when it moves, but not the values that change sides as the thresholds move. Where values lie
+densely these undo the movement on average: x_q stays near x, as the straight-through gradient of x has it, and levels that follow
+Eqn (8) drift. So a level gets the gradient of x_q less that of the straight line between the two levels around x. Where both move
+alike nothing changes, a value on a level moves nothing, and even levels give the step LSQ's gradient (Esser et al. 2020, Eqn 3).
 
 No level stands for NaN or an infinity: they become NaN, so that the loss shows them without the device being asked at every
 step.
@@ -17,7 +17,7 @@ step.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -83,8 +83,15 @@ def nearest_table(level: Tensor) -> Tensor:
     Returns:
         int64 [G, 512], values 0..n-1.
     """
+    return _bin_table(level) // 2
+
+
+def _bin_table(level: Tensor) -> Tensor:
+    """How many levels and thresholds lie at or below each cell's lower end: 2k where x goes up to level k, 2k + 1 where down."""
     cells = _cells(level.device).expand(len(level), -1).contiguous()
-    return torch.searchsorted(level[:, 1:] + level[:, :-1], cells, right=True)
+    thresholds = torch.cat([level[:, 1:] + level[:, :-1], 2 * level[:, -1:]], 1)
+    ascending = torch.stack([2 * level, thresholds], 2).flatten(1)[:, :-1].contiguous()
+    return torch.searchsorted(ascending, cells, right=True)
 
 
 @lru_cache(maxsize=8)
@@ -109,9 +116,9 @@ def half_steps(x: Tensor, half: Tensor, offset: Tensor | int) -> Tensor:
 
 
 class _LevelsInForce(torch.autograd.Function):
-    """(levels, gates) -> A_s (Eqn 3's R(q U / Z_U)), as values [G, slots]; Eqn (8) and the gates' finite differences back.
+    """(levels, gates) -> A_s (Eqn 3's R(q U / Z_U)), as values [G, slots]; back, Eqn (8)'s 1 / Z_U and the gates' differences.
 
-    Twice: what x_q says of the levels and what it says of the gates are two gradients.
+    The values come twice, because levels and gates get different gradients of x_q.
     """
 
     @staticmethod
@@ -154,29 +161,26 @@ class Tables:
 
     Attributes:
         values: [G, n] the levels in force, ascending; differentiable in levels and scale.
-        of_gates: the same, differentiable in the gates.
+        values_for_gates: the same, differentiable in the gates.
         by_cell: [G, 512] the nearest level's value for each cell of `half_steps`.
-        codes: [G, 512] its place among the n.
-        gaps: [G, 512] how many of the n lie at or below the cell.
+        bins: [G, 512] twice its place among the n, and 1 more at or above it.
         half, offset: [G, 1], see `half_steps`.
         learns: whether anything behind the values is learned.
     """
 
     values: Tensor
-    of_gates: Tensor
+    values_for_gates: Tensor
     by_cell: Tensor
-    codes: Tensor
-    gaps: Tensor
+    bins: Tensor
     half: Tensor
     offset: Tensor
     learns: bool
 
     def split(self) -> list[Tables]:
         """One for each group."""
-        parts = map(_by_row, (self.values, self.of_gates, self.by_cell, self.codes, self.gaps, self.half, self.offset))
+        parts = map(_by_row, (self.values, self.values_for_gates, self.by_cell, self.bins, self.half, self.offset))
         return [
-            Tables(v, of_gates, near, codes, gaps, h, o, self.learns)
-            for v, of_gates, near, codes, gaps, h, o in zip(*parts, strict=True)
+            Tables(v, gated, near, bins, h, o, self.learns) for v, gated, near, bins, h, o in zip(*parts, strict=True)
         ]
 
 
@@ -195,13 +199,11 @@ def make_tables(levels: Tensor, scale: Tensor, zero_point: Tensor, gates: Tensor
         gates: [G, b] gate logits; only their gradient is used here, `bits` says how many are open.
         bits: s for each group.
     """
-    values, of_gates, level = _LevelsInForce.apply(levels, scale, zero_point, gates, bits)  # type: ignore[no-untyped-call]
-    nearest = nearest_table(level)
-    gaps = torch.searchsorted(2 * level, _cells(level.device).expand(len(level), -1).contiguous(), right=True)
+    values, for_gates, level = _LevelsInForce.apply(levels, scale, zero_point, gates, bits)  # type: ignore[no-untyped-call]
+    table = _bin_table(level)
     half, offset = scale.detach()[:, None] / 2, 2 * zero_point[:, None] + 1
     learns = scale.requires_grad or gates.requires_grad or (levels.requires_grad and min(bits) < LEVEL_BITS)
-    by_cell = values.detach().gather(1, nearest)
-    return Tables(values, of_gates, by_cell, nearest.float(), gaps.float(), half, offset, learns)
+    return Tables(values, for_gates, values.detach().gather(1, table // 2), table.float(), half, offset, learns)
 
 
 def _snap(x: Tensor, by_cell: Tensor, half: Tensor, offset: Tensor, base: Tensor) -> Tensor:
@@ -236,6 +238,12 @@ def _inside(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where((x >= low) & (x <= high), grad, 0.0)
 
 
+def _straight(grad: Tensor, x: Tensor, residual: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and for `_by_level`: grad (x - x_q) where low <= x <= high, grad itself beyond. `residual`: x_q - x."""
+    inside = (x >= low) & (x <= high)
+    return torch.where(inside, grad, 0.0), torch.where(inside, -residual, 1.0) * grad.float()
+
+
 def _parts(
     kind: torch.dtype,
     grad: Tensor,
@@ -246,33 +254,26 @@ def _parts(
     offset: Tensor,
     base: Tensor,
     by_cell: Tensor,
-    *places: Tensor,
+    bins: Tensor,
+    correction: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The gradient of x, what it says of the gap that x lies in, the residual x_q - x, and each of `places` as `kind`; [G, M].
+    """Each value's bin as `kind`, `_straight` of it and, with a correction, Eqn (9); all [G, M].
 
     Only x is kept for this: with the tables it says all over again what became of each value.
     """
     cell = _cell(x, half, offset, base)
     residual = by_cell.view(-1).index_select(0, cell).view(x.shape) - x
-    found = [place.view(-1).index_select(0, cell).view(x.shape).to(kind) for place in places]
-    return _inside(grad, x, low, high), _to_gap(grad, x, residual, low, high), residual, *found
-
-
-def _to_gap(grad: Tensor, x: Tensor, residual: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """What the levels around each x get, but for the distance of the two: see `_by_level`."""
-    inside = (x >= low) & (x <= high)
-    return torch.where(inside, -residual, 1.0) * grad.float()
+    found = bins.view(-1).index_select(0, cell).view(x.shape).to(kind), *_straight(grad, x, residual, low, high)
+    return found if correction is None else (*found, correction * residual)
 
 
 def _parts_of_few(grad: Tensor, x: Tensor, values: Tensor, correction: Tensor | None) -> tuple[Tensor, ...]:
-    """The gradient of x [1, M], the sums [1, n + 1] by gap and, for Eqn (9), [1, n] by level of n values: to be fused."""
-    reached, (low, high) = _reached(x, values), (values[:, :1], values[:, -1:])
+    """The gradient of x [1, M], the sums [1, n + 1] by gap of n values and, with a correction, [1, n] by level: to be fused."""
+    reached = _reached(x, values)
     residual = _highest(reached, values) - x
-    above = [x >= value for value in values.unbind(1)]
-    by_gap = _masked_sums(_to_gap(grad, x, residual, low, high), above)
-    if correction is None:
-        return _inside(grad, x, low, high), by_gap
-    return _inside(grad, x, low, high), by_gap, _masked_sums(correction * residual, reached)
+    grad_x, to_gap = _straight(grad, x, residual, values[:, :1], values[:, -1:])
+    by_gap = _masked_sums(to_gap, [x >= value for value in values.unbind(1)])
+    return (grad_x, by_gap) if correction is None else (grad_x, by_gap, _masked_sums(correction * residual, reached))
 
 
 def _masked_sums(of: Tensor, above: list[Tensor]) -> Tensor:
@@ -281,11 +282,17 @@ def _masked_sums(of: Tensor, above: list[Tensor]) -> Tensor:
     return torch.stack([torch.where(member, of, 0.0).sum(1) for member in members], 1)
 
 
-def _by_level(by_gap: Tensor, values: Tensor) -> Tensor:
-    """Sums [G, n + 1] of `_to_gap` below, between and above n values [G, n] as what each value gets.
+def _gap_sums(by_bin: Tensor) -> Tensor:
+    """Sums by bin [G, 2n] as sums below, between and above the n levels, [G, n + 1]."""
+    inner = by_bin[:, 1:-1].reshape(len(by_bin), -1, 2).sum(2)
+    return torch.cat([by_bin[:, :1], inner, by_bin[:, -1:]], 1)
 
-    With x between q and q' and the straight line x = (1 - t) q + t q': if q is nearer, x_q less the line is t q - t q', else
-    (1 - t) (q' - q). Both are (x - x_q) / (q' - q) for q and minus that for q'. Beyond the ends x_q is the end.
+
+def _by_level(by_gap: Tensor, values: Tensor) -> Tensor:
+    """Sums [G, n + 1] of what `_straight` finds below, between and above n values [G, n] as what each value gets.
+
+    Let x = (1 - t) q + t q' be between q and q'. If q is nearer, x_q less the line is t q - t q', else (1 - t) q' - (1 - t) q:
+    either way q has the factor (x - x_q) / (q' - q), and q' the same negated. Beyond the ends x_q is the end alone.
     """
     width = values.diff(dim=1)
     shares = torch.where(width > 0, by_gap[:, 1:-1] / width, 0.0)
@@ -297,7 +304,7 @@ MANY = 2**16  # values from which on kernels of their own are worth their calls
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x -> the nearest of `values`; back to x, to the values for what is learned (Eqn 8) and to those for the gates.
+    """x -> the nearest of `values`; back to x, to the values (Eqn 8 less the straight line, Eqn 9) and to those for the gates.
 
     Takes one x with G groups, or G of them with one group each, which go through the kernels as one row.
     """
@@ -306,10 +313,9 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any,
         values: Tensor,
-        of_gates: Tensor,
+        values_for_gates: Tensor,
         by_cell: Tensor,
-        codes: Tensor,
-        gaps: Tensor,
+        bins: Tensor,
         half: Tensor,
         offset: Tensor,
         correction: Tensor,
@@ -319,7 +325,7 @@ class _FakeQuantize(torch.autograd.Function):
         fuse: bool,
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(values, by_cell, codes, gaps, half, offset, correction, *xs)
+        ctx.save_for_backward(values, by_cell, bins, half, offset, correction, *xs)
         ctx.constants = (axis, learns, corrects, fuse)
         ctx.set_materialize_grads(False)
         kind, row = half.device.type, _row(xs, xs, axis, len(values))
@@ -331,34 +337,35 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        values, by_cell, codes, gaps, half, offset, correction, *xs = ctx.saved_tensors
+        values, by_cell, bins, half, offset, correction, *xs = ctx.saved_tensors
         axis, learns, corrects, fuse = ctx.constants
         kind, (groups, count) = half.device.type, values.shape
         known = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, xs, strict=True)]
         pair = _row(known, xs, axis, groups), _row(xs, xs, axis, groups)
-        wants, gated = ctx.needs_input_grad[:2]
-        sums = torch.zeros_like(values) if wants else None
-        of_gates = torch.zeros_like(values) if gated else None
-        ends = _spread([values[:, :1], values[:, -1:]], xs)
-        if not (learns and (wants or gated)):
+        wanted, gated = ctx.needs_input_grad[:2]
+        of_values = of_gates = None
+        if not (wanted and learns):
+            ends = _spread([values[:, :1], values[:, -1:]], xs)
             grad_x = (fused(_inside, kind) if fuse else _inside)(*pair, *ends)
+            of_values = torch.zeros_like(values) if wanted else None
         elif fuse and groups == 1 and count <= _FEW and not gated:
             grad_x, by_gap, *by_code = fused(_parts_of_few, kind)(*pair, values, correction if corrects else None)
-            sums = _by_level(by_gap, values) + sum(by_code)
+            of_values = _by_level(by_gap, values) + sum(by_code)
         else:
             group = torch.arange(groups, device=half.device, dtype=torch.int32)[:, None]
-            where = _spread([half, offset, CELLS * group], xs)
-            small = torch.uint8 if groups * (count + 1) <= 256 else torch.int32
-            places = [gaps + (count + 1) * group, *([codes + count * group] if corrects or gated else ())]
-            kernel = fused(_parts, kind) if fuse else _parts
-            grad_x, to_gap, residual, gap, *code = kernel(small, *pair, *ends, *where, by_cell, *places)
-            sums = _by_level(_sums(to_gap, gap, groups, count + 1), values)
-            if code:
-                corrections = _sums(residual, code[0], groups, count) * correction[:, None]
-                sums = sums + corrections
-                of_gates = corrections + _sums(pair[0].float(), code[0], groups, count) if gated else None
+            spread = [values[:, :1], values[:, -1:], half, offset, CELLS * group, correction[:, None]]
+            *where, factor = _spread(spread, xs)
+            small = torch.uint8 if groups * 2 * count <= 256 else torch.int32
+            kernel: Callable[..., Any] = fused(_parts, kind) if fuse else _parts
+            found = kernel(small, *pair, *where, by_cell, bins + 2 * count * group, factor if corrects else None)
+            bin_, grad_x, *to_sum = found
+            to_sum += [pair[0].float()] if gated else []
+            by_gap, *by_code = (s.view(groups, -1) for s in _sums(to_sum, bin_, groups * 2 * count))
+            by_code = [s.view(groups, count, 2).sum(2) for s in by_code]
+            of_values = _by_level(_gap_sums(by_gap), values) + (by_code[0] if corrects else 0)
+            of_gates = sum(by_code) if gated else None
         of_xs = zip(grads, _parted(grad_x, xs, axis), strict=True)
-        return sums, of_gates, *(None,) * 10, *(None if grad is None else of_x for grad, of_x in of_xs)
+        return of_values, of_gates, *(None,) * 9, *(None if grad is None else of_x for grad, of_x in of_xs)
 
 
 def fake_quantize(x: Tensor, tables: Tables, *, axis: int = 0, correction: float = 0.0, fuse: bool = False) -> Tensor:
@@ -373,8 +380,9 @@ def fake_quantize(x: Tensor, tables: Tables, *, axis: int = 0, correction: float
         correction: lambda of Eqn (9), in units of the loss per squared unit of x.
         fuse: go over the values with kernels of torch.compile, if there are enough of them.
 
-    Gradients: to x where A_0 <= x <= A_last; to levels what x_q says beyond that (`_by_level`), divided by the run length;
-    to the gates s and s + 1 the finite differences A_s - A_(s-1) and A_(s+1) - A_s, none to the others.
+    Gradients: to x where A_0 <= x <= A_last; to levels that of x_q less the straight line between the two around x (of x_q alone
+    where x is beyond them), and Eqn (9), divided by the run length; to the gates s and s + 1 the finite differences
+    A_s - A_(s-1) and A_(s+1) - A_s, none to the others.
 
     >>> levels, one = torch.tensor([[0.0, 10.0, 20.0, 30.0]]), torch.ones(1)
     >>> fake_quantize(torch.tensor([4.9, 5.0, 99.0]), make_tables(levels, one, 0 * one, torch.ones(1, 2), (2,)))
@@ -401,8 +409,7 @@ def _apply(xs: list[Tensor], tables: Tables, corrections: list[float], axis: int
     of_one = len(corrections) == 1  # is filled in by the device itself, without waiting for it
     factors = t.half.new_full((1,), corrections[0]) if of_one else t.half.new_tensor(corrections)
     out: tuple[Tensor, ...] = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        t.values, t.of_gates, t.by_cell, t.codes, t.gaps, t.half, t.offset, factors,
-        axis, t.learns, any(corrections), fuse, *xs,
+        t.values, t.values_for_gates, t.by_cell, t.bins, t.half, t.offset, factors, axis, t.learns, any(corrections), fuse, *xs
     )  # fmt: skip
     return out
 
@@ -473,12 +480,13 @@ def along(per_group: Tensor, like: Tensor, axis: int) -> Tensor:
     return per_group.view(shape)
 
 
-def _sums(of: Tensor, code: Tensor, groups: int, count: int) -> Tensor:
-    """[groups, count] float32: the sums by code."""
-    flat, index = of.reshape(-1), code.reshape(-1)
-    if of.is_cpu:
-        return torch.bincount(index, weights=flat, minlength=groups * count).float().view(groups, count)
-    return torch.zeros(groups * count, device=of.device).scatter_add_(0, index.long(), flat).view(groups, count)
+def _sums(parts: Sequence[Tensor], code: Tensor, count: int) -> list[Tensor]:
+    """For each part [count] float32: its sums by code."""
+    index = code.reshape(-1)
+    if code.is_cpu:
+        return [torch.bincount(index, weights=part.reshape(-1), minlength=count).float() for part in parts]
+    index = index.long()
+    return [torch.zeros(count, device=code.device).scatter_add_(0, index, part.reshape(-1)) for part in parts]
 
 
 def _folded(sums: Tensor, s: int) -> Tensor:
