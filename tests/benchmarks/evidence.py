@@ -1,10 +1,11 @@
 """ResNet-20 on CIFAR-10: who wins at equal bytes, and how good the default recipe gets. Final epoch, held-out images.
 
     PYTHONPATH=. python tests/benchmarks/evidence.py CHECKPOINT FILE.py:FACTORY CIFAR10_FOLDER [--only TEXT ...] [--jobs 2]
-    python tests/benchmarks/evidence.py --table
+    python tests/benchmarks/evidence.py --table [RESULTS]
 
 The first form trains every row (`ddq finetune`) that recipes/evidence/results.jsonl does not hold yet; several side by side have
-one thread each, and an interrupted row is resumed. All rows take eight hours on two cores. The second prints the tables.
+one thread each, and an interrupted row is resumed. All rows take eight hours on two cores. The second prints the tables
+of recipes/evidence/results.jsonl, or of another file like it.
 """
 
 from __future__ import annotations
@@ -105,12 +106,11 @@ def commit() -> str:
     return subprocess.run(asked, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def results() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def results(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def print_tables() -> None:
-    found = results()
+def print_tables(found: list[dict[str, Any]]) -> None:
     for setting in UNIFORM:
         print(f"\n{setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds")
         for method in dict.fromkeys(row.method for row in rows() if row.table == "equal bytes"):
@@ -138,13 +138,13 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=1)
     runs = Path(tempfile.gettempdir()) / f"ddq-evidence-{commit()}"
     options.add_argument("--runs", type=Path, default=runs)
-    options.add_argument("--table", action="store_true")
+    options.add_argument("--table", nargs="?", type=Path, const=RESULTS, metavar="RESULTS")
     given = options.parse_args()
     if not given.table and len(given.model) != 3:
         options.error("give CHECKPOINT, FILE.py:FACTORY and CIFAR10_FOLDER, or --table")
     if not given.table:
         RESULTS.parent.mkdir(exist_ok=True)
-        done = {(r["table"], r["setting"], r["method"], r["seed"]) for r in results()}
+        done = {(r["table"], r["setting"], r["method"], r["seed"]) for r in results(RESULTS)}
         missing = [r for r in rows() if (r.table, r.setting, r.method, r.seed) not in done]
         wanted = [r for r in missing if not given.only or any(text in r.name for text in given.only)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -161,7 +161,7 @@ def main() -> None:
         with ThreadPoolExecutor(given.jobs) as pool:
             for _ in pool.map(work, wanted):
                 pass
-    print_tables()
+    print_tables(results(given.table or RESULTS))
 
 
 if __name__ == "__main__":
