@@ -137,9 +137,9 @@ class _LevelsInForce(torch.autograd.Function):
         positions = level - zero_point[:, None]
         ctx.save_for_backward(ordered, order, scale, positions)
         ctx.bits = bits
-        values, of_gates = positions * scale[:, None], positions * scale[:, None]
-        ctx.mark_non_differentiable(level, *(() if gates.requires_grad else (of_gates,)))
-        return values, of_gates, level
+        values, for_gates = positions * scale[:, None], positions * scale[:, None]
+        ctx.mark_non_differentiable(level, *(() if gates.requires_grad else (for_gates,)))
+        return values, for_gates, level
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
