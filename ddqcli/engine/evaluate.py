@@ -66,7 +66,11 @@ def batch_norms(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set BatchNorm's running statistics to the plain mean over `batches`, if any, with the weights as they now are."""
+    """Set BatchNorm's running statistics to the plain mean over `batches`, if any, with the weights as they now are.
+
+    A channel that is constant, as one whose weights all take the level 0, gets the mean variance of its layer: its output stays what
+    it is, and one step of that level, if training goes on, is not blown up by 1 / sqrt(0 + eps).
+    """
     model.train()
     norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
@@ -79,6 +83,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
         norm.momentum = momentum
         for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(distributed.total(statistic.clone()) / distributed.shard().count)
+        usual = norm.running_var.mean()
+        norm.running_var[norm.running_var <= torch.finfo(torch.float32).eps * usual] = usual
     model.eval()
 
 

@@ -240,6 +240,24 @@ def test_a_batch_norm_that_no_batch_reaches_keeps_its_statistics() -> None:
     assert reached.running_mean.abs().max() < 2
 
 
+def test_a_constant_channel_gets_the_mean_variance_of_its_layer_and_keeps_its_output() -> None:
+    """A ResNet-20 at 4/8 bits fell from a loss of 0.05 to 58 when the level 0 of such a channel moved by one step of the grid."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    nn.init.zeros_(conv.weight[1])  # and a bias, so that the channel is constant, not 0
+    model = nn.Sequential(conv, norm)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    reestimate_batch_norm(model, random_data().train.epoch(0))
+    x = next(iter(random_data().train.epoch(0)))[0]
+    outputs = [conv(x).transpose(0, 1).flatten(1).double().var(1) for x, _ in random_data().train.epoch(0)]
+    var = torch.stack(outputs).mean(0)
+    assert torch.allclose(norm.running_var.double(), torch.where(torch.arange(4) == 1, var.mean(), var), rtol=1e-4)
+    assert torch.allclose(model(x)[:, 1], norm.bias[1], atol=1e-6)
+    conv.weight.data[1] = 0.01
+    assert (model(x)[:, 1] - norm.bias[1]).abs().max() < 0.5  # by 1 / sqrt(0 + eps), 49
+
+
 def test_a_run_without_batch_norm_reads_each_batch_once() -> None:
     running = trainer(nn.Sequential(nn.Flatten(), nn.Linear(108, 10)), told(), 4, random_data())
     epoch, read = RandomBatches.epoch, []
