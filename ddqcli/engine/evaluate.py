@@ -68,8 +68,8 @@ def batch_norms(model: nn.Module) -> list[Any]:
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set BatchNorm's running statistics to the plain mean over `batches`, if any, with the weights as they now are.
 
-    A channel that is constant, as one whose weights all take the level 0, gets the mean variance of its layer: its output stays what
-    it is, and one step of that level, if training goes on, is not blown up by 1 / sqrt(0 + eps).
+    A channel that is constant, as one whose weights all take the level 0, gets the mean variance of its layer: its output stays
+    what it is, and one step of that level, if training goes on, is not blown up by 1 / sqrt(0 + eps).
     """
     model.train()
     norms = batch_norms(model)
