@@ -95,9 +95,15 @@ def train(row: Row, model: list[str], folder: Path, environment: dict[str, str])
     )  # fmt: skip
     report = json.loads(done.stdout)["data"]
     bits = {tensor["name"]: tensor["bits"] for tensor in report["layers"]}
-    kept = {key: report[key] for key in ("accuracy", "totals", "run")}
+    kept = {key: report[key] for key in ("accuracy", "totals", "run")} | {"training_loss": training_loss(run)}
     name = {"table": row.table, "setting": row.setting, "method": row.method, "seed": row.seed}
     return {**name, "commit": commit(), "command": shlex.join([*shown, *options]), **kept, "bits": bits}
+
+
+def training_loss(run: Path) -> float:
+    """Mean over the last tenth of the run, in which the bits are frozen."""
+    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return round(statistics.mean(m["loss"] for m in told if "loss" in m and m["step"] > 0.9 * m["steps"]), 5)
 
 
 def commit() -> str:
@@ -112,7 +118,7 @@ def results(file: Path) -> list[dict[str, Any]]:
 
 def print_tables(found: list[dict[str, Any]]) -> None:
     for setting in UNIFORM:
-        print(f"\n{setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds")
+        print(f"\n{setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds; training losses")
         for method in dict.fromkeys(row.method for row in rows() if row.table == "equal bytes"):
             of = [r for r in found if (r["table"], r["setting"], r["method"]) == ("equal bytes", setting, method)]
             accuracy = [r["accuracy"]["quantized"] for r in of]
@@ -120,7 +126,8 @@ def print_tables(found: list[dict[str, Any]]) -> None:
                 spread = f"{statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "-"
                 size = max(r["totals"]["bytes"] for r in of)
                 each = " ".join(f"{a:.2f}" for a in accuracy)
-                print(f"| {method} | {size:,} | {statistics.mean(accuracy):.2f} | {spread} | {each} |")
+                loss = " ".join(f"{r['training_loss']:.4f}" if "training_loss" in r else "-" for r in of)
+                print(f"| {method} | {size:,} | {statistics.mean(accuracy):.2f} | {spread} | {each} | {loss} |")
     print("\ndefault recipe, 15 epochs")
     for r in found:
         if r["table"] == "default recipe":
