@@ -25,7 +25,15 @@ from ddqcli.engine.placing import device_named, placed
 from ddqcli.engine.results import freeze, make_report
 from ddqcli.engine.runs import FINAL, LAST, ReadOnlyRun, Run
 from ddqcli.engine.snapshot import is_due, snapshot
-from ddqcli.engine.train import REPORT_EVERY, Diverged, StepMetrics, Trainer, check_distillable, distilled_share
+from ddqcli.engine.train import (
+    REPORT_EVERY,
+    Diverged,
+    StepMetrics,
+    Trainer,
+    check_distillable,
+    distilled_share,
+    mirrors,
+)
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.quant.fusion import can_fuse
 from ddqcli.recipe import Recipe
@@ -116,8 +124,11 @@ def finetune(
             introduce(f"float accuracy: {before:.2f} %")
             if distilled := distilled_share(recipe.train.distill, data):
                 check_distillable(probe(teacher, data))
+                views = ", mean of each image and its mirror image" if mirrors(data) else ""
                 temperature = recipe.train.distill.temperature
-                introduce(f"loss: {100 * distilled:g} % distillation from the float model, temperature {temperature:g}")
+                introduce(
+                    f"loss: {100 * distilled:g} % distillation from the float model{views}, temperature {temperature:g}"
+                )
             if data.augment and fill:
                 data.augment.fill = fill
                 introduce(f"crops are padded with {fill}: nearest to what the model's BatchNorm has seen")

@@ -225,8 +225,14 @@ class Trainer:
 
     @torch.no_grad()
     def _target(self, x: Tensor) -> Tensor | None:
-        """The float model's output. Of a copy of x, since a network may change its input in place."""
-        return None if self.teacher is None else output_of(self.teacher(x.clone()))
+        """The float model's output for x; where training mirrors images at random, its mean with that for the mirrored ones.
+
+        Of copies of x, since a network may change its input in place.
+        """
+        if self.teacher is None:
+            return None
+        views = [x.clone(), x.flip(-1)] if mirrors(self.data) else [x.clone()]
+        return torch.stack([output_of(self.teacher(view)).float() for view in views]).mean(0)
 
     def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
         if target is None:
@@ -254,6 +260,11 @@ def distilled_share(distill: DistillSection, data: Data) -> float:
     """Which share of the loss is distillation, 0 to 1."""
     default = 0.0 if data.own_loss else 0.9
     return default if distill.weight is None else distill.weight
+
+
+def mirrors(data: Data) -> bool:
+    """Whether training mirrors images at random, so that to the network an image and its mirror image are one."""
+    return data.augment is not None and data.augment.flip
 
 
 def check_distillable(seen: dict[str, Tensor] | None) -> None:

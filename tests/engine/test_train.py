@@ -17,6 +17,7 @@ import torch
 from small_models import RandomBatches, random_data, trainer
 from torch import Tensor, nn
 
+from ddqcli.engine.augment import Prepare
 from ddqcli.engine.data import Data
 from ddqcli.engine.evaluate import reestimate_batch_norm
 from ddqcli.engine.train import StepMetrics, Trainer, check_distillable, distillation
@@ -324,6 +325,22 @@ def test_the_loss_is_that_of_hinton_et_al_beside_the_labels() -> None:
         expected = share * temperature**2 * divergence + (1 - share) * labels
         found = running._loss(output, y, running._target(x))
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("flip", [True, False], ids=["mirrored", "as they are"])
+def test_where_training_mirrors_images_the_target_is_the_same_for_an_image_and_its_mirror(flip: bool) -> None:
+    augment = Prepare([0.5] * 3, [0.5] * 3, torch.device("cpu"), flip=flip)
+    teacher = network(1).eval().requires_grad_(False)
+    data = dataclasses.replace(random_data(), augment=augment)
+    running = trainer(network(), told(train={"distill": {}}), 5, data, teacher)
+    x, _ = next(random_data().train.epoch(0))
+    target, mirrored = running._target(x), running._target(x[:, :, :, [5, 4, 3, 2, 1, 0]])
+    alone = teacher(x)
+    assert target is not None
+    assert mirrored is not None
+    assert torch.allclose(target, mirrored, atol=1e-5) == flip
+    assert torch.allclose(target, alone, atol=1e-5) != flip
+    assert torch.allclose(target + target, alone + teacher(x.flip(3)), atol=1e-5) == flip
 
 
 def test_distillation_is_exact_under_bfloat16() -> None:
