@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -43,7 +43,8 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind is not bool and True not in get_args(kind):
             raise ValueError("true and false have no meaning here")  # Python counts them as 1 and 0
         return value
 
@@ -72,7 +73,8 @@ class DataSection(_Section):
     pad: Annotated[int, Field(ge=0)] = 4  # training: random crop after padding by so many pixels (small images)
     # What they are padded with; auto: as the model's BatchNorm knows them, or black.
     fill: Literal["auto", "black", "mean"] = "auto"
-    flip: bool = True  # training: random horizontal flip
+    # Training: random horizontal flip; auto: if the float model reads mirrored images as well.
+    flip: Literal[True, False, "auto"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] = 128
     workers: Annotated[int, Field(ge=0)] = 2  # processes that decode, where a set is too large for memory
 

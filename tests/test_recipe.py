@@ -39,6 +39,7 @@ def test_all_faults_come_at_once_each_with_path_value_and_what_is_allowed(tmp_pa
         tmp_path,
         """
         train: {lr: -1, optimiser: sgd, epochs: many}
+        data: {flip: maybe}
         weights: {levels: leraned, max_bits: 12}
         budget: {target_size: 12 apples}
         overrides: [{match: "*", bits: 4}, {type: Conv2d, bitz: 4}]
@@ -47,18 +48,26 @@ def test_all_faults_come_at_once_each_with_path_value_and_what_is_allowed(tmp_pa
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     head, *faults = str(caught.value).splitlines()
-    assert head == f"{path} has 7 faults:"
+    assert head == f"{path} has 8 faults:"
     assert sorted(caught.value.faults) == sorted(faults)
     for fault in (
         "  train.lr = -1: input should be greater than 0",
         "  train.optimiser: unknown field; did you mean optimizer?",
         "  train.epochs = 'many': input should be a valid integer, unable to parse string as an integer",
+        "  data.flip = 'maybe': input should be True, False or 'auto'",
         "  weights.levels = 'leraned': input should be 'learned', 'uniform' or 'power_of_two'",
         "  weights.max_bits = 12: input should be less than or equal to 8",
         "  budget.target_size = '12 apples': '12 apples' is not a size; write 150kB, 1.8MB, 96KiB or 12%",
         "  overrides.1.bitz: unknown field; did you mean bits?",
     ):
         assert fault in faults
+
+
+@pytest.mark.parametrize(("written_as", "flip"), [("true", True), ("false", False), ("auto", "auto")])
+def test_flips_are_wanted_or_not_or_left_to_the_model(tmp_path: Path, written_as: str, flip: Any) -> None:
+    recipe = load_recipe(written(tmp_path, f"data: {{flip: {written_as}}}"))
+    assert (type(recipe.data.flip), recipe.data.flip) == (type(flip), flip)
+    assert load_recipe(written(tmp_path, dump_recipes([recipe], tmp_path))) == recipe
 
 
 def test_a_field_unlike_any_other_lists_what_is_known(tmp_path: Path) -> None:

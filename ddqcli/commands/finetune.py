@@ -17,7 +17,7 @@ from ddqcli.engine import distributed
 from ddqcli.engine.checkpoint import load_checkpoint
 from ddqcli.engine.convert import Converted, convert, quantizers
 from ddqcli.engine.data import Data, load_data
-from ddqcli.engine.evaluate import calibrate, evaluate, nearest_fill, probe
+from ddqcli.engine.evaluate import calibrate, evaluate, probe, trained_augmentation
 from ddqcli.engine.gates import Budget, Gates, make_budget
 from ddqcli.engine.health import ROLLED_BACK, find_warnings
 from ddqcli.engine.models import build_model
@@ -116,12 +116,13 @@ def finetune(
         saved = distributed.from_first(run.saved(facts) if distributed.is_first() else None)
         with _explained("The model cannot run on these data", UsageError, recipe):
             if known := saved or distributed.from_first(looked):
-                before, fill = known["float_accuracy"], known.get("fill")
+                before, augmentation = known["float_accuracy"], known["augmentation"]
             else:
                 before = evaluate(teacher, data, on_progress=listener.progress)
-                auto = recipe.data.fill == "auto"
-                fill = distributed.from_first(nearest_fill(teacher, data)) if auto else None
+                augmentation = distributed.from_first(trained_augmentation(teacher, data, recipe.data))
             introduce(f"float accuracy: {before:.2f} %")
+            for decision in _augmented(data, augmentation):
+                introduce(decision)
             if distilled := distilled_share(recipe.train.distill, data):
                 check_distillable(probe(teacher, data))
                 views = ", mean of each image and its mirror image" if mirrors(data) else ""
@@ -129,15 +130,12 @@ def finetune(
                 introduce(
                     f"loss: {100 * distilled:g} % distillation from the float model{views}, temperature {temperature:g}"
                 )
-            if data.augment and fill:
-                data.augment.fill = fill
-                introduce(f"crops are padded with {fill}: nearest to what the model's BatchNorm has seen")
             trainer = _trainer(converted, teacher, data, budget, recipe, steps, saved)
         if saved:
             listener.note(f"resumed {run.path} at step {trainer.step} of {steps}")
             run.cut_metrics(trainer.step)
         with _explained("Training failed", DDQError, recipe):
-            _train(trainer, run, {**facts, "float_accuracy": before, "fill": fill}, listener)
+            _train(trainer, run, {**facts, "float_accuracy": before, "augmentation": augmentation}, listener)
             _keep_snapshot(run, converted, steps)
             after = evaluate(converted.model, data, on_progress=listener.progress)
         found = find_warnings(trainer, run.metrics())
@@ -155,7 +153,18 @@ def finetune(
 def _looked(start: Run, shared: dict[str, Any]) -> dict[str, Any] | None:
     """What a run of the same checkpoint and data has found out about the float model; the rest of its state is let go."""
     state = start.saved(shared)
-    return state and {"float_accuracy": state["float_accuracy"], "fill": state.get("fill")}
+    return state and {fact: state[fact] for fact in ("float_accuracy", "augmentation")}
+
+
+def _augmented(data: Data, as_trained: dict[str, Any]) -> Iterator[str]:
+    """Augment the training images as the float model's were, and say so."""
+    for name, value in as_trained.items():
+        setattr(data.augment, name, value)
+    if "flip" in as_trained:
+        yes, no = "mirrored at random: the model reads those as well", "not mirrored: the model reads fewer of those"
+        yield f"images are {yes if as_trained['flip'] else no}"
+    if "fill" in as_trained:
+        yield f"crops are padded with {as_trained['fill']}: nearest to what the model's BatchNorm has seen"
 
 
 def _started(model: torch.nn.Module, start: Run | None) -> torch.nn.Module:

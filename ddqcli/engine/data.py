@@ -81,8 +81,8 @@ def _from_images(
     form = choose_format(source, section)
     pad = section.pad if form.small else 0
     rank_seed = seed * shard.count + shard.rank
-    fill = "black" if section.fill == "auto" else section.fill  # until the model is asked
-    augment = Prepare(form.mean, form.std, device, seed=rank_seed, pad=pad, fill=fill, flip=section.flip)
+    fill, flip = "black" if section.fill == "auto" else section.fill, section.flip is True  # until the model is asked
+    augment = Prepare(form.mean, form.std, device, seed=rank_seed, pad=pad, fill=fill, flip=flip)
     plain = Prepare(form.mean, form.std, device)
     val_size = max(SMALL_VAL_BATCH, section.batch_size) if form.small else section.batch_size
 
@@ -200,7 +200,7 @@ def _note(source: Source, form: ImageFormat, section: DataSection, train: Batche
     colour = "" if section.fill == "auto" else f" with {section.fill}"
     steps = [f"crops after padding by {section.pad}{colour}"] if form.small and section.pad else []
     steps += [] if form.small else ["crops of random size and place"]
-    steps += ["flips"] if section.flip else []
+    steps += ["flips"] if section.flip is True else []
     return (
         f"{_counts(source, train, val)}, {size}, {' and '.join(kinds)}; mean {values[0]}, std {values[1]}; "
         f"training with {' and '.join(steps) or 'no augmentation'}"

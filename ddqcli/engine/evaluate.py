@@ -14,12 +14,14 @@ from torch.nn.utils import parametrize
 from ddqcli.engine import distributed
 from ddqcli.engine.augment import generator
 from ddqcli.engine.convert import Converted
-from ddqcli.engine.data import Data
+from ddqcli.engine.data import Batches, Data
 from ddqcli.errors import DataError
+from ddqcli.recipe import DataSection
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PROBE = 8  # samples
 _ENOUGH = 512  # samples, for means
+_NEARLY = 0.9  # of 512 images the quickstart's model reads 176 mirrored and 512 plain, CIFAR-10's ResNet-20 499 and 493
 OnProgress = Callable[[str, int, int], None]  # what is going on, done, total
 
 
@@ -98,6 +100,37 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
     model.eval()
 
 
+def trained_augmentation(model: nn.Module, data: Data, section: DataSection) -> dict[str, Any]:
+    """`flip` and `fill` of `Prepare` as the model was trained, where `section` leaves them to it and it tells."""
+    found: dict[str, Any] = {}
+    if data.augment and section.flip == "auto":
+        found["flip"] = reads_mirrored(model, data)
+    if section.fill == "auto" and (fill := nearest_fill(model, data)):
+        found["fill"] = fill
+    return found
+
+
+@torch.no_grad()
+def reads_mirrored(model: nn.Module, data: Data) -> bool:
+    """Whether `model` knows mirrored images: of some hundred in training it has right nearly as many as of the plain ones."""
+    right = torch.zeros(2, dtype=torch.float64)
+    for x, y in _some(data.train):
+        for number, view in enumerate((x.clone(), x.flip(-1))):
+            right[number] += data.metric(output_of(model(view)), y).double().sum().cpu()
+    plain, mirrored = right.tolist()
+    return bool(mirrored >= _NEARLY * plain)
+
+
+def _some(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first batches, of some hundred samples in all."""
+    seen = 0
+    for x, y in batches.epoch(0):
+        yield x, y
+        seen += len(x)
+        if seen >= _ENOUGH:
+            return
+
+
 @torch.no_grad()
 def nearest_fill(model: nn.Module, data: Data) -> str | None:
     """Which of `Prepare.fills` the images that `model` was trained on were padded with; None if nothing tells.
@@ -121,13 +154,10 @@ def nearest_fill(model: nn.Module, data: Data) -> str | None:
     hooks = [norm.register_forward_pre_hook(look, with_kwargs=True) for norm in norms]
     found, in_force = {}, augment.fill
     for fill in augment.fills:
-        augment.fill, seen = fill, 0
+        augment.fill = fill
         means.clear()
-        for x, _ in data.train.epoch(0):
+        for x, _ in _some(data.train):
             model(x)
-            seen += len(x)
-            if seen >= _ENOUGH:
-                break
         found[fill] = sum(map(distance, means))
     for hook in hooks:
         hook.remove()

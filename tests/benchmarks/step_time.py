@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ddqcli.engine.convert import convert, quantizers
 from ddqcli.engine.gates import Budget, Gates
-from ddqcli.engine.train import _optimizers
+from ddqcli.engine.train import _optimizers, distillation
 from ddqcli.quant.fusion import can_fuse
 from ddqcli.recipe import Recipe
 
@@ -89,8 +89,12 @@ def float_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step_of(model, sgd(model), x, y)
 
 
-def ddq_step(model: nn.Module, x: Tensor, y: Tensor, **sections: dict) -> Step:
-    """As `ddq finetune` trains: 8 -> 4 bits by the default gates, their Fisher watched, gradient correction on."""
+def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections: dict) -> Step:
+    """As `ddq finetune` trains: 8 -> 4 bits by the default gates, their Fisher watched, gradient correction on.
+
+    `views`: 1 for distillation from the float model, 2 where training mirrors images, 0 for labels alone.
+    """
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
     recipe = Recipe.model_validate({"budget": {"target_bits": 4}, **sections})
     converted = convert(model, recipe)
     size = sum(t.parameter.numel() for t in converted.tensors)
@@ -111,8 +115,13 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, **sections: dict) -> Step:
 
     def step() -> None:
         number = next(counter)
+        with torch.no_grad():
+            targets = [teacher(view) for view in (x, x.flip(-1))[:views]]
         with converted.at_once():
-            loss = F.cross_entropy(model(x), y)
+            output = model(x)
+            loss = F.cross_entropy(output, y)
+            if targets:
+                loss = 0.9 * distillation(output, torch.stack(targets).mean(0), 4.0) + 0.1 * loss
             loss.backward()
         gates.after_backward(number, 0.0)
         for optimizer in optimizers:
@@ -178,6 +187,8 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
         "torch FusedMovingAvgObsFakeQuantize W4/A8": torch_step(fresh(), x, y, 8),
         "ddq W4": ddq_step(fresh(), x, y),
         "ddq W4/A8": ddq_step(fresh(), x, y, activations={"bits": 8}),
+        "ddq W4/A8, distilled": ddq_step(fresh(), x, y, 1, activations={"bits": 8}),
+        "ddq W4/A8, distilled, with mirror images": ddq_step(fresh(), x, y, 2, activations={"bits": 8}),
         "ddq W4/A4, learned levels": ddq_step(fresh(), x, y, activations={"bits": 4}),
     }
     try:

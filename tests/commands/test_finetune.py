@@ -85,6 +85,21 @@ def test_padding_is_chosen_by_the_model_unless_the_recipe_says_it(project: Path)
     assert any((levels["mean"][name] != value).any() for name, value in levels["black"].items())
 
 
+def test_whether_images_are_mirrored_is_chosen_by_the_model_unless_the_recipe_says_it(project: Path) -> None:
+    chosen = ddq("finetune", "model.pt", "--set", "data.flip=auto", "--run-dir", "auto").err
+    found = re.search("images are (not )?mirrored", chosen)
+    assert found
+    assert ("mean of each image and its mirror image" in chosen) == (found[1] is None)
+    for flip in ("true", "false"):
+        said = ddq("finetune", "model.pt", "--set", f"data.flip={flip}", "--run-dir", flip).err
+        assert not re.search("images are (not )?mirrored", said)
+        assert ("mean of each image and its mirror image" in said) == (flip == "true")
+    levels = {name: torch.load(f"{name}/final.pt")["weights"] for name in ("auto", "true", "false")}
+    same = "false" if found[1] else "true"
+    torch.testing.assert_close(levels["auto"], levels[same], rtol=0, atol=0)
+    assert any((levels["true"][name] != value).any() for name, value in levels["false"].items())
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(project: Path, unharmed: bytes) -> None:
     assert exit_code(in_child(BEGIN, EXPORT)) == 0
     assert artifact() == unharmed

@@ -22,7 +22,7 @@ from ddqcli.engine import data as data_module
 from ddqcli.engine.augment import mirrored, normalised, seeded, shifted_crops
 from ddqcli.engine.batches import LoadedBatches, MemoryBatches, Order, ReadyBatches
 from ddqcli.engine.data import Data, classification, load_data
-from ddqcli.engine.evaluate import nearest_fill
+from ddqcli.engine.evaluate import nearest_fill, reads_mirrored
 from ddqcli.errors import DataError, UsageError
 from ddqcli.recipe import IMAGENET_MEAN, IMAGENET_STD, DataSection
 
@@ -101,7 +101,7 @@ def test_training_images_are_shifted_by_up_to_pad_and_mirrored_on_black(tmp_path
     images = pixels(60, 6, 5, 3)
     path = write_npz(tmp_path / "a.npz", x_train=images, y_train=labels)
     variants_seen = set()
-    for inputs, targets in load(path, pad=shift, batch_size=20).train.epoch(0):
+    for inputs, targets in load(path, pad=shift, flip=True, batch_size=20).train.epoch(0):
         for got, target in zip(inputs, targets.tolist(), strict=True):
             padded = np.pad(images[target], ((shift, shift), (shift, shift), (0, 0)))
             matches = []
@@ -291,7 +291,7 @@ def test_ready_batches_count_their_samples(drop_last):
 
 
 def test_folder_of_small_images(tmp_path):
-    data = load(write_folder(tmp_path), batch_size=4)
+    data = load(write_folder(tmp_path), flip=True, batch_size=4)
     assert data.classes == ("ant", "bee")
     assert (len(data.train), data.train.samples, data.val.samples) == (1, 6, 6)
     (inputs, targets), *more = data.val.epoch(0)
@@ -324,7 +324,7 @@ def test_small_images_beyond_memory_are_read_as_needed_and_the_same(tmp_path, mo
 
 def test_large_images_are_resized_and_cropped_as_their_weights_were_trained(tmp_path):
     write_folder(tmp_path, size=(300, 260), each=2)
-    data = load(tmp_path, weights="ResNet18_Weights.IMAGENET1K_V1", batch_size=2)
+    data = load(tmp_path, weights="ResNet18_Weights.IMAGENET1K_V1", flip=True, batch_size=2)
     preset = get_weight("ResNet18_Weights.IMAGENET1K_V1").transforms()
     files = sorted((tmp_path / "val").glob("*/*.png"))
     got = torch.cat([inputs for inputs, _ in data.val.epoch(0)])
@@ -751,3 +751,18 @@ def test_padding_is_found_again_in_the_batch_norm_of_a_model(tmp_path, trained_w
     assert nearest_fill(model.eval(), data) == trained_with
     assert torch.equal(next(iter(data.train.epoch(0)))[0], before)
     assert nearest_fill(model, load(path, pad=0)) is nearest_fill(torch.nn.Flatten(), data) is None
+
+
+@pytest.mark.parametrize(("axis", "reads"), [(0, True), (1, False)], ids=["above or below", "left or right"])
+def test_whether_a_model_reads_mirrored_images_is_asked_of_training_images(tmp_path, axis, reads):
+    """Images with one bright half, and a network that says which half it is."""
+    labels = np.arange(64) % 2
+    images = np.zeros((64, 6, 6, 1), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        np.moveaxis(image, axis, 0)[3 * label :][:3] = 200
+    path = write_npz(tmp_path / "a.npz", x_train=images, x_test=images[:7], y_train=labels, y_test=labels[:7])
+    halves = torch.nn.AvgPool2d((3, 6) if axis == 0 else (6, 3))
+    data = load(path, pad=0, mean=[0.5], std=[0.5])
+    before = next(iter(data.train.epoch(0)))[0]
+    assert reads_mirrored(torch.nn.Sequential(halves, torch.nn.Flatten()), data) == reads
+    assert torch.equal(next(iter(data.train.epoch(0)))[0], before)
