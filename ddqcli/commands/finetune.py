@@ -161,8 +161,8 @@ def _augmented(data: Data, as_trained: dict[str, Any]) -> Iterator[str]:
     for name, value in as_trained.items():
         setattr(data.augment, name, value)
     if "flip" in as_trained:
-        yes, no = "mirrored at random: the model reads those as well", "not mirrored: the model reads fewer of those"
-        yield f"images are {yes if as_trained['flip'] else no}"
+        mirrored, reads = ("mirrored at random", "as well") if as_trained["flip"] else ("not mirrored", "less well")
+        yield f"images are {mirrored}: the model reads mirrored ones {reads}"
     if "fill" in as_trained:
         yield f"crops are padded with {as_trained['fill']}: nearest to what the model's BatchNorm has seen"
 
