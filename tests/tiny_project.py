@@ -29,7 +29,7 @@ def build(width=8):
 RECIPE = """
 name: tiny
 model: {checkpoint: model.pt, arch: "net.py:build"}
-data: {source: images.npz, mean: [0.5], std: [0.5], pad: 1, flip: false, batch_size: 16, workers: 0}
+data: {source: images.npz, mean: [0.5], std: [0.5], pad: 1, flip: auto, batch_size: 16, workers: 0}
 activations: {bits: 8}
 budget: {target_bits: 4}
 train: {epochs: 3, bn_batches: 2, save_every: 3, device: cpu}

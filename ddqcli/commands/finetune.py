@@ -114,16 +114,18 @@ def finetune(
         shared = {fact: facts[fact] for fact in ("sha256", "steps", "data")}
         looked = _looked(start, shared) if start and distributed.is_first() else None
         saved = distributed.from_first(run.saved(facts) if distributed.is_first() else None)
+        distilled = distilled_share(recipe.train.distill, data)
         with _explained("The model cannot run on these data", UsageError, recipe):
             if known := saved or distributed.from_first(looked):
                 before, augmentation = known["float_accuracy"], known["augmentation"]
             else:
                 before = evaluate(teacher, data, on_progress=listener.progress)
-                augmentation = distributed.from_first(trained_augmentation(teacher, data, recipe.data))
+                labels = distilled < 1
+                augmentation = distributed.from_first(trained_augmentation(teacher, data, recipe.data, labels=labels))
             introduce(f"float accuracy: {before:.2f} %")
-            for decision in _augmented(data, augmentation):
+            for decision in _augment_as_trained(data, augmentation):
                 introduce(decision)
-            if distilled := distilled_share(recipe.train.distill, data):
+            if distilled:
                 check_distillable(probe(teacher, data))
                 views = ", mean of each image and its mirror image" if mirrors(data) else ""
                 temperature = recipe.train.distill.temperature
@@ -156,15 +158,17 @@ def _looked(start: Run, shared: dict[str, Any]) -> dict[str, Any] | None:
     return state and {fact: state[fact] for fact in ("float_accuracy", "augmentation")}
 
 
-def _augmented(data: Data, as_trained: dict[str, Any]) -> Iterator[str]:
-    """Augment the training images as the float model's were, and say so."""
-    for name, value in as_trained.items():
-        setattr(data.augment, name, value)
-    if "flip" in as_trained:
-        mirrored, reads = ("mirrored at random", "as well") if as_trained["flip"] else ("not mirrored", "less well")
-        yield f"images are {mirrored}: the model reads mirrored ones {reads}"
-    if "fill" in as_trained:
-        yield f"crops are padded with {as_trained['fill']}: nearest to what the model's BatchNorm has seen"
+def _augment_as_trained(data: Data, found: dict[str, Any]) -> list[str]:
+    """Augment the training images as the float model's were; says so."""
+    said = []
+    if data.augment and "fill" in found:
+        data.augment.fill = found["fill"]
+        said.append(f"crops are padded with {found['fill']}: nearest to what the model's BatchNorm has seen")
+    if data.augment and "flip" in found:
+        data.augment.flip = found["flip"]
+        mirrored, reads = ("mirrored at random", "as well") if found["flip"] else ("not mirrored", "less well")
+        said.append(f"images are {mirrored}: the model reads mirrored ones {reads}")
+    return said
 
 
 def _started(model: torch.nn.Module, start: Run | None) -> torch.nn.Module:

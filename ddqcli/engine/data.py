@@ -200,7 +200,7 @@ def _note(source: Source, form: ImageFormat, section: DataSection, train: Batche
     colour = "" if section.fill == "auto" else f" with {section.fill}"
     steps = [f"crops after padding by {section.pad}{colour}"] if form.small and section.pad else []
     steps += [] if form.small else ["crops of random size and place"]
-    steps += ["flips"] if section.flip is True else []
+    steps += {True: ["flips"], "auto": ["flips if the model knows them"]}.get(section.flip, [])
     return (
         f"{_counts(source, train, val)}, {size}, {' and '.join(kinds)}; mean {values[0]}, std {values[1]}; "
         f"training with {' and '.join(steps) or 'no augmentation'}"

@@ -4,7 +4,7 @@
     python tests/benchmarks/evidence.py --table [RESULTS]
 
 The first form trains every row (`ddq finetune`) that recipes/evidence/results.jsonl does not hold yet; several side by side have
-one thread each, and an interrupted row is resumed. All rows take eight hours on two cores. The second prints the tables
+one thread each, and an interrupted row is resumed. All rows take nine hours on two cores. The second prints the tables
 of recipes/evidence/results.jsonl, or of another file like it.
 """
 
@@ -129,9 +129,8 @@ def print_tables(found: list[dict[str, Any]]) -> None:
         if r["table"] == "default recipe":
             accuracy, totals = r["accuracy"], r["totals"]
             size, drop = f"{totals['bytes']:,} | {totals['average_bits']:.3f}", f"{accuracy['drop']:.2f}"
-            print(
-                f"| {r['setting']} | {r['method']} | {size} | {accuracy['quantized']:.2f} | {drop} | {GOOD[r['setting']]} |"
-            )
+            name = f"{r['setting']} | {r['method']} | {r['commit']}"
+            print(f"| {name} | {size} | {accuracy['quantized']:.2f} | {drop} | {GOOD[r['setting']]} |")
 
 
 def main() -> None:

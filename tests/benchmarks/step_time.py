@@ -94,7 +94,7 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
 
     `views`: 1 for distillation from the float model, 2 where training mirrors images, 0 for labels alone.
     """
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False) if views else nn.Identity()
     recipe = Recipe.model_validate({"budget": {"target_bits": 4}, **sections})
     converted = convert(model, recipe)
     size = sum(t.parameter.numel() for t in converted.tensors)
@@ -116,7 +116,7 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
     def step() -> None:
         number = next(counter)
         with torch.no_grad():
-            targets = [teacher(view) for view in (x, x.flip(-1))[:views]]
+            targets = [teacher(x.flip(-1) if mirrored else x) for mirrored in range(views)]
         with converted.at_once():
             output = model(x)
             loss = F.cross_entropy(output, y)

@@ -360,7 +360,8 @@ def test_distillation_is_exact_under_bfloat16() -> None:
     assert (output.grad.double() - exact.grad).norm() < 0.01 * exact.grad.norm()
 
 
-def test_the_float_model_sees_the_input_that_a_network_changes_in_place() -> None:
+@pytest.mark.parametrize("flip", [False, True], ids=["as they are", "mirrored"])
+def test_the_float_model_sees_the_input_that_a_network_changes_in_place(flip: bool) -> None:
     class Normalised(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -371,9 +372,12 @@ def test_the_float_model_sees_the_input_that_a_network_changes_in_place() -> Non
 
     teacher, seen = Normalised().eval().requires_grad_(False), []
     teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    finish(trainer(Normalised(), told(train={"distill": {"weight": 1}}), 2, random_data(), teacher))
-    given = itertools.islice(random_data().train.epoch(0), 2)
-    assert [torch.equal(x, y) for x, (y, _) in zip(seen, given, strict=True)] == [True, True]
+    augment = Prepare([0.5] * 3, [0.5] * 3, torch.device("cpu"), flip=flip)
+    data = dataclasses.replace(random_data(), augment=augment)
+    finish(trainer(Normalised(), told(train={"distill": {"weight": 1}}), 2, data, teacher))
+    batches = itertools.islice(random_data().train.epoch(0), 2)
+    given = [view for x, _ in batches for view in ((x, x.flip(3)) if flip else (x,))]
+    assert [torch.equal(x, y) for x, y in zip(seen, given, strict=True)] == [True] * len(given)
 
 
 def test_full_distillation_needs_no_labels() -> None:
