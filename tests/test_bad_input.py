@@ -347,6 +347,11 @@ def test_faulty_data_are_refused_before_training(project: Path, change: Change, 
 RUN, FILE = "runs/done", "small.safetensors"
 RESUME = ["finetune", "--resume", "--run-dir", RUN]
 
+
+def other_format() -> None:
+    torch.save(torch.load(f"{RUN}/last.pt") | {"format": 0}, f"{RUN}/last.pt")
+
+
 RUNS: dict[str, tuple[Change, list[str], str, int]] = {
     "a report cut short": (truncated(f"{RUN}/report.json"), ["report"], "report.json is damaged; `ddq finetune --resume", 1),
     "a digit of a report flipped": (flipped(f"{RUN}/report.json", 0.5), ["report"], "report.json is damaged", 1),
@@ -358,6 +363,7 @@ RUNS: dict[str, tuple[Change, list[str], str, int]] = {
     "a training state cut short": (truncated(f"{RUN}/last.pt"), RESUME, "last.pt is damaged", 1),
     "a flipped bit of a training state": (flipped(f"{RUN}/last.pt", 0.4), RESUME, "last.pt is damaged", 1),
     "a training state of another kind": (lambda: torch.save([1], f"{RUN}/last.pt"), RESUME, "last.pt is damaged", 1),
+    "a training state of another ddq": (other_format, RESUME, "This version of ddq is not the one (training states of", 2),
     "a recipe cut short": (truncated(f"{RUN}/recipe.yaml", 0.995), RESUME, "recipe.yaml", 2),
     "an edited recipe": (replaced(f"{RUN}/recipe.yaml", "lr: 0.01", "lr: 0.1"), RESUME, "lr: 0.01, now lr: 0.1", 2),
     "a recipe of bytes": (holding(f"{RUN}/recipe.yaml", b"\xff\xfe"), ["export"], "not UTF-8 text", 2),

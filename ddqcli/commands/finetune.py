@@ -38,6 +38,7 @@ from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.quant.fusion import can_fuse
 from ddqcli.recipe import Recipe
 
+_STATE_FORMAT = 1  # of what a training state holds; one of another format cannot be gone on with
 _CALIBRATION_BATCHES = 16
 _FUSE_FROM = 2e9  # values in all; compiling takes some seconds, which fewer of them do not win back
 
@@ -110,8 +111,14 @@ def finetune(
         data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
         introduce(f"data: {data.note}")
         steps = _steps(recipe, data)
-        facts = {"sha256": checkpoint.sha256, "recipe": run.recipe_text(), "steps": steps, "data": data.fingerprint()}
-        shared = {fact: facts[fact] for fact in ("sha256", "steps", "data")}
+        facts = {
+            "format": _STATE_FORMAT,
+            "sha256": checkpoint.sha256,
+            "recipe": run.recipe_text(),
+            "steps": steps,
+            "data": data.fingerprint(),
+        }
+        shared = {fact: value for fact, value in facts.items() if fact != "recipe"}
         looked = _looked(start, shared) if start and distributed.is_first() else None
         saved = distributed.from_first(run.saved(facts) if distributed.is_first() else None)
         distilled = distilled_share(recipe.train.distill, data)

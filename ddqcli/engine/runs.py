@@ -151,8 +151,8 @@ class Run:
     def saved(self, facts: dict[str, Any]) -> dict[str, Any] | None:
         """The last training state; None if the run ended before the first.
 
-        Raises UsageError if the run was begun with other `facts` (`sha256` of the checkpoint, `recipe` as a file's text,
-        `steps`, `data` as their fingerprint), and DDQError if the file is damaged.
+        Raises UsageError if the run was begun with other `facts` (`format` of the state, `sha256` of the checkpoint, `recipe`
+        as a file's text, `steps`, `data` as their fingerprint), and DDQError if the file is damaged.
         """
         if not (self.path / LAST).exists():
             return None
@@ -161,7 +161,9 @@ class Run:
             then = state.get(fact)
             if then == now:
                 continue
-            if fact == "sha256":
+            if fact == "format":
+                what = f"This version of ddq is not the one (training states of format {now}, then {then})"
+            elif fact == "sha256":
                 what = f"The checkpoint is not the one (SHA-256 {now:.12}…, then {then!s:.12}…)"
             elif fact == "steps":
                 what = f"The data are not the ones ({now} steps, then {then})"

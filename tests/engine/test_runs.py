@@ -140,13 +140,14 @@ def test_metrics_outlive_a_line_that_was_cut_short_and_are_cut_where_a_run_resum
 
 
 def test_a_state_of_other_facts_is_refused_saying_which(run: Run) -> None:
-    facts = {"sha256": "a" * 64, "recipe": "train:\n  lr: 0.1\n", "steps": 10}
+    facts = {"format": 2, "sha256": "a" * 64, "recipe": "train:\n  lr: 0.1\n", "steps": 10}
     assert run.saved(facts) is None
     run.save(LAST, facts)
     assert run.saved(facts) == facts
     for changed, message in (
         ({"sha256": "b" * 64}, "The checkpoint is not the one .SHA-256 bbbbbbbbbbbb…, then aaaaaaaaaaaa…. that"),
         ({"recipe": "train:\n  lr: 0.2\n"}, "is not the recipe .lr: 0.1, now lr: 0.2. that"),
+        ({"format": 3}, "This version of ddq is not the one .training states of format 3, then 2. that"),
         ({"steps": 9}, "The data are not the ones .9 steps, then 10. that"),
     ):
         with pytest.raises(UsageError, match=message):
