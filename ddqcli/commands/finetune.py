@@ -147,12 +147,13 @@ def finetune(
             _train(trainer, run, {**facts, "float_accuracy": before, "augmentation": augmentation}, listener)
             _keep_snapshot(run, converted, steps)
             after = evaluate(converted.model, data, on_progress=listener.progress)
+            trainer.gates.check_kept()
         found = find_warnings(trainer, run.metrics())
         for warning in found:
             listener.note(f"warning: {warning}")
         facts_of_run = {"steps": steps, "seed": recipe.train.seed}
         report = make_report(
-            converted, budget, accuracy=(before, after), source=source, run=facts_of_run, warnings=found
+            converted, trainer.gates.budget, accuracy=(before, after), source=source, run=facts_of_run, warnings=found
         )
         run.save(FINAL, freeze(converted) | {"probe": probe(converted.model, data)})
         run.write_report(report)
@@ -290,6 +291,7 @@ def _trainer(
     gates = Gates(converted, recipe, budget, steps, batch_size)
     unlabelled = distilled_share(recipe.train.distill, data) == 1
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch, teacher if unlabelled else None)
+    gates.recount()  # still before the first step
     gates.start()
     values = sum(a.values for a in converted.activations.values()) + sum(t.parameter.numel() for t in converted.tensors)
     fuse = steps * values >= _FUSE_FROM and can_fuse(device_named(recipe.train.device))

@@ -2,9 +2,10 @@
 
 `fisher` (ours): a gate is worth the loss that closing it would cost, lambda / 2 * (error at s - 1 bits - error at s bits), where
 lambda, the empirical Fisher of the tensor, is measured while training (batch size times the mean square of the weight gradient).
-At a few moments of the run the bits of all tensors are traded anew against each other so that the total damage is least
-within the budget; a tensor whose bits change is re-centred on its weights. Then the gates freeze.
-`paper`: Sec. 4.2 to the letter, SGD on the gate logits under Eqn (7); what is still over the budget at the freeze is closed.
+At a few moments of the run it is seen whether other bits within the budget would do so much less damage in all that a fresh
+start of the changed levels is worth it: a tensor whose bits change is re-centred on its weights. Then the gates freeze.
+`paper`: Sec. 4.2 to the letter, SGD on the gate logits under Eqn (7); at the freeze, what is over the budget is closed, and what
+is left of it is filled up.
 `fixed`: one allocation before the first step.
 """
 
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from ddqcli.artifact.format import tensor_bytes
 from ddqcli.engine.convert import Converted, ConvertedTensor
-from ddqcli.quant.budget import Choice, allocate, check_feasible
+from ddqcli.errors import BudgetError
+from ddqcli.quant.budget import Choice, allocate, check_feasible, fill
 from ddqcli.quant.fit import Distribution
+from ddqcli.quant.functional import by_group
 from ddqcli.quant.quantizer import error_curve
 from ddqcli.recipe import Recipe, parse_size
 
-_STAY = 0.95  # the damage of the bits in force counts a little less, so that near-ties do not swap back and forth
+_WORTH = 0.97  # bits that do more than this share of the damage in force are no reason to start levels anew
+_CHANNELS = 16  # of a tensor quantized by channel, whose damage stands for that of all
 _FISHER_EVERY = 4  # steps between two looks at the gradients; their mean square changes slowly
 
 
@@ -69,12 +73,19 @@ def activation_bytes(bits: int) -> int:
     return tensor_bytes([0], [bits])
 
 
-def make_budget(converted: Converted, recipe: Recipe) -> Budget:
-    """The recipe's target in bytes; raises BudgetError before any training if it cannot be met."""
+def kept_bytes(converted: Converted) -> dict[str, int]:
+    """What the file holds beside the quantized tensors: bytes of each tensor that stays float and of each input's table."""
+    floats = {name: nbytes([value]) for name, value in converted.float_tensors().items()}
+    return floats | {f"{name} (input)": activation_bytes(a.bits) for name, a in converted.activations.items()}
+
+
+def make_budget(converted: Converted, recipe: Recipe, float_bytes: int | None = None) -> Budget:
+    """The recipe's target in bytes; raises BudgetError if it cannot be met. `float_bytes`, if the model has grown since."""
     weights = sum(t.parameter.numel() for t in converted.tensors)
-    kept = nbytes(converted.float_tensors().values())
-    beside = kept + sum(activation_bytes(a.bits) for a in converted.activations.values())
-    float_bytes = kept + nbytes(t.parameter for t in converted.tensors)
+    kept = kept_bytes(converted)
+    beside = sum(kept.values())
+    if float_bytes is None:
+        float_bytes = nbytes([*converted.float_tensors().values(), *(t.parameter for t in converted.tensors)])
     target, eqn6 = recipe.budget, recipe.budget.count == "eqn6"
     limit = None
     if target.target_bits is not None:
@@ -82,9 +93,34 @@ def make_budget(converted: Converted, recipe: Recipe) -> Budget:
     elif target.target_size is not None:
         limit = parse_size(target.target_size, float_bytes) - beside
     if limit is not None:
-        choices = [Choice(t.name, _costs(t, eqn6), {}) for t in converted.tensors]
-        check_feasible(choices, limit, beside if recipe.budget.target_size else 0)
+        check_feasible(
+            [Choice(t.name, _costs(t, eqn6), {}) for t in converted.tensors],
+            limit,
+            {f"{name}, {_why(name, converted)}": size for name, size in kept.items()} if target.target_size else None,
+            unit="of Eqn (6)'s N * 2^s" if eqn6 else "bytes",
+            remedies=_remedies(converted, recipe),
+        )
     return Budget(limit, beside, float_bytes, weights, eqn6)
+
+
+def _why(name: str, converted: Converted) -> str:
+    """What a part of the file that no bits are traded for is."""
+    return "its table" if name.removesuffix(" (input)") in converted.activations else f"float: {converted.kept[name]}"
+
+
+def _remedies(converted: Converted, recipe: Recipe) -> list[str]:
+    """What makes a smaller file possible in this recipe."""
+    free = [t for t in converted.tensors if t.kind != "bias"]
+    bias_bits = recipe.weights.bias_bits
+    found = {
+        "lower --min-bits": recipe.weights.min_bits > 1 and any(t.min_bits > 1 and not t.fixed for t in free),
+        "lift bits, min_bits and skip from the overrides": any(
+            override.skip or override.bits or override.min_bits for override in recipe.overrides
+        ),
+        "set weights.granularity=layer": any(len(t.quantizer.bits) > 1 for t in free),
+        "lower weights.bias_bits": bias_bits is None or (bias_bits > 1 and len(free) < len(converted.tensors)),
+    }
+    return [remedy for remedy, helps in found.items() if helps]
 
 
 def _cost(tensor: ConvertedTensor, bits: tuple[int, ...], eqn6: bool) -> int:
@@ -97,6 +133,16 @@ def _costs(tensor: ConvertedTensor, eqn6: bool) -> dict[int, int]:
     groups = len(tensor.quantizer.bits)
     costs = {s: _cost(tensor, (s,) * groups, eqn6) for s in range(tensor.min_bits, tensor.max_bits + 1)}
     return {s: cost for s, cost in costs.items() if all(cost < costs[more] for more in range(s + 1, max(costs) + 1))}
+
+
+def _error_curve(tensor: ConvertedTensor, bits: range) -> dict[int, float]:
+    """Squared error at each bit-width, of the whole tensor; where every channel has its levels, from some of the channels."""
+    values, groups = tensor.parameter.detach().float(), len(tensor.quantizer.bits)
+    rows = by_group(values, tensor.quantizer.axis, groups)[:: -(-groups // _CHANNELS)]
+    curves = [error_curve(Distribution.of(row.cpu().numpy()), bits, tensor.quantizer.kind) for row in rows]
+    seen = sum(float(row.square().sum()) for row in rows)
+    share = seen / float(values.square().sum()) if seen else 1.0
+    return {s: sum(curve[s] for curve in curves) / share for s in bits}
 
 
 @dataclass
@@ -154,6 +200,7 @@ class Gates:
                 self._set_corrections()
         elif step == self.frozen_from and self._finite():
             self._close_what_is_over()
+            self._open_what_fits()
 
     def after_backward(self, step: int, loss: float) -> None:
         """Read the gradients: into the Fisher, and under the paper's rule into the gates."""
@@ -164,8 +211,26 @@ class Gates:
 
     def finish(self) -> None:
         """The promise: whatever the run did, the result fits."""
-        if self.moving and self.cost() > (self.budget.limit or 0):
-            self._close_what_is_over()
+        self.recount()
+        self._close_what_is_over()
+
+    def recount(self) -> None:
+        """Take the budget anew, of the model as it now is: a forward pass shows which layers are used, and can make buffers.
+
+        Raises BudgetError if the target cannot be met.
+        """
+        for name in self.converted.float_tensors():
+            self.converted.kept.setdefault(name, "a buffer: no gradient trains it")
+        self.budget = make_budget(self.converted, self.recipe, self.budget.float_bytes)
+
+    def check_kept(self) -> None:
+        """Raise BudgetError if the promise does not hold: of a network whose buffers grow while it is evaluated."""
+        self.recount()
+        if self.budget.limit is not None and self.cost() > self.budget.limit:
+            raise BudgetError(
+                f"The quantized tensors take {self.cost():,} of the {self.budget.limit:,} bytes that the budget leaves them: "
+                "the network's buffers grew while it was evaluated. Register those that need not be stored with persistent=False."
+            )
 
     def penalty(self) -> float:
         """Eqn (7)'s factor (desired / practical memory)^alpha, with alpha = 0 where the constraint holds."""
@@ -208,44 +273,66 @@ class Gates:
         """Whether there are weights to weigh: after a divergence there are not, and the next loss says so."""
         return all(bool(t.parameter.isfinite().all()) for t in self.converted.tensors)
 
-    def _choices(self, ceiling: bool = False) -> list[Choice]:
-        return [self._choice(t, ceiling) for t in self.converted.tensors]
+    def _choices(self) -> list[Choice]:
+        return [self._choice(t, _costs(t, self.budget.eqn6)) for t in self.converted.tensors]
 
-    def _choice(self, tensor: ConvertedTensor, ceiling: bool) -> Choice:
-        costs = _costs(tensor, self.budget.eqn6)
-        now = max(tensor.quantizer.bits)
-        if ceiling:
-            in_force = _cost(tensor, tensor.quantizer.bits, self.budget.eqn6)
-            costs = {s: c for s, c in costs.items() if s <= now or c <= in_force}
+    def _choices_from_here(self, *, rise: bool) -> list[Choice]:
+        """The bits in force, and those that cost more (`rise`), or less."""
+        found = []
+        for tensor in self.converted.tensors:
+            here = _cost(tensor, tensor.quantizer.bits, self.budget.eqn6)
+            costs = {s: c for s, c in _costs(tensor, self.budget.eqn6).items() if (c > here if rise else c < here)}
+            found.append(self._choice(tensor, costs | {max(tensor.quantizer.bits): here}))
+        return found
+
+    def _choice(self, tensor: ConvertedTensor, costs: dict[int, int]) -> Choice:
         if len(costs) == 1:
             return Choice(tensor.name, costs, dict.fromkeys(costs, 0.0))
-        distribution = Distribution.of(tensor.parameter.detach().float().cpu().numpy())
-        errors = error_curve(distribution, range(min(costs), max(costs) + 1), tensor.quantizer.kind)
         weight = self._lambda(tensor) / 2 + 1e-30  # without gradients, more bits are still better than fewer
-        return Choice(tensor.name, costs, {s: weight * e * (_STAY if s == now else 1) for s, e in errors.items()})
+        errors = _error_curve(tensor, range(min(costs), max(costs) + 1))
+        return Choice(tensor.name, costs, {s: weight * errors[s] for s in costs})
 
     def _lambda(self, tensor: ConvertedTensor) -> float:
         """The tensor's empirical Fisher: loss per squared unit of weight error, twice. The same for all before any gradient."""
         return self.batch_size * self.fisher.get(tensor.name, 0.0) if self.seen else 1.0
 
     def _trade(self, limit: int, *, first: bool = False) -> None:
-        bits = allocate(self._choices(), limit)
+        """The bits of least damage within the limit, if those in force do not fit or do much more."""
+        choices = self._choices()
+        bits = allocate(choices, limit)
+        if not first and self.cost() <= limit:
+            now, then = (sum(c.damage[of[c.name]] for c in choices) for of in (self._bits(), bits))
+            if then >= _WORTH * now:
+                return
+        in_force = {t.name: t.quantizer.bits for t in self.converted.tensors}
+        self._take({n: s for n, s in bits.items() if first or set(in_force[n]) != {s}})
+
+    def _bits(self) -> dict[str, int]:
+        """The bits in force of each tensor, of its groups the most."""
+        return {t.name: max(t.quantizer.bits) for t in self.converted.tensors}
+
+    def _take(self, bits: dict[str, int]) -> None:
+        """Give these tensors these bits, and fit their levels anew."""
         for tensor in self.converted.tensors:
-            if first or set(tensor.quantizer.bits) != {bits[tensor.name]}:
+            if tensor.name in bits:
                 tensor.quantizer.refit(
                     tensor.parameter, bits[tensor.name], uniform=self.recipe.weights.init == "uniform"
                 )
 
     def _close_what_is_over(self) -> None:
         """Close the gates of least damage per byte until the budget is met; none gets more bits unless those cost less."""
-        assert self.budget.limit is not None
-        if self.cost() <= self.budget.limit:
-            return
-        bits = allocate(self._choices(ceiling=True), self.budget.limit)
-        for tensor in self.converted.tensors:
-            now, then = tensor.quantizer.bits, (bits[tensor.name],) * len(tensor.quantizer.bits)
-            if max(now) != then[0] or _cost(tensor, now, self.budget.eqn6) > _cost(tensor, then, self.budget.eqn6):
-                tensor.quantizer.refit(tensor.parameter, then)
+        if self.budget.limit is not None and self.cost() > self.budget.limit:
+            self._move(allocate(self._choices_from_here(rise=False), self.budget.limit))
+
+    def _open_what_fits(self) -> None:
+        """Open gates, of most benefit per byte first, while the budget has room."""
+        if self.budget.limit is not None:
+            self._move(fill(self._choices_from_here(rise=True), self._bits(), self.budget.limit))
+
+    def _move(self, bits: dict[str, int]) -> None:
+        """Take the bits that differ from those in force."""
+        before = self._bits()
+        self._take({name: s for name, s in bits.items() if s != before[name]})
 
     def _set_corrections(self) -> None:
         """Eqn (9)'s lambda in units of loss, so that one number serves every layer."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as AttentionOutput
 
 from ddqcli.errors import UsageError
-from ddqcli.quant.quantizer import Kind
+from ddqcli.quant.quantizer import MOST_BITS, Kind
 from ddqcli.recipe import Override, Recipe
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -85,7 +85,13 @@ def _plan(recipe: Recipe, name: str, overrides: list[Override], at_end: bool) ->
         "max_bits": max(weights.max_bits, given.get("min_bits", weights.min_bits)),
         "act_bits": BITS_AT_ENDS if act_bits and at_end else act_bits,
     }
-    plan = Plan(**general | given)
+    values = general | given
+    if values["min_bits"] > (most := MOST_BITS[values["levels"]]):
+        raise UsageError(
+            f"{name} is to have at least {values['min_bits']} bits, and levels that are {values['levels']} have at most {most}: "
+            "more add none on the 8-bit grid."
+        )
+    plan = Plan(**values | {"max_bits": min(values["max_bits"], most)})
     if plan.min_bits > plan.max_bits:
         raise UsageError(f"The overrides for {name} give min_bits {plan.min_bits} above max_bits {plan.max_bits}.")
     return plan

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ddqcli.errors import BudgetError
 
-_BUCKETS = 8192  # resolution of the search; rounding costs at most L / 8192 of the budget, and filling up wins it back
+_STATES = 4096  # combinations that the search keeps after each tensor
+_NAMED = 3  # of what holds a size up
 
 
 @dataclass(frozen=True)
@@ -25,73 +27,90 @@ class Choice:
         return min(self.cost, key=lambda s: (self.cost[s], s))
 
 
-def smallest(choices: list[Choice]) -> int:
+def smallest(choices: Sequence[Choice]) -> int:
     """The least that the tensors can cost together."""
     return sum(c.cost[c.least] for c in choices)
 
 
-def check_feasible(choices: list[Choice], budget: int, extra: int = 0) -> None:
+def check_feasible(
+    choices: Sequence[Choice],
+    budget: int,
+    beside: Mapping[str, int] | None = None,
+    *,
+    unit: str = "bytes",
+    remedies: Sequence[str] = (),
+) -> None:
     """Raise BudgetError, naming the smallest reachable size and what holds it up, if `budget` cannot be met.
 
     Args:
         choices: all quantized tensors.
         budget: what they may cost together.
-        extra: what comes on top (tensors that stay float), so that the message speaks of the size the user asked for.
+        beside: what comes on top by name, if the user's target counts it too, so that the message speaks of the size asked for.
+        unit: what costs are counted in.
+        remedies: what can be done beside raising the target.
     """
-    least = smallest(choices)
-    if least <= budget:
+    extra = sum((beside or {}).values())
+    least = smallest(choices) + extra
+    if least <= budget + extra:
         return
-    heavy = sorted(choices, key=lambda c: -c.cost[c.least])[:3]
-    held = ", ".join(f"{c.name} ({c.cost[c.least]:,} at {c.least} bits)" for c in heavy)
-    stays = f", of which {extra:,} stay float" if extra else ""
+    weights = {f"{c.name} at {c.least} bit{'s' * (c.least > 1)}": c.cost[c.least] for c in choices}
+    heavy = sorted((weights | dict(beside or {})).items(), key=lambda item: -item[1])[:_NAMED]
+    stays = f", {extra:,} of them beside the quantized tensors" if extra else ""
     raise BudgetError(
-        f"The budget of {budget + extra:,} bytes cannot be met: the smallest reachable size is {least + extra:,} bytes{stays}. "
-        f"The largest at their fewest bits: {held}. Raise the target, lower --min-bits, or lift fixed bits from the recipe."
+        f"The budget of {budget + extra:,} {unit} cannot be met: the smallest reachable size is {least:,} {unit}{stays}. "
+        f"The largest there: {', '.join(f'{name} ({size:,})' for name, size in heavy)}. "
+        f"{', or '.join(['Raise the target', *remedies])}."
     )
 
 
-def allocate(choices: list[Choice], budget: int) -> dict[str, int]:
-    """Bits for each tensor with the least total damage at a total cost of at most `budget`.
+def allocate(choices: Sequence[Choice], budget: int) -> dict[str, int]:
+    """Bits for each tensor with the least total damage at a total cost of at most `budget`; equal damage for more bits is taken.
 
-    A knapsack solved by dynamic programming over costs rounded up to 1/8192 of the budget, then filled up exactly with the
-    upgrades of most benefit. Raises BudgetError if even the fewest bits cost more.
+    A knapsack solved by dynamic programming over the combinations that no other beats in both cost and damage. While there are
+    at most 4096 of them this is exact; beyond, the best of each of 4096 slices of the budget go on, and what is left over in the
+    end is filled up. Raises BudgetError if even the fewest bits cost more.
     """
     check_feasible(choices, budget)
-    base = smallest(choices)
-    room = budget - base
-    unit = max(1, -(-room // _BUCKETS))
-    size = room // unit
-    best = np.zeros(size + 1)  # least damage so far with at most this many units above the base
-    picks = []
+    room = budget - smallest(choices)
+    cost, damage = np.zeros(1, np.int64), np.zeros(1)
+    steps = []
     for choice in choices:
-        least = choice.cost[choice.least]
-        options = [(s, -(-(cost - least) // unit)) for s, cost in choice.cost.items()]
-        rows = np.full((len(options), size + 1), np.inf)
-        for row, (s, units) in zip(rows, options, strict=True):
-            if units <= size:
-                row[units:] = best[: size + 1 - units] + choice.damage[s]
-        picks.append((options, rows.argmin(0)))
-        best = rows.min(0)
-    bits, left = {}, size
-    for choice, (options, pick) in zip(reversed(choices), reversed(picks), strict=True):
-        s, units = options[pick[left]]
-        bits[choice.name] = s
-        left -= units
-    return _fill(choices, bits, budget)
+        above = np.array([choice.cost[s] - choice.cost[choice.least] for s in choice.cost])
+        costs = (cost[:, None] + above).reshape(-1)
+        damages = (damage[:, None] + np.array([choice.damage[s] for s in choice.cost])).reshape(-1)
+        kept = np.lexsort((damages, costs))
+        kept = kept[costs[kept] <= room]
+        before = np.minimum.accumulate(damages[kept])[:-1]
+        kept = kept[np.append(True, damages[kept[1:]] < before)]
+        if len(kept) > _STATES:
+            slices = costs[kept] * _STATES // (room + 1)
+            kept = kept[np.append(slices[:-1] != slices[1:], True)]  # the last of a slice does the least damage
+        cost, damage = costs[kept], damages[kept]
+        steps.append(kept)
+    bits, state = {}, len(cost) - 1
+    for choice, kept in zip(reversed(choices), reversed(steps), strict=True):
+        state, option = divmod(int(kept[state]), len(choice.cost))
+        bits[choice.name] = list(choice.cost)[option]
+    return fill(choices, bits, budget)
 
 
-def _fill(choices: list[Choice], bits: dict[str, int], budget: int) -> dict[str, int]:
-    """Spend what rounding left over: the upgrade of most benefit per cost that still fits, again and again."""
+def fill(choices: Sequence[Choice], bits: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Spend what `bits` leave of the budget: the upgrade of most benefit per cost that still fits, again and again.
+
+    One without benefit is taken too, the largest first: weights that few levels hold exactly move on while training.
+    """
+    bits = dict(bits)
     spare = budget - sum(c.cost[bits[c.name]] for c in choices)
     while True:
-        upgrades = [
-            ((c.damage[bits[c.name]] - c.damage[s]) / (c.cost[s] - c.cost[bits[c.name]]), c, s)
-            for c in choices
-            for s in c.cost
-            if 0 < c.cost[s] - c.cost[bits[c.name]] <= spare and c.damage[s] < c.damage[bits[c.name]]
-        ]
+        upgrades = []
+        for c in choices:
+            now = bits[c.name]
+            for s, cost in c.cost.items():
+                more, gain = cost - c.cost[now], c.damage[now] - c.damage[s]
+                if 0 < more <= spare and gain >= 0:
+                    upgrades.append((gain / more, more, c.name, s))
         if not upgrades:
             return bits
-        _, choice, s = max(upgrades, key=lambda u: u[0])
-        spare -= choice.cost[s] - choice.cost[bits[choice.name]]
-        bits[choice.name] = s
+        _, more, name, s = max(upgrades)
+        bits[name] = s
+        spare -= more

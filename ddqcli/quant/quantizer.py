@@ -31,6 +31,9 @@ from ddqcli.quant.functional import (
 
 Kind = Literal["learned", "uniform", "power_of_two"]
 
+# With more bits, Eqn (2) has no level on the 8-bit grid that it has not with these.
+MOST_BITS: dict[Kind, int] = {"learned": LEVEL_BITS, "uniform": LEVEL_BITS, "power_of_two": 4}
+
 _TINY = 2.0**-126
 
 
@@ -255,14 +258,13 @@ def spread_runs(fitted: np.ndarray, n: int) -> np.ndarray:
 
 def error_curve(distribution: Distribution, bits: range, kind: Kind = "learned") -> dict[int, float]:
     """Squared error, rounding to the grid included, of the best levels at each bit-width: what the gates weigh."""
-    scale, _ = fitting_grid(distribution)
+    scale, zero_point = fitting_grid(distribution)
 
     def error(s: int) -> float:
-        if s == LEVEL_BITS:
-            return float(distribution.count.sum()) * scale**2 / 12
         if kind == "learned":
-            fitted = lloyd_max(distribution, 2**s, iterations=12)
-            return squared_error(distribution, np.round(fitted / scale) * scale)
+            grid = np.arange(STEPS + 1.0) - zero_point
+            levels = grid if s == LEVEL_BITS else np.round(lloyd_max(distribution, 2**s, iterations=12) / scale)
+            return squared_error(distribution, levels * scale)
         return squared_error(distribution, scaled(distribution, _pattern(kind, s, s)[0] - (STEPS + 1) // 2))
 
     return {s: error(s) for s in bits}

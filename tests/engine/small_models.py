@@ -99,5 +99,6 @@ def trainer(model: nn.Module, recipe: Recipe, steps: int, data: Data, teacher: n
     converted = convert(model, recipe)
     gates = Gates(converted, recipe, make_budget(converted, recipe), steps, 8)
     calibrate(converted, data, 2, gates.watch)
+    gates.recount()
     gates.start()
     return Trainer(converted, teacher, data, gates, recipe, steps)

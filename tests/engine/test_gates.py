@@ -118,7 +118,7 @@ def test_a_finished_run_keeps_its_budget(name: str, rule: str, steps: int) -> No
     converted, budget = finished.converted, finished.gates.budget
     assert budget.limit is not None
     assert finished.gates.cost() == cost_of(converted, eqn6=budget.eqn6)
-    assert_kept(converted, budget.limit, used=rule != "paper", eqn6=budget.eqn6)
+    assert_kept(converted, budget.limit, used=True, eqn6=budget.eqn6)
     for layer, bits in (("0", 8), ("8", 2)) if name == "fixed bits" else ():
         assert next(t for t in converted.tensors if t.name == f"{layer}.weight").quantizer.bits == (bits,)
     report = make_report(converted, budget, accuracy=None, source={}, run={})
@@ -145,8 +145,12 @@ def test_an_impossible_budget_is_refused_with_what_is_possible(budget: dict[str,
     least = cost_of(converted, {t.name: t.min_bits for t in converted.tensors}, eqn6="count" in budget)
     if "target_size" in budget:
         least += sum(value.numel() * value.element_size() for value in converted.float_tensors().values())
-    with pytest.raises(BudgetError, match=rf"smallest reachable size is {least:,} bytes.*8.weight \("):
+    unit = "of Eqn" if "count" in budget else "bytes"
+    with pytest.raises(
+        BudgetError, match=rf"smallest reachable size is {least:,} {unit}.*8.weight at 1 bit \("
+    ) as caught:
         make_budget(converted, recipe)
+    assert "min-bits" not in str(caught.value), "there are no fewer than one"
 
 
 def test_the_smallest_possible_budget_is_accepted() -> None:

@@ -61,6 +61,31 @@ def test_no_other_choice_within_the_budget_does_less_damage(problem):
     assert damage(choices, bits) == min(damage(choices, b) for b in every if cost(choices, b) <= budget)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_a_few_large_tensors_get_what_fits_exactly(seed):
+    """Where the search rounds nothing, a budget that some combination meets to the byte is used to the byte."""
+    rng = np.random.default_rng(seed)
+    sizes = (10 ** rng.uniform(4, 7, 4)).astype(int)
+    choices = [
+        Choice(f"t{n}", {s: int(size * s // 8) for s in range(1, 9)}, {s: float(size * 4.0**-s) for s in range(1, 9)})
+        for n, size in enumerate(sizes)
+    ]
+    names = [c.name for c in choices]
+    every = [dict(zip(names, b, strict=True)) for b in itertools.product(range(1, 9), repeat=4)]
+    budget = cost(choices, every[int(rng.integers(len(every)))])
+    best = min(damage(choices, b) for b in every if cost(choices, b) <= budget)
+    assert damage(choices, allocate(choices, budget)) == pytest.approx(best, rel=1e-12)
+
+
+def test_what_more_bits_do_not_help_now_gets_those_that_nobody_else_needs():
+    """All-zero or ternary weights have no damage at few bits, and train away from there."""
+    idle = Choice("idle", {s: 100 * s for s in range(1, 9)}, dict.fromkeys(range(1, 9), 0.0))
+    other = Choice("other", {1: 10, 2: 20}, {1: 3.0, 2: 1.0})
+    assert allocate([idle, other], 650) == {"idle": 6, "other": 2}
+    worse = Choice("worse", {1: 10, 2: 20}, {1: 1.0, 2: 3.0})
+    assert allocate([worse], 100) == {"worse": 1}
+
+
 @few
 @given(problems(), st.integers(0, 60))
 def test_more_budget_never_does_more_damage(problem, more):
@@ -127,10 +152,9 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_size_that_can(problem, e
     assert least == min(sum(options) for options in itertools.product(*(c.cost.values() for c in choices)))
     check_feasible(choices, least)
     assume(least > 1)
-    with pytest.raises(
-        BudgetError, match=re.escape(f"smallest reachable size is {least + extra:,} bytes, of which {extra:,}")
-    ):
-        check_feasible(choices, least - 1, extra)
+    said = re.escape(f"smallest reachable size is {least + extra:,} bytes, {extra:,} of them beside")
+    with pytest.raises(BudgetError, match=said):
+        check_feasible(choices, least - 1, {"norm": extra})
     with pytest.raises(BudgetError, match=re.escape(f"budget of {least - 1:,} bytes")):
         allocate(choices, least - 1)
 
@@ -139,4 +163,9 @@ def test_the_message_names_what_holds_the_size_up_largest_first():
     choices = [Choice(f"layer{n}", {2: 1000 * n, 8: 4000 * n}, {}) for n in range(1, 6)]
     with pytest.raises(BudgetError) as caught:
         check_feasible(choices, 9000)
-    assert "layer5 (5,000 at 2 bits), layer4 (4,000 at 2 bits), layer3 (3,000 at 2 bits). Raise" in str(caught.value)
+    assert "layer5 at 2 bits (5,000), layer4 at 2 bits (4,000), layer3 at 2 bits (3,000). Raise" in str(caught.value)
+    with pytest.raises(BudgetError) as caught:
+        check_feasible(choices, 9000, {"head, float": 4500}, unit="values", remedies=["quantize the head"])
+    said = "layer5 at 2 bits (5,000), head, float (4,500), layer4 at 2 bits (4,000). Raise the target, or quantize the head."
+    assert said in str(caught.value)
+    assert "13,500 values cannot" in str(caught.value)
