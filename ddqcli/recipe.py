@@ -231,6 +231,6 @@ def parse_size(text: str, float_bytes: int) -> int:
         raise ValueError(f"{text!r} is not a size; write 150kB, 1.8MB, 96KiB or 12%")
     number = float(found[1])
     size = number / 100 * float_bytes if found[2] == "%" else number * _UNITS[found[2].lower()]
-    if size < 1:
-        raise ValueError(f"{text!r} is less than one byte")
+    if not 1 <= size < 2**63:
+        raise ValueError(f"{text!r} is {'less than one byte' if size < 1 else 'more than a file can have'}")
     return int(size)

@@ -84,6 +84,9 @@ def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list
             raise RecipeError(str(path), [f"  byte {error.start}: not UTF-8 text; a recipe is a YAML file"]) from error
         raw = _parse(text, str(path))
         _move_paths(raw, lambda name: os.path.normpath(path.parent / name), lambda name: (path.parent / name).exists())
+    if any(f"budget.{field}" in (flags or {}) for field in _TARGETS) and isinstance(raw.get("budget"), dict):
+        for field in _TARGETS:
+            raw["budget"].pop(field, None)  # a flag replaces the recipe's target, whichever of the two it was
     for key, value in (flags or {}).items():
         _assign(raw, key, value)
     recipes, details = [], []
@@ -165,10 +168,6 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
                 return  # a fault of the recipe, which validation reports
             raise UsageError(f"{key} cannot be set: {section} is a {type(below).__name__}, which has no named fields.")
         raw = below
-    if field == "target_bits":
-        raw.pop("target_size", None)  # a flag replaces the recipe's target, whichever of the two it was
-    elif field == "target_size":
-        raw.pop("target_bits", None)
     raw[field] = value
 
 

@@ -62,6 +62,11 @@ FLAGS = {
     "budget above 32 bits": (["finetune", "model.pt", "--target-bits", "33"], "less than or equal to 32"),
     "budget of NaN bits": (["finetune", "model.pt", "--target-bits", "nan"], "budget.target_bits = nan"),
     "size of 0": (["finetune", "model.pt", "--target-size", "0kB"], "'0kB' is less than one byte"),
+    "size of 400 digits": (["finetune", "model.pt", "--target-size", "9" * 400], "is more than a file can have"),
+    "two names of one size": (["finetune", "model.pt", "--target-size", "2kB,2000"], "2kB and 2000 are the same: 2,000 b"),
+    "a target by flag and one by --set": (
+        ["finetune", "model.pt", "--target-size", "2kB", "--set", "budget.target_bits=4"], "are both given; give one",
+    ),
     "negative size": (["finetune", "model.pt", "--target-size=-5kB"], "'-5kB' is not a size; write 150kB"),
     "unknown unit": (["finetune", "model.pt", "--target-size", "5 bananas"], "is not a size; write 150kB"),
     "both targets": (["finetune", "model.pt", "--target-bits", "4", "--target-size", "2kB"], "are both given; give one"),

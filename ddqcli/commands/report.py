@@ -143,7 +143,7 @@ def _rebuilt(artifact: Artifact, carried: dict[str, Any]) -> dict[str, Any]:
             "bytes": artifact.sizes.payload,
             "float_bytes": carried["float_bytes"],
             "budget_bytes": carried["budget_bytes"],
-            "average_bits": round(8 * quantized / max(1, weights), 4),
+            "average_bits": 8 * quantized / max(1, weights),
             "quantized_bytes": quantized,
             "kept_bytes": artifact.sizes.payload - quantized,
             "weights": weights,

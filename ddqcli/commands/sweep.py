@@ -14,7 +14,7 @@ from ddqcli.commands.pictures import folder
 from ddqcli.engine import distributed
 from ddqcli.engine.placing import device_named
 from ddqcli.engine.runs import FINAL, Run
-from ddqcli.errors import BudgetError, DDQError
+from ddqcli.errors import BudgetError, DDQError, UsageError
 from ddqcli.recipe import Recipe
 
 SWEEP_VERSION = 1
@@ -38,6 +38,11 @@ def sweep(
     listener = listener if listener and distributed.is_first() else Listener()
     recipes = [recipe.of(checkpoint_path) for recipe in recipes]
     checked = [(recipe, _dry(checkpoint_path, recipe)) for recipe in recipes]
+    budgets: dict[int, str] = {}
+    for recipe, report in checked:
+        target, size = recipe.budget.target, report["totals"]["budget_bytes"]
+        if recipe.budget.target_size and budgets.setdefault(size, target) != target:
+            raise UsageError(f"The targets {budgets[size]} and {target} are the same: {size:,} bytes.")
     checked.sort(key=lambda pair: pair[0].budget.target_bits or pair[1]["totals"]["budget_bytes"], reverse=True)
     if dry_run:
         return FinetuneResult(None, _table([(recipe, report, None) for recipe, report in checked]))

@@ -64,6 +64,11 @@ class Converted:
         elsewhere = {t.name for t in self.tensors} | self.aliases.keys()
         return {name: value for name, value in float_state(self.model).items() if name not in elsewhere}
 
+    def name_buffers(self) -> None:
+        """Give the reason why buffers stay float, which a forward pass may have made."""
+        for name in self.float_tensors():
+            self.kept.setdefault(name, "a buffer: no gradient trains it")
+
     def at_once(self) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a training step: the quantizers' work, with few calls for all together."""
         inputs = [a.learned for a in self.activations.values() if a.learned is not None]
@@ -117,8 +122,7 @@ def convert(model: nn.Module, recipe: Recipe) -> Converted:
         raise UsageError(f"Nothing in this {kind_of(model)} can be quantized: {most}.")
     for place in layers.values():
         _quantize_input(result, place.layer, place.module, plans[place.layer].act_bits, recipe)
-    for name in result.float_tensors():
-        result.kept.setdefault(name, "a buffer: no gradient trains it")
+    result.name_buffers()
     if result.activations:
         forbid_nested_tensors(model)
     return result
@@ -178,6 +182,10 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{name} of the model's state is a {type(value).__name__}; only tensors can be stored.")
+        if value.is_complex():
+            raise UsageError(
+                f"{name} holds {value.dtype}, which no exported file can; keep its real and imaginary part."
+            )
         if is_lazy(value):
             raise UsageError(f"{name} has no shape yet; run the model on a batch before it is quantized.")
         if first.setdefault(id(value), name) != name:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ddqcli.artifact.format import tensor_bytes
 from ddqcli.engine.convert import Converted, ConvertedTensor
 from ddqcli.errors import BudgetError
-from ddqcli.quant.budget import Choice, allocate, check_feasible, fill
+from ddqcli.quant.budget import Choice, allocate, check_feasible
 from ddqcli.quant.fit import Distribution
 from ddqcli.quant.functional import by_group
 from ddqcli.quant.quantizer import error_curve
@@ -75,8 +75,8 @@ def activation_bytes(bits: int) -> int:
 
 def kept_bytes(converted: Converted) -> dict[str, int]:
     """What the file holds beside the quantized tensors: bytes of each tensor that stays float and of each input's table."""
-    floats = {name: nbytes([value]) for name, value in converted.float_tensors().items()}
-    return floats | {f"{name} (input)": activation_bytes(a.bits) for name, a in converted.activations.items()}
+    floats = {f"{name} in float": nbytes([value]) for name, value in converted.float_tensors().items()}
+    return floats | {f"levels of {name}'s input": activation_bytes(a.bits) for name, a in converted.activations.items()}
 
 
 def make_budget(converted: Converted, recipe: Recipe, float_bytes: int | None = None) -> Budget:
@@ -96,16 +96,11 @@ def make_budget(converted: Converted, recipe: Recipe, float_bytes: int | None = 
         check_feasible(
             [Choice(t.name, _costs(t, eqn6), {}) for t in converted.tensors],
             limit,
-            {f"{name}, {_why(name, converted)}": size for name, size in kept.items()} if target.target_size else None,
+            kept if target.target_size else None,
             unit="of Eqn (6)'s N * 2^s" if eqn6 else "bytes",
             remedies=_remedies(converted, recipe),
         )
     return Budget(limit, beside, float_bytes, weights, eqn6)
-
-
-def _why(name: str, converted: Converted) -> str:
-    """What a part of the file that no bits are traded for is."""
-    return "its table" if name.removesuffix(" (input)") in converted.activations else f"float: {converted.kept[name]}"
 
 
 def _remedies(converted: Converted, recipe: Recipe) -> list[str]:
@@ -219,8 +214,7 @@ class Gates:
 
         Raises BudgetError if the target cannot be met.
         """
-        for name in self.converted.float_tensors():
-            self.converted.kept.setdefault(name, "a buffer: no gradient trains it")
+        self.converted.name_buffers()
         self.budget = make_budget(self.converted, self.recipe, self.budget.float_bytes)
 
     def check_kept(self) -> None:
@@ -325,9 +319,9 @@ class Gates:
             self._move(allocate(self._choices_from_here(rise=False), self.budget.limit))
 
     def _open_what_fits(self) -> None:
-        """Open gates, of most benefit per byte first, while the budget has room."""
+        """Open gates where that takes off most damage, as far as the budget has room."""
         if self.budget.limit is not None:
-            self._move(fill(self._choices_from_here(rise=True), self._bits(), self.budget.limit))
+            self._move(allocate(self._choices_from_here(rise=True), self.budget.limit))
 
     def _move(self, bits: dict[str, int]) -> None:
         """Take the bits that differ from those in force."""

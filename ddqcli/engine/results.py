@@ -62,7 +62,7 @@ def make_report(
             "bytes": quantized + budget.beside,
             "float_bytes": budget.float_bytes,
             "budget_bytes": limit,
-            "average_bits": round(8 * quantized / max(1, budget.weights), 4),
+            "average_bits": 8 * quantized / max(1, budget.weights),
             "quantized_bytes": quantized,
             "kept_bytes": budget.beside,
             "weights": budget.weights,

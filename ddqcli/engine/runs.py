@@ -139,7 +139,7 @@ class Run:
 
     def check_same(self, asked: Sequence[Recipe]) -> None:
         """Raise UsageError, saying what differs, if this was begun with another recipe, or other targets, than asked for."""
-        begun = self.recipes()
+        begun, asked = (sorted(recipes, key=lambda r: r.budget.target) for recipes in (self.recipes(), asked))
         targets, now = ([recipe.budget.target for recipe in recipes] for recipes in (begun, asked))
         if targets != now and max(len(targets), len(now)) > 1:
             changed = [f"targets: {', '.join(targets)}, now {', '.join(now)}"]

@@ -91,10 +91,10 @@ def allocate(choices: Sequence[Choice], budget: int) -> dict[str, int]:
     for choice, kept in zip(reversed(choices), reversed(steps), strict=True):
         state, option = divmod(int(kept[state]), len(choice.cost))
         bits[choice.name] = list(choice.cost)[option]
-    return fill(choices, bits, budget)
+    return _fill(choices, bits, budget)
 
 
-def fill(choices: Sequence[Choice], bits: Mapping[str, int], budget: int) -> dict[str, int]:
+def _fill(choices: Sequence[Choice], bits: Mapping[str, int], budget: int) -> dict[str, int]:
     """Spend what `bits` leave of the budget: the upgrade of most benefit per cost that still fits, again and again.
 
     One without benefit is taken too, the largest first: weights that few levels hold exactly move on while training.

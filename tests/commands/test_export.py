@@ -34,6 +34,16 @@ def test_the_file_holds_bit_for_bit_what_was_trained(finished: Path) -> None:
     assert data["verified"] == {"tensors": len(expected), "values": sum(v.numel() for v in expected.values())}
 
 
+@pytest.mark.parametrize("levels", ["learned", "uniform", "power_of_two"])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_every_kind_of_levels_can_be_exported_at_its_most_bits(project: Path, levels: str, granularity: str) -> None:
+    chosen = ["--set", f"weights.levels={levels}", "--set", f"weights.granularity={granularity}", "--target-bits", "32"]
+    report = ddq("finetune", "model.pt", *chosen, "--max-steps", "2", "--json", "-q").data
+    most = {row["bits"] for row in report["layers"] if row["kind"] != "bias"}
+    assert most == {4} if levels == "power_of_two" else {8}
+    assert ddq("export", "--json").data["sizes"]["payload"] == report["totals"]["bytes"]
+
+
 def test_the_accuracy_of_the_file_is_the_reported_one(finished: Path) -> None:
     assert ddq("export").code == 0
     scope: dict = {}

@@ -256,7 +256,7 @@ def dying_at(moment: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("moment", "flags"),
-    [(5, ""), (12, f"--run-dir {SWEEP}"), (17, f"--run-dir {SWEEP}/4-bits"), (35, "model.pt --target-bits 3,6,4")],
+    [(5, ""), (12, f"--run-dir {SWEEP}"), (17, f"--run-dir {SWEEP}/4-bits"), (35, "model.pt --target-bits 6,3,4")],
 )
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     project: Path, unharmed: Path, moment: int, flags: str
@@ -284,7 +284,7 @@ def test_other_targets_or_data_are_refused_on_resuming(project: Path) -> None:
     assert exit_code(in_child(BEGIN, before=dying_at(12))) == -signal.SIGKILL
     answer = ddq("finetune", "model.pt", "--target-bits", "6,4", "--resume")
     assert answer.code == 2
-    assert "with another recipe (targets: 3 bits, 6 bits, 4 bits, now 6 bits, 4 bits); begin a new run." in answer.err
+    assert "with another recipe (targets: 3 bits, 4 bits, 6 bits, now 4 bits, 6 bits); begin a new run." in answer.err
     (Path(SWEEP) / "4-bits" / "last.pt").unlink()  # so that the finished target alone knows the checkpoint
     other = torch.load("model.pt")
     other["8.bias"] += 1

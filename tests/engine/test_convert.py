@@ -260,7 +260,7 @@ def layer_with(**parameters: Tensor) -> nn.Module:
     """A model with one layer that is quantized and one whose parameters are given."""
     layer = nn.Linear(4, 4)
     for name, value in parameters.items():
-        setattr(layer, name, nn.Parameter(value, requires_grad=value.is_floating_point() or value.is_complex()))
+        setattr(layer, name, nn.Parameter(value, requires_grad=value.is_floating_point()))
     return nn.Sequential(nn.Linear(4, 4), layer)
 
 
@@ -289,7 +289,6 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "no values": (lambda: nn.Linear(4, 0), "1.weight", "holds no values"),
     "float64": (lambda: nn.Linear(4, 4).double(), "1.weight", "holds torch.float64; only float32"),
     "bfloat16": (lambda: nn.Linear(4, 4).bfloat16(), "1.bias", "holds torch.bfloat16; only float32"),
-    "complex": (lambda: layer_with(weight=torch.ones(4, 4, dtype=torch.complex64))[1], "1.weight", "holds torch.complex64"),
     "whole numbers": (lambda: layer_with(weight=torch.ones(4, 4, dtype=torch.int8))[1], "1.weight", "holds torch.int8"),
     "parameter list": (lambda: nn.ParameterList([torch.ones(3)]), "1.0", "ParameterList 0: no quantizer"),
 }  # fmt: skip
@@ -333,6 +332,12 @@ class Stateful(nn.Linear):
     def set_extra_state(self, state: dict[str, int]) -> None: ...
 
 
+class Complex(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("phase", torch.zeros(3, dtype=torch.complex64))
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.parametrize(
     ("model", "message"),
@@ -340,6 +345,7 @@ class Stateful(nn.Linear):
         pytest.param(lambda: nn.Sequential(nn.LazyLinear(3)), "0.weight has no shape yet; run the model", id="lazy"),
         pytest.param(lambda: layer_with(weight=torch.full((4, 4), torch.nan)), "1.weight holds NaN or infinite", id="NaN"),
         pytest.param(lambda: layer_with(bias=torch.full((4,), torch.inf)), "1.bias holds NaN or infinite", id="infinity"),
+        pytest.param(lambda: Complex(2, 2), "phase holds torch.complex64, which no exported file can", id="complex"),
         pytest.param(lambda: Stateful(2, 2), "_extra_state of the model's state is a dict", id="extra state"),
         pytest.param(lambda: nn.ReLU(), "Nothing in this ReLU can be quantized: it has no parameters", id="no parameters"),
         pytest.param(lambda: nn.LSTM(3, 3), "Nothing in this LSTM can be quantized: LSTM weight_ih_l0", id="no layer"),

@@ -74,11 +74,17 @@ def test_overrides_of_levels_granularity_and_inputs() -> None:
     assert {name: a.bits for name, a in converted.activations.items()} == {"0": 8, "1": 3, "4": 8}
 
 
+def test_powers_of_two_have_the_bits_that_their_levels_need() -> None:
+    converted = convert(small(), recipe({"match": "0", "levels": "power_of_two"}, {"match": "1", "levels": "uniform"}))
+    assert bits_of(converted) == {"0": (1, 4), "1": (1, 8), "3": (1, 8), "4": (1, 8)}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ([{"match": "conv"}], "No layer that can be quantized matches the override conv; .* \\* stands for"),
         ([{"match": "2"}, {"type": "LSTM"}], "matches the overrides 2, LSTM;"),  # a Flatten, and what is not there
+        ([{"match": "3", "levels": "power_of_two", "bits": 5}], "3 is to have at least 5 bits, and levels that are power_of_two"),
         ([{"match": "0", "min_bits": 5}, {"match": "0", "max_bits": 3}], "The overrides for 0 give min_bits 5 above max_bits 3"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddqcli.errors import DDQError
 from ddqcli.quant.fit import Distribution, lloyd_max
-from ddqcli.quant.quantizer import DDQuantizer, error_curve, fitting_grid, spread_runs
+from ddqcli.quant.quantizer import MOST_BITS, DDQuantizer, error_curve, fitting_grid, spread_runs
 
 few = settings(deadline=None, derandomize=True, max_examples=50)
 seeds = st.integers(0, 2**32 - 1)
@@ -262,11 +262,14 @@ def test_empty_tensors_pass_through(shape, axis, kind):
     assert quantizer(x).shape == quantizer.indices(x).shape == shape
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("kind", ["learned", "uniform", "power_of_two"])
-def test_the_error_curve_tells_what_a_refit_leaves(kind):
+def test_the_error_curve_tells_what_a_refit_leaves(kind, sparse):
     x = normal(20_000)
-    curve = error_curve(Distribution.of(x.numpy()), range(1, 9), kind)
-    for s in range(1, 9 if kind == "learned" else 5):
+    if sparse:
+        x[2000:] = 0
+    curve = error_curve(Distribution.of(x.numpy()), range(1, MOST_BITS[kind] + 1), kind)
+    for s in curve:
         quantizer = DDQuantizer.from_tensor(x, s, kind=kind)
         assert curve[s] == pytest.approx(squared_error(quantizer, x), rel=0.05)
 
