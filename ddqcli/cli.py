@@ -130,12 +130,11 @@ def finetune(
     def work() -> Any:
         from ddqcli.engine.runs import Run
         from ddqcli.errors import UsageError
-        from ddqcli.recipe_file import find_recipe, load_recipes, parse_assignment
+        from ddqcli.recipe_file import find_recipe, load_recipes, with_assignments
 
         if target_bits is not None and target_size is not None:
             raise UsageError("--target-bits and --target-size are both given; give one.")
-        given = {key: value for key, value in flags.items() if value is not None}
-        given |= dict(parse_assignment(text) for text in assign or ())
+        given = with_assignments({key: value for key, value in flags.items() if value is not None}, assign or ())
         run = Run.unfinished(run_dir, or_none=model is not None) if resume else None
         path = run.recipe_path if run and not (model or recipe) else recipe or find_recipe(model)
         loaded, *others = recipes = load_recipes(path, given)

@@ -7,6 +7,7 @@ to the recipe's own folder.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import reprlib
@@ -84,7 +85,9 @@ def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list
             raise RecipeError(str(path), [f"  byte {error.start}: not UTF-8 text; a recipe is a YAML file"]) from error
         raw = _parse(text, str(path))
         _move_paths(raw, lambda name: os.path.normpath(path.parent / name), lambda name: (path.parent / name).exists())
-    if any(f"budget.{field}" in (flags or {}) for field in _TARGETS) and isinstance(raw.get("budget"), dict):
+    if any((flags or {}).get(f"budget.{field}") is not None for field in _TARGETS) and isinstance(
+        raw.get("budget"), dict
+    ):
         for field in _TARGETS:
             raw["budget"].pop(field, None)  # a flag replaces the recipe's target, whichever of the two it was
     for key, value in (flags or {}).items():
@@ -155,6 +158,16 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise UsageError(
             f"--set {text}: the value is not YAML; write it as --set data.mean='[0.5, 0.5, 0.5]'"
         ) from error
+
+
+def with_assignments(flags: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """Flags and `--set` assignments together. Raises UsageError where two of them set the same field."""
+    given = [*flags.items(), *map(parse_assignment, texts)]
+    for (first, _), (second, _) in itertools.combinations(given, 2):
+        if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
+            both = "is given twice" if first == second else f"and {second} are both given"
+            raise UsageError(f"{first} {both} on the command line; give one.")
+    return dict(given)
 
 
 def _assign(raw: dict[str, Any], key: str, value: Any) -> None:

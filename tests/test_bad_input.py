@@ -67,6 +67,15 @@ FLAGS = {
     "a target by flag and one by --set": (
         ["finetune", "model.pt", "--target-size", "2kB", "--set", "budget.target_bits=4"], "are both given; give one",
     ),
+    "a field by flag and by --set": (
+        ["finetune", "model.pt", "--target-bits", "3", "--set", "budget.target_bits=5"], "budget.target_bits is given twice",
+    ),
+    "a section and a field of it": (
+        ["finetune", "model.pt", "--set", "budget={target_bits: 4}", "--target-bits", "3"],
+        "budget.target_bits and budget are both given",
+    ),
+    "share beyond all files": (["finetune", "model.pt", "--target-size", "9" * 19 + "%"], "is more than a file can have"),
+    "share below a byte": (["finetune", "model.pt", "--target-size", "0.00001%"], "is less than one byte, of a float model"),
     "negative size": (["finetune", "model.pt", "--target-size=-5kB"], "'-5kB' is not a size; write 150kB"),
     "unknown unit": (["finetune", "model.pt", "--target-size", "5 bananas"], "is not a size; write 150kB"),
     "both targets": (["finetune", "model.pt", "--target-bits", "4", "--target-size", "2kB"], "are both given; give one"),

@@ -101,6 +101,7 @@ def test_flags_win_over_the_file_and_over_its_other_target(tmp_path: Path) -> No
     recipe = load_recipe(path, {"train.lr": 0.2, "budget.target_size": "10kB"})
     assert (recipe.train.lr, recipe.train.epochs) == (0.2, 3)
     assert (recipe.budget.target_bits, recipe.budget.target_size) == (None, "10kB")
+    assert load_recipe(path, {"budget.target_size": None}).budget.target_bits == 4
     for flags in itertools.permutations([("budget.target_size", "10kB"), ("budget.target_bits", 3)]):
         with pytest.raises(RecipeError, match="are both given; give one"):
             load_recipe(path, dict(flags))

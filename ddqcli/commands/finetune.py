@@ -185,7 +185,7 @@ def _started(model: torch.nn.Module, start: Run | None) -> torch.nn.Module:
         final = start.load(FINAL)
         trained = final["weights"] | final["floats"]  # shared tensors under one of their names
         for name, value in model.state_dict().items():
-            if name in trained:
+            if name in trained and trained[name].shape == value.shape:  # not what a forward pass resizes
                 value.copy_(trained[name])
     return model
 

@@ -65,9 +65,13 @@ class Converted:
         return {name: value for name, value in float_state(self.model).items() if name not in elsewhere}
 
     def name_buffers(self) -> None:
-        """Give the reason why buffers stay float, which a forward pass may have made."""
-        for name in self.float_tensors():
+        """Give the reason why buffers stay float, which a forward pass may have made. Raises UsageError for complex tensors."""
+        for name, value in self.float_tensors().items():
             self.kept.setdefault(name, "a buffer: no gradient trains it")
+            if value.is_complex():
+                raise UsageError(
+                    f"{name} holds {value.dtype}, which no exported file can; keep its real and imaginary part."
+                )
 
     def at_once(self) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a training step: the quantizers' work, with few calls for all together."""
@@ -182,10 +186,6 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{name} of the model's state is a {type(value).__name__}; only tensors can be stored.")
-        if value.is_complex():
-            raise UsageError(
-                f"{name} holds {value.dtype}, which no exported file can; keep its real and imaginary part."
-            )
         if is_lazy(value):
             raise UsageError(f"{name} has no shape yet; run the model on a batch before it is quantized.")
         if first.setdefault(id(value), name) != name:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ddqcli.artifact.format import tensor_bytes
 from ddqcli.engine.convert import Converted, ConvertedTensor
-from ddqcli.errors import BudgetError
-from ddqcli.quant.budget import Choice, allocate, check_feasible
+from ddqcli.errors import BudgetError, DDQError
+from ddqcli.quant.budget import Choice, allocate, check_feasible, smallest
 from ddqcli.quant.fit import Distribution
 from ddqcli.quant.functional import by_group
 from ddqcli.quant.quantizer import error_curve
@@ -29,6 +29,7 @@ from ddqcli.recipe import Recipe, parse_size
 
 _WORTH = 0.97  # bits that do more than this share of the damage in force are no reason to start levels anew
 _CHANNELS = 16  # of a tensor quantized by channel, whose damage stands for that of all
+_GROWS = "The network's buffers grew while it ran; register those that need not be stored with persistent=False."
 _FISHER_EVERY = 4  # steps between two looks at the gradients; their mean square changes slowly
 
 
@@ -80,24 +81,33 @@ def kept_bytes(converted: Converted) -> dict[str, int]:
 
 
 def make_budget(converted: Converted, recipe: Recipe, float_bytes: int | None = None) -> Budget:
-    """The recipe's target in bytes; raises BudgetError if it cannot be met. `float_bytes`, if the model has grown since."""
+    """The recipe's target in bytes; raises BudgetError if it cannot be met.
+
+    Without `float_bytes`, what they were before a forward pass, none was made yet: it may turn out that some layers are never
+    called, and the levels of their inputs are not stored.
+    """
     weights = sum(t.parameter.numel() for t in converted.tensors)
     kept = kept_bytes(converted)
-    beside = sum(kept.values())
+    beside, unsure = sum(kept.values()), 0
     if float_bytes is None:
         float_bytes = nbytes([*converted.float_tensors().values(), *(t.parameter for t in converted.tensors)])
+        unsure = sum(activation_bytes(a.bits) for a in converted.activations.values())
     target, eqn6 = recipe.budget, recipe.budget.count == "eqn6"
     limit = None
     if target.target_bits is not None:
-        limit = int(weights * 2**target.target_bits if eqn6 else weights * target.target_bits / 8)
+        limit, unsure = int(weights * 2**target.target_bits if eqn6 else weights * target.target_bits / 8), 0
     elif target.target_size is not None:
-        limit = parse_size(target.target_size, float_bytes) - beside
-    if limit is not None:
+        try:
+            limit = parse_size(target.target_size, float_bytes) - beside
+        except ValueError as error:
+            raise BudgetError(f"{error}, of a float model of {float_bytes:,} bytes.") from error
+    choices = [Choice(t.name, _costs(t, eqn6), {}) for t in converted.tensors]
+    if limit is not None and smallest(choices) > limit + unsure:
         check_feasible(
-            [Choice(t.name, _costs(t, eqn6), {}) for t in converted.tensors],
+            choices,
             limit,
             kept if target.target_size else None,
-            unit="of Eqn (6)'s N * 2^s" if eqn6 else "bytes",
+            unit="by Eqn (6)'s count" if eqn6 else "bytes",
             remedies=_remedies(converted, recipe),
         )
     return Budget(limit, beside, float_bytes, weights, eqn6)
@@ -105,15 +115,18 @@ def make_budget(converted: Converted, recipe: Recipe, float_bytes: int | None = 
 
 def _remedies(converted: Converted, recipe: Recipe) -> list[str]:
     """What makes a smaller file possible in this recipe."""
-    free = [t for t in converted.tensors if t.kind != "bias"]
+    weights = [t for t in converted.tensors if t.kind != "bias"]
+    biases = [t for t in converted.tensors if t.kind == "bias"]
     bias_bits = recipe.weights.bias_bits
+    sized = recipe.budget.target_size is not None
+    fewer = [sum(stored_bytes(t, s) for t in biases) for s in range(1, bias_bits or 1)]
     found = {
-        "lower --min-bits": recipe.weights.min_bits > 1 and any(t.min_bits > 1 and not t.fixed for t in free),
-        "lift bits, min_bits and skip from the overrides": any(
-            override.skip or override.bits or override.min_bits for override in recipe.overrides
-        ),
-        "set weights.granularity=layer": any(len(t.quantizer.bits) > 1 for t in free),
-        "lower weights.bias_bits": bias_bits is None or (bias_bits > 1 and len(free) < len(converted.tensors)),
+        "lower --min-bits": recipe.weights.min_bits > 1 and any(1 < t.min_bits < t.max_bits for t in weights),
+        "lift bits and min_bits from the overrides": any((o.bits or o.min_bits or 1) > 1 for o in recipe.overrides),
+        "lift skip from the overrides": sized and any(o.skip for o in recipe.overrides),
+        "set weights.granularity=layer": any(len(t.quantizer.bits) > 1 for t in weights),
+        "set weights.bias_bits=8": sized and bias_bits is None,
+        "lower weights.bias_bits": any(cost < sum(map(stored_bytes, biases)) for cost in fewer),
     }
     return [remedy for remedy, helps in found.items() if helps]
 
@@ -132,11 +145,12 @@ def _costs(tensor: ConvertedTensor, eqn6: bool) -> dict[int, int]:
 
 def _error_curve(tensor: ConvertedTensor, bits: range) -> dict[int, float]:
     """Squared error at each bit-width, of the whole tensor; where every channel has its levels, from some of the channels."""
-    values, groups = tensor.parameter.detach().float(), len(tensor.quantizer.bits)
-    rows = by_group(values, tensor.quantizer.axis, groups)[:: -(-groups // _CHANNELS)]
-    curves = [error_curve(Distribution.of(row.cpu().numpy()), bits, tensor.quantizer.kind) for row in rows]
-    seen = sum(float(row.square().sum()) for row in rows)
-    share = seen / float(values.square().sum()) if seen else 1.0
+    groups = len(tensor.quantizer.bits)
+    rows = by_group(tensor.parameter.detach().float().cpu(), tensor.quantizer.axis, groups)
+    energy = rows.double().square().sum(1)
+    chosen = torch.randperm(groups, generator=torch.Generator().manual_seed(0))[:_CHANNELS]
+    curves = [error_curve(Distribution.of(rows[g].numpy()), bits, tensor.quantizer.kind) for g in chosen.tolist()]
+    share = float(energy[chosen].sum() / energy.sum()) if groups > _CHANNELS and energy[chosen].any() else 1.0
     return {s: sum(curve[s] for curve in curves) / share for s in bits}
 
 
@@ -204,11 +218,6 @@ class Gates:
         if self.recipe.gates.rule == "paper" and self.moving and step < self.frozen_from:
             self._paper_step(loss)
 
-    def finish(self) -> None:
-        """The promise: whatever the run did, the result fits."""
-        self.recount()
-        self._close_what_is_over()
-
     def recount(self) -> None:
         """Take the budget anew, of the model as it now is: a forward pass shows which layers are used, and can make buffers.
 
@@ -217,14 +226,23 @@ class Gates:
         self.converted.name_buffers()
         self.budget = make_budget(self.converted, self.recipe, self.budget.float_bytes)
 
+    def finish(self) -> None:
+        """The promise: whatever the run did, the result fits. Raises DDQError for a network that grew until it cannot."""
+        try:
+            self.recount()
+        except BudgetError as error:
+            raise DDQError(f"{error} {_GROWS}") from error
+        self._close_what_is_over()
+
     def check_kept(self) -> None:
-        """Raise BudgetError if the promise does not hold: of a network whose buffers grow while it is evaluated."""
-        self.recount()
-        if self.budget.limit is not None and self.cost() > self.budget.limit:
-            raise BudgetError(
-                f"The quantized tensors take {self.cost():,} of the {self.budget.limit:,} bytes that the budget leaves them: "
-                "the network's buffers grew while it was evaluated. Register those that need not be stored with persistent=False."
+        """Raise DDQError if the result, evaluated meanwhile, does not fit after all."""
+        self.converted.name_buffers()
+        kept, limit = sum(kept_bytes(self.converted).values()), self.budget.file_limit
+        if limit is not None and self.recipe.budget.target_size and self.cost() + kept > limit:
+            raise DDQError(
+                f"The budget of {limit:,} bytes is broken: {kept:,} are beside the quantized tensors. {_GROWS}"
             )
+        self.recount()
 
     def penalty(self) -> float:
         """Eqn (7)'s factor (desired / practical memory)^alpha, with alpha = 0 where the constraint holds."""
@@ -271,39 +289,44 @@ class Gates:
         return [self._choice(t, _costs(t, self.budget.eqn6)) for t in self.converted.tensors]
 
     def _choices_from_here(self, *, rise: bool) -> list[Choice]:
-        """The bits in force, and those that cost more (`rise`), or less."""
+        """A tensor as it is (0), its channels may have different bits, or with bits that cost more (`rise`), or less."""
         found = []
         for tensor in self.converted.tensors:
             here = _cost(tensor, tensor.quantizer.bits, self.budget.eqn6)
             costs = {s: c for s, c in _costs(tensor, self.budget.eqn6).items() if (c > here if rise else c < here)}
-            found.append(self._choice(tensor, costs | {max(tensor.quantizer.bits): here}))
+            x = tensor.parameter.detach()
+            error = float((tensor.quantizer(x) - x).detach().double().square().sum())
+            found.append(self._choice(tensor, {0: here} | costs, {0: error}))
         return found
 
-    def _choice(self, tensor: ConvertedTensor, costs: dict[int, int]) -> Choice:
+    def _choice(self, tensor: ConvertedTensor, costs: dict[int, int], known: dict[int, float] | None = None) -> Choice:
+        """What the bits in `costs` do to the loss; of some the squared error may be `known`."""
         if len(costs) == 1:
             return Choice(tensor.name, costs, dict.fromkeys(costs, 0.0))
         weight = self._lambda(tensor) / 2 + 1e-30  # without gradients, more bits are still better than fewer
-        errors = _error_curve(tensor, range(min(costs), max(costs) + 1))
+        asked = costs.keys() - (known or {})
+        errors = _error_curve(tensor, range(min(asked), max(asked) + 1)) | (known or {})
         return Choice(tensor.name, costs, {s: weight * errors[s] for s in costs})
 
     def _lambda(self, tensor: ConvertedTensor) -> float:
-        """The tensor's empirical Fisher: loss per squared unit of weight error, twice. The same for all before any gradient."""
-        return self.batch_size * self.fisher.get(tensor.name, 0.0) if self.seen else 1.0
+        """The tensor's empirical Fisher: loss per squared unit of weight error, twice. The same for all before any gradient.
+
+        Of one that is frozen it is unknown, and taken for the mean of the others.
+        """
+        if not self.fisher:
+            return 1.0
+        unknown = 0.0 if tensor.parameter.requires_grad else sum(self.fisher.values()) / len(self.fisher)
+        return self.batch_size * self.fisher.get(tensor.name, unknown)
 
     def _trade(self, limit: int, *, first: bool = False) -> None:
         """The bits of least damage within the limit, if those in force do not fit or do much more."""
         choices = self._choices()
-        bits = allocate(choices, limit)
+        bits, in_force = allocate(choices, limit), {t.name: t.quantizer.bits[0] for t in self.converted.tensors}
         if not first and self.cost() <= limit:
-            now, then = (sum(c.damage[of[c.name]] for c in choices) for of in (self._bits(), bits))
+            now, then = (sum(c.damage[of[c.name]] for c in choices) for of in (in_force, bits))
             if then >= _WORTH * now:
                 return
-        in_force = {t.name: t.quantizer.bits for t in self.converted.tensors}
-        self._take({n: s for n, s in bits.items() if first or set(in_force[n]) != {s}})
-
-    def _bits(self) -> dict[str, int]:
-        """The bits in force of each tensor, of its groups the most."""
-        return {t.name: max(t.quantizer.bits) for t in self.converted.tensors}
+        self._take({name: s for name, s in bits.items() if first or s != in_force[name]})
 
     def _take(self, bits: dict[str, int]) -> None:
         """Give these tensors these bits, and fit their levels anew."""
@@ -316,17 +339,14 @@ class Gates:
     def _close_what_is_over(self) -> None:
         """Close the gates of least damage per byte until the budget is met; none gets more bits unless those cost less."""
         if self.budget.limit is not None and self.cost() > self.budget.limit:
-            self._move(allocate(self._choices_from_here(rise=False), self.budget.limit))
+            bits = allocate(self._choices_from_here(rise=False), self.budget.limit)
+            self._take({name: s for name, s in bits.items() if s})
 
     def _open_what_fits(self) -> None:
         """Open gates where that takes off most damage, as far as the budget has room."""
         if self.budget.limit is not None:
-            self._move(allocate(self._choices_from_here(rise=True), self.budget.limit))
-
-    def _move(self, bits: dict[str, int]) -> None:
-        """Take the bits that differ from those in force."""
-        before = self._bits()
-        self._take({name: s for name, s in bits.items() if s != before[name]})
+            bits = allocate(self._choices_from_here(rise=True), self.budget.limit)
+            self._take({name: s for name, s in bits.items() if s})
 
     def _set_corrections(self) -> None:
         """Eqn (9)'s lambda in units of loss, so that one number serves every layer."""

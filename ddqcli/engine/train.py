@@ -120,7 +120,9 @@ class Trainer:
                 self.levels_optimizer.load_state_dict(state["levels_optimizer"])
             self.gates.load(state["gates"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise DDQError("The saved state does not fit this model: another version of ddq wrote it.") from error
+            raise DDQError(
+                "The saved state does not fit this model: another version of ddq wrote it, or a forward pass resizes a buffer."
+            ) from error
 
     def _worth_keeping(self) -> bool:
         """Whether this step is one to save at: every so many, at each epoch's end, and the last."""

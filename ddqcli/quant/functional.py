@@ -67,7 +67,7 @@ def _in_force(ordered: Tensor, bits: tuple[int, ...], slots: int) -> Tensor:
 def _merged(ordered: Tensor, s: int, slots: int) -> Tensor:
     n = 2**s
     mean = ordered.view(len(ordered), n, -1).mean(2, dtype=torch.float64)  # float32 can round to a tie that is none
-    level = mean.round_().clamp_(0, STEPS).float()
+    level = mean.round_().clamp_(0, STEPS).add_(0.0).float()  # and not -0
     return level if slots == n else level.repeat_interleave(slots // n, dim=1)
 
 

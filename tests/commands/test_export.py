@@ -44,6 +44,19 @@ def test_every_kind_of_levels_can_be_exported_at_its_most_bits(project: Path, le
     assert ddq("export", "--json").data["sizes"]["payload"] == report["totals"]["bytes"]
 
 
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_weights_that_are_zero_are_exported(project: Path, granularity: str) -> None:
+    state = torch.load("model.pt")
+    for value in state.values():
+        if value.ndim > 1:
+            value[: len(value) // 2] = 0
+    torch.save(state, "model.pt")
+    chosen = ["--set", f"weights.granularity={granularity}", "--max-steps", "2", "-q"]
+    for bits in ("3", "8.2"):
+        assert ddq("finetune", "model.pt", "--set", f"budget.target_bits={bits}", *chosen).code == 0
+        assert ddq("export").code == 0
+
+
 def test_the_accuracy_of_the_file_is_the_reported_one(finished: Path) -> None:
     assert ddq("export").code == 0
     scope: dict = {}

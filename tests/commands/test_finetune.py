@@ -72,6 +72,49 @@ def test_a_run_meets_its_budget_and_says_so_in_its_folder_and_its_answer(project
     assert steps(folder) == [10, 12]
 
 
+BUFFERED = """
+import torch
+from net import build
+from torch import nn
+
+class Buffered(nn.Module):
+    def __init__(self, grows):
+        super().__init__()
+        self.grows = grows
+        self.register_buffer("seen", torch.zeros(0), persistent=True)
+
+    def forward(self, x):
+        if self.grows == "once" or not (self.training or torch.is_grad_enabled()):
+            self.seen = torch.zeros(100 if self.grows == "once" else 300)
+        return x
+
+def buffered(grows):
+    net = build()
+    net.append(Buffered(grows))
+    return net
+"""
+
+
+def test_buffers_that_a_forward_pass_makes_are_within_the_budget(project: Path) -> None:
+    Path("buffered.py").write_text(BUFFERED)
+    torch.save(torch.load("model.pt") | {"9.seen": torch.zeros(0)}, "model.pt")
+    told = ["finetune", "model.pt", "--arch", "buffered.py:buffered", "--target-size", "1800", "--set"]
+    totals = ddq(*told, "model.kwargs.grows=once", "--run-dir", "once", "--json", "-q").data["totals"]
+    assert 1700 < totals["bytes"] <= 1800
+    assert totals["kept_bytes"] > 400
+    final = torch.load("once/final.pt")
+    assert len(final["floats"]["9.seen"]) == 100
+    assert sum(value.nbytes for value in final["floats"].values()) < totals["kept_bytes"]
+    answer = ddq(*told, "model.kwargs.grows=evaluated", "--run-dir", "evaluated", "-q")
+    assert answer.code == 1
+    assert "buffers grew while it ran; register those that need not be stored with persistent=False" in answer.err
+    told[told.index("1800")] = "1000"
+    answer = ddq(*told, "model.kwargs.grows=once", "--run-dir", "none", "-q")
+    assert answer.code == 2
+    assert "9.seen in float (400)" in answer.err
+    assert not Path("none").exists()
+
+
 def test_padding_is_chosen_by_the_model_unless_the_recipe_says_it(project: Path) -> None:
     fill = "crops are padded with"
     chosen = ddq("finetune", "model.pt", "--run-dir", "chosen").err
