@@ -76,6 +76,7 @@ def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list
     Raises RecipeError, UsageError.
     """
     raw: dict[str, Any] = {}
+    flags = flags or {}
     if path is not None:
         try:
             text = path.read_bytes().decode("utf-8-sig")
@@ -90,7 +91,7 @@ def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list
     ):
         for field in _TARGETS:
             raw["budget"].pop(field, None)  # a flag replaces the recipe's target, whichever of the two it was
-    for key, value in (flags or {}).items():
+    for key, value in flags.items():
         _assign(raw, key, value)
     recipes, details = [], []
     for each in _by_target(raw):
@@ -99,7 +100,7 @@ def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list
         except ValidationError as error:
             details += error.errors()
     if details:
-        by_flag = [_key(detail) in (flags or {}) for detail in details]
+        by_flag = [_key(detail) in flags for detail in details]
         source = "The command line" if all(by_flag) or not path else f"{path}{' with the flags' * any(by_flag)}"
         raise RecipeError(source, list(dict.fromkeys(_fault(detail) for detail in details)))
     targets = [recipe.budget.target for recipe in recipes]
@@ -153,7 +154,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
         raise UsageError(f"--set {text} is not an assignment; write it as --set train.lr=0.02")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), yaml.load(value, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(
             f"--set {text}: the value is not YAML; write it as --set data.mean='[0.5, 0.5, 0.5]'"

@@ -101,10 +101,15 @@ def finetune(
         gates = Gates(converted, recipe, budget, 0, recipe.data.batch_size)
         gates.start()
         over = budget.limit is not None and gates.cost() > budget.limit
-        first = [f"these are the first bits; gates.rule={recipe.gates.rule} comes down to the budget while training"]
+        descends = recipe.gates.rule == "paper" or recipe.gates.descent > 0
+        why = (
+            f"these are the first bits; gates.rule={recipe.gates.rule} comes down to the budget while training"
+            if descends
+            else "the budget can be met only if some layers are never called, whose inputs then cost nothing"
+        )
         run_of_none = {"steps": 0, "seed": recipe.train.seed}
         report = make_report(
-            converted, budget, accuracy=None, source=source, run=run_of_none, warnings=first if over else ()
+            converted, budget, accuracy=None, source=source, run=run_of_none, warnings=[why] if over else ()
         )
         return FinetuneResult(None, report)
     with distributed.processes(device), _in_folder(run, run_dir, recipe) as run:

@@ -25,6 +25,7 @@ from ddqcli.quant.quantizer import DDQuantizer, at_once
 from ddqcli.recipe import Recipe
 
 _BIASES = ("bias", "in_proj_bias")  # of the layers that have weights; quantized by Eqn (5)
+BIASES_KEPT = "biases are kept in float (weights.bias_bits)"
 _REPARAMETRIZED = ("weight_orig", "bias_orig", "weight_g", "weight_v")  # as torch's older hooks name what they keep
 
 
@@ -218,7 +219,7 @@ def _reason_to_keep(place: _Place, parameter: Tensor, plan: Plan | None, recipe:
     if parameter.dtype != torch.float32:
         return f"holds {parameter.dtype}; only float32 is quantized, which model.float() makes of other floating types"
     if local in _BIASES:
-        return "biases are kept in float (weights.bias_bits)" if recipe.weights.bias_bits is None else None
+        return BIASES_KEPT if recipe.weights.bias_bits is None else None
     if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
         return "max_norm changes it in place"
     if isinstance(module, EMBEDDINGS) and module.sparse:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddqcli.artifact.format import tensor_bytes
-from ddqcli.engine.convert import Converted, ConvertedTensor
+from ddqcli.engine.convert import BIASES_KEPT, Converted, ConvertedTensor
 from ddqcli.errors import BudgetError, DDQError
 from ddqcli.quant.budget import Choice, allocate, check_feasible, smallest
 from ddqcli.quant.fit import Distribution
@@ -117,15 +117,15 @@ def _remedies(converted: Converted, recipe: Recipe) -> list[str]:
     """What makes a smaller file possible in this recipe."""
     weights = [t for t in converted.tensors if t.kind != "bias"]
     biases = [t for t in converted.tensors if t.kind == "bias"]
-    bias_bits = recipe.weights.bias_bits
-    sized = recipe.budget.target_size is not None
+    least, bias_bits = recipe.weights.min_bits, recipe.weights.bias_bits
+    sized, by_eqn6 = recipe.budget.target_size is not None, recipe.budget.count == "eqn6"
     fewer = [sum(stored_bytes(t, s) for t in biases) for s in range(1, bias_bits or 1)]
     found = {
-        "lower --min-bits": recipe.weights.min_bits > 1 and any(1 < t.min_bits < t.max_bits for t in weights),
-        "lift bits and min_bits from the overrides": any((o.bits or o.min_bits or 1) > 1 for o in recipe.overrides),
+        "lower --min-bits": least > 1 and any(t.min_bits == least for t in weights),
+        "lift bits and min_bits from the overrides": any((o.bits or o.min_bits or 0) > least for o in recipe.overrides),
         "lift skip from the overrides": sized and any(o.skip for o in recipe.overrides),
-        "set weights.granularity=layer": any(len(t.quantizer.bits) > 1 for t in weights),
-        "set weights.bias_bits=8": sized and bias_bits is None,
+        "set weights.granularity=layer": not by_eqn6 and recipe.weights.granularity == "channel",
+        "set weights.bias_bits=8": sized and BIASES_KEPT in converted.kept.values(),
         "lower weights.bias_bits": any(cost < sum(map(stored_bytes, biases)) for cost in fewer),
     }
     return [remedy for remedy, helps in found.items() if helps]
@@ -148,9 +148,10 @@ def _error_curve(tensor: ConvertedTensor, bits: range) -> dict[int, float]:
     groups = len(tensor.quantizer.bits)
     rows = by_group(tensor.parameter.detach().float().cpu(), tensor.quantizer.axis, groups)
     energy = rows.double().square().sum(1)
-    chosen = torch.randperm(groups, generator=torch.Generator().manual_seed(0))[:_CHANNELS]
+    live = energy.nonzero()[:, 0]  # channels of zeros do no damage
+    chosen = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:_CHANNELS]]
+    share = float(energy[chosen].sum() / energy.sum()) if len(live) else 1.0
     curves = [error_curve(Distribution.of(rows[g].numpy()), bits, tensor.quantizer.kind) for g in chosen.tolist()]
-    share = float(energy[chosen].sum() / energy.sum()) if groups > _CHANNELS and energy[chosen].any() else 1.0
     return {s: sum(curve[s] for curve in curves) / share for s in bits}
 
 
@@ -228,21 +229,22 @@ class Gates:
 
     def finish(self) -> None:
         """The promise: whatever the run did, the result fits. Raises DDQError for a network that grew until it cannot."""
+        self._recount_trained()
+        self._close_what_is_over()
+
+    def check_kept(self) -> None:
+        """Raise DDQError if the result, which was evaluated meanwhile, does not fit after all."""
+        self._recount_trained()
+        if self.budget.limit is not None and self.cost() > self.budget.limit:
+            raise DDQError(
+                f"The quantized tensors take {self.cost():,} of the {self.budget.limit:,} bytes left to them. {_GROWS}"
+            )
+
+    def _recount_trained(self) -> None:
         try:
             self.recount()
         except BudgetError as error:
             raise DDQError(f"{error} {_GROWS}") from error
-        self._close_what_is_over()
-
-    def check_kept(self) -> None:
-        """Raise DDQError if the result, evaluated meanwhile, does not fit after all."""
-        self.converted.name_buffers()
-        kept, limit = sum(kept_bytes(self.converted).values()), self.budget.file_limit
-        if limit is not None and self.recipe.budget.target_size and self.cost() + kept > limit:
-            raise DDQError(
-                f"The budget of {limit:,} bytes is broken: {kept:,} are beside the quantized tensors. {_GROWS}"
-            )
-        self.recount()
 
     def penalty(self) -> float:
         """Eqn (7)'s factor (desired / practical memory)^alpha, with alpha = 0 where the constraint holds."""
@@ -288,6 +290,7 @@ class Gates:
     def _choices(self) -> list[Choice]:
         return [self._choice(t, _costs(t, self.budget.eqn6)) for t in self.converted.tensors]
 
+    @torch.no_grad()
     def _choices_from_here(self, *, rise: bool) -> list[Choice]:
         """A tensor as it is (0), its channels may have different bits, or with bits that cost more (`rise`), or less."""
         found = []
@@ -295,33 +298,41 @@ class Gates:
             here = _cost(tensor, tensor.quantizer.bits, self.budget.eqn6)
             costs = {s: c for s, c in _costs(tensor, self.budget.eqn6).items() if (c > here if rise else c < here)}
             x = tensor.parameter.detach()
-            error = float((tensor.quantizer(x) - x).detach().double().square().sum())
-            found.append(self._choice(tensor, {0: here} | costs, {0: error}))
+            error = float((tensor.quantizer(x) - x).double().square().sum())
+            found.append(self._choice(tensor, {0: here} | costs, error))
         return found
 
-    def _choice(self, tensor: ConvertedTensor, costs: dict[int, int], known: dict[int, float] | None = None) -> Choice:
-        """What the bits in `costs` do to the loss; of some the squared error may be `known`."""
+    def _choice(self, tensor: ConvertedTensor, costs: dict[int, int], as_it_is: float = 0.0) -> Choice:
+        """What the bits in `costs` do to the loss; `as_it_is`: the squared error of 0, the tensor as it is."""
         if len(costs) == 1:
             return Choice(tensor.name, costs, dict.fromkeys(costs, 0.0))
         weight = self._lambda(tensor) / 2 + 1e-30  # without gradients, more bits are still better than fewer
-        asked = costs.keys() - (known or {})
-        errors = _error_curve(tensor, range(min(asked), max(asked) + 1)) | (known or {})
+        asked = [s for s in costs if s]
+        errors = {0: as_it_is} | _error_curve(tensor, range(min(asked), max(asked) + 1))
         return Choice(tensor.name, costs, {s: weight * errors[s] for s in costs})
 
     def _lambda(self, tensor: ConvertedTensor) -> float:
         """The tensor's empirical Fisher: loss per squared unit of weight error, twice. The same for all before any gradient.
 
-        Of one that is frozen it is unknown, and taken for the mean of the others.
+        Of one that is frozen it is unknown, and taken for the mean over all values that are not.
         """
         if not self.fisher:
             return 1.0
-        unknown = 0.0 if tensor.parameter.requires_grad else sum(self.fisher.values()) / len(self.fisher)
+        unknown = 0.0 if tensor.parameter.requires_grad else self._mean_fisher()
         return self.batch_size * self.fisher.get(tensor.name, unknown)
 
+    def _mean_fisher(self) -> float:
+        sizes = {t.name: t.parameter.numel() for t in self.converted.tensors if t.name in self.fisher}
+        return sum(self.fisher[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
     def _trade(self, limit: int, *, first: bool = False) -> None:
-        """The bits of least damage within the limit, if those in force do not fit or do much more."""
+        """The bits of least damage within the limit, if those in force do not fit or do much more.
+
+        The first are the fewest on offer if the limit is below: of a dry run, which cannot know what is never called.
+        """
         choices = self._choices()
-        bits, in_force = allocate(choices, limit), {t.name: t.quantizer.bits[0] for t in self.converted.tensors}
+        bits = allocate(choices, max(limit, smallest(choices)) if first else limit)
+        in_force = {t.name: t.quantizer.bits[0] for t in self.converted.tensors}
         if not first and self.cost() <= limit:
             now, then = (sum(c.damage[of[c.name]] for c in choices) for of in (in_force, bits))
             if then >= _WORTH * now:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from ddqcli.engine.convert import Converted, convert
 from ddqcli.engine.evaluate import evaluate
-from ddqcli.engine.gates import Gates, make_budget
+from ddqcli.engine.gates import Gates, kept_bytes, make_budget
 from ddqcli.engine.results import freeze, make_report
 from ddqcli.engine.train import Trainer
 from ddqcli.errors import BudgetError, DDQError
@@ -158,6 +159,38 @@ def test_an_impossible_budget_is_refused_with_what_is_possible(budget: dict[str,
     assert "min-bits" not in str(caught.value), "there are no fewer than one"
 
 
+REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "fewest bits": ({"target_bits": 3}, {"weights": {"min_bits": 4}}, "Raise the target, or lower --min-bits"),
+    "all at 4 bits": ({"target_bits": 3}, {"weights": {"min_bits": 4, "max_bits": 4}}, "target, or lower --min-bits"),
+    "fixed bits": ({"target_bits": 2}, {"overrides": [{"match": "8", "bits": 8}]}, "target, or lift bits and min_bits from"),
+    "skipped": ({"target_size": "20kB"}, {"overrides": [{"match": "8", "skip": True}]}, "target, or lift skip from"),
+    "skipped, and not counted": ({"target_bits": 1}, {"overrides": [{"match": "8", "skip": True}]}, "Raise the target, or lower"),
+    "by channel": ({"target_bits": 1.2}, {"weights": {"granularity": "channel"}}, "or set weights.granularity=layer"),
+    "biases in float": ({"target_size": "2kB"}, {"weights": {"bias_bits": None}}, "target, or set weights.bias_bits=8."),
+    "no biases": ({"target_bits": 0.5}, {"weights": {"bias_bits": None}}, "Raise the target."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REMEDIES)
+def test_a_refusal_names_what_helps(what: str) -> None:
+    budget, sections, said = REMEDIES[what]
+    recipe = told("fisher", budget, **sections)
+    with pytest.raises(BudgetError, match=re.escape(said)):
+        make_budget(convert(network(), recipe), recipe)
+
+
+def test_a_dry_run_of_what_only_unused_layers_make_possible_takes_the_fewest_bits() -> None:
+    recipe = told("fixed", {"target_size": "1"}, activations={"bits": 4})
+    converted = convert(network(), recipe)
+    least = sum(kept_bytes(converted).values()) + cost_of(converted, {t.name: t.min_bits for t in converted.tensors})
+    recipe = told("fixed", {"target_size": f"{least - 50}"}, activations={"bits": 4})
+    gates = Gates(converted, recipe, make_budget(converted, recipe), 0, 8)
+    gates.start()
+    assert bits_in_force(converted) == (1, 8) * 5
+    with pytest.raises(BudgetError, match=f"smallest reachable size is {least:,} bytes"):
+        gates.recount()
+
+
 def test_the_smallest_possible_budget_is_accepted() -> None:
     probe = convert(network(), told("fisher", None))
     least = cost_of(probe, {t.name: t.min_bits for t in probe.tensors})
@@ -249,7 +282,7 @@ def test_a_network_that_outgrows_its_budget_while_it_is_evaluated_is_refused() -
     finished, _ = run(told("fisher", {"target_size": "7kB"}), 2, nn.Sequential(*network(), Buffered("in evaluation")))
     finished.gates.check_kept()
     evaluate(finished.model, finished.data)
-    with pytest.raises(DDQError, match=r"budget of 7,000 bytes is broken: .* buffers grew while it ran"):
+    with pytest.raises(DDQError, match=r"bytes left to them. The network's buffers grew while it ran"):
         finished.gates.check_kept()
 
 
@@ -302,19 +335,20 @@ def test_channels_whose_bits_differ_are_opened_and_closed_too() -> None:
     assert weight.quantizer.bits == (8,) * 16
 
 
-def test_a_frozen_layer_counts_like_the_mean_of_the_others() -> None:
+@pytest.mark.parametrize("frozen", [5, 8])
+def test_a_frozen_layer_gets_about_the_bits_that_it_would_get_otherwise(frozen: int) -> None:
     """Its gradients are not measured; one that is never called has none, and gets what the others leave."""
     model = network()
-    model[8].requires_grad_(False)
     model.unused = nn.Identity()
     model.unused.layer = nn.Linear(128, 40)
-    finished, _ = run(told("fixed", {"target_bits": 3}), 1, model)
-    bits = {t.name: t.quantizer.bits[0] for t in finished.converted.tensors}
-    assert bits["unused.layer.weight"] < bits["8.weight"]
-    fisher = finished.gates.fisher
-    assert "8.weight" not in fisher
-    frozen = next(t for t in finished.converted.tensors if t.name == "8.weight")
-    assert finished.gates._lambda(frozen) == pytest.approx(8 * sum(fisher.values()) / len(fisher))
+    recipe = told("fixed", {"target_bits": 3})
+    free, _ = run(recipe, 1, deepcopy(model))
+    model[frozen].requires_grad_(False)
+    held, _ = run(recipe, 1, model)
+    before, after = ({t.name: t.quantizer.bits[0] for t in r.converted.tensors} for r in (free, held))
+    assert f"{frozen}.weight" not in held.gates.fisher
+    assert abs(before[f"{frozen}.weight"] - after[f"{frozen}.weight"]) <= 1
+    assert after["unused.layer.weight"] == 1
 
 
 def test_weights_beyond_the_square_root_of_float32_are_weighed_too() -> None:
@@ -354,6 +388,18 @@ def test_of_channels_with_levels_each_the_damage_is_that_of_their_own_levels() -
         fitted = DDQuantizer.from_tensor(weight, s, channel_axis=0)
         error = float((fitted(weight) - weight).detach().double().square().sum())
         assert choice.damage[s] == pytest.approx(error / 2, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_channels_of_zeros_do_not_stand_for_the_others(seed: int) -> None:
+    recipe = told("fixed", {"target_bits": 4}, weights={"granularity": "channel"})
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 64))
+    model[1].weight.data[torch.randperm(64, generator=torch.Generator().manual_seed(seed))[6:]] = 0
+    converted = convert(model, recipe)
+    choice = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)._choices()[0]
+    weight = converted.tensors[0].parameter.detach()
+    error = (DDQuantizer.from_tensor(weight, 2, channel_axis=0)(weight) - weight).detach().double().square().sum()
+    assert choice.damage[2] == pytest.approx(float(error) / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("every", [2, 3, 4, 8])
