@@ -86,9 +86,7 @@ def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list
             raise RecipeError(str(path), [f"  byte {error.start}: not UTF-8 text; a recipe is a YAML file"]) from error
         raw = _parse(text, str(path))
         _move_paths(raw, lambda name: os.path.normpath(path.parent / name), lambda name: (path.parent / name).exists())
-    if any((flags or {}).get(f"budget.{field}") is not None for field in _TARGETS) and isinstance(
-        raw.get("budget"), dict
-    ):
+    if any(flags.get(f"budget.{field}") is not None for field in _TARGETS) and isinstance(raw.get("budget"), dict):
         for field in _TARGETS:
             raw["budget"].pop(field, None)  # a flag replaces the recipe's target, whichever of the two it was
     for key, value in flags.items():

@@ -90,8 +90,8 @@ def make_budget(converted: Converted, recipe: Recipe, float_bytes: int | None = 
     kept = kept_bytes(converted)
     beside, unsure = sum(kept.values()), 0
     if float_bytes is None:
-        float_bytes = nbytes([*converted.float_tensors().values(), *(t.parameter for t in converted.tensors)])
         unsure = sum(activation_bytes(a.bits) for a in converted.activations.values())
+        float_bytes = beside - unsure + nbytes(t.parameter for t in converted.tensors)
     target, eqn6 = recipe.budget, recipe.budget.count == "eqn6"
     limit = None
     if target.target_bits is not None:
@@ -147,7 +147,7 @@ def _error_curve(tensor: ConvertedTensor, bits: range) -> dict[int, float]:
     """Squared error at each bit-width, of the whole tensor; where every channel has its levels, from some of the channels."""
     groups = len(tensor.quantizer.bits)
     rows = by_group(tensor.parameter.detach().float().cpu(), tensor.quantizer.axis, groups)
-    energy = rows.double().square().sum(1)
+    energy = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
     live = energy.nonzero()[:, 0]  # channels of zeros do no damage
     chosen = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:_CHANNELS]]
     share = float(energy[chosen].sum() / energy.sum()) if len(live) else 1.0
@@ -350,14 +350,17 @@ class Gates:
     def _close_what_is_over(self) -> None:
         """Close the gates of least damage per byte until the budget is met; none gets more bits unless those cost less."""
         if self.budget.limit is not None and self.cost() > self.budget.limit:
-            bits = allocate(self._choices_from_here(rise=False), self.budget.limit)
-            self._take({name: s for name, s in bits.items() if s})
+            self._move(self.budget.limit, rise=False)
 
     def _open_what_fits(self) -> None:
         """Open gates where that takes off most damage, as far as the budget has room."""
         if self.budget.limit is not None:
-            bits = allocate(self._choices_from_here(rise=True), self.budget.limit)
-            self._take({name: s for name, s in bits.items() if s})
+            self._move(self.budget.limit, rise=True)
+
+    def _move(self, limit: int, *, rise: bool) -> None:
+        """The bits of least damage within the limit that cost more than those in force (`rise`), or less."""
+        bits = allocate(self._choices_from_here(rise=rise), limit)
+        self._take({name: s for name, s in bits.items() if s})
 
     def _set_corrections(self) -> None:
         """Eqn (9)'s lambda in units of loss, so that one number serves every layer."""

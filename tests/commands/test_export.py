@@ -40,7 +40,7 @@ def test_every_kind_of_levels_can_be_exported_at_its_most_bits(project: Path, le
     chosen = ["--set", f"weights.levels={levels}", "--set", f"weights.granularity={granularity}", "--target-bits", "32"]
     report = ddq("finetune", "model.pt", *chosen, "--max-steps", "2", "--json", "-q").data
     most = {row["bits"] for row in report["layers"] if row["kind"] != "bias"}
-    assert most == {4} if levels == "power_of_two" else {8}
+    assert most == ({4} if levels == "power_of_two" else {8})
     assert ddq("export", "--json").data["sizes"]["payload"] == report["totals"]["bytes"]
 
 

@@ -374,6 +374,12 @@ def test_weights_that_few_levels_hold_leave_no_bytes_idle(weights: str, rule: st
     assert_kept(finished.converted, finished.gates.budget.limit or 0, used=True)
 
 
+def error_by_channel(weight: torch.Tensor, bits: int) -> float:
+    """The squared error of levels fitted to each channel."""
+    fitted = DDQuantizer.from_tensor(weight, bits, channel_axis=0)
+    return float((fitted(weight) - weight).detach().double().square().sum())
+
+
 def test_of_channels_with_levels_each_the_damage_is_that_of_their_own_levels() -> None:
     """Some of 40 channels stand for all; their scales differ by a thousand, which one set of levels would feel."""
     recipe = told("fixed", {"target_bits": 6}, weights={"granularity": "channel"})
@@ -385,9 +391,7 @@ def test_of_channels_with_levels_each_the_damage_is_that_of_their_own_levels() -
     weight = converted.tensors[0].parameter.detach()
     choice = gates._choices()[0]
     for s in (2, 3, 4):
-        fitted = DDQuantizer.from_tensor(weight, s, channel_axis=0)
-        error = float((fitted(weight) - weight).detach().double().square().sum())
-        assert choice.damage[s] == pytest.approx(error / 2, rel=0.2)
+        assert choice.damage[s] == pytest.approx(error_by_channel(weight, s) / 2, rel=0.2)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -398,8 +402,7 @@ def test_channels_of_zeros_do_not_stand_for_the_others(seed: int) -> None:
     converted = convert(model, recipe)
     choice = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)._choices()[0]
     weight = converted.tensors[0].parameter.detach()
-    error = (DDQuantizer.from_tensor(weight, 2, channel_axis=0)(weight) - weight).detach().double().square().sum()
-    assert choice.damage[2] == pytest.approx(float(error) / 2, rel=0.05)
+    assert choice.damage[2] == pytest.approx(error_by_channel(weight, 2) / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("every", [2, 3, 4, 8])
@@ -411,8 +414,7 @@ def test_regular_patterns_of_channels_do_not_hide(every: int) -> None:
     converted = convert(model, recipe)
     choice = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)._choices()[0]
     weight = converted.tensors[0].parameter.detach()
-    error = (DDQuantizer.from_tensor(weight, 2, channel_axis=0)(weight) - weight).detach().double().square().sum()
-    assert choice.damage[2] == pytest.approx(float(error) / 2, rel=0.2)
+    assert choice.damage[2] == pytest.approx(error_by_channel(weight, 2) / 2, rel=0.2)
 
 
 def test_bits_go_where_the_loss_feels_them() -> None:
