@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,9 @@ def test_a_process_that_dies_alone_ends_the_run_and_one_goes_on_with_it(project:
     assert died.returncode == 1
     assert "rank      : 1" in died.stderr
     assert "SIGKILL" in died.stderr
-    assert "Error: Another process of this run ended, and none can go on alone; `ddq finetune --resume" in died.stderr
+    # torchrun sends the other process a SIGTERM, which may come before that has noticed.
+    told = r"Error: (Another process of this run ended, and none can go on alone|Terminated); `ddq finetune --resume"
+    assert re.search(told, died.stderr), died.stderr
 
     answer = ddq("finetune", "--resume", "--run-dir", "run")
     assert answer.code == 0, answer.err
