@@ -43,7 +43,9 @@ def draw_course(run: Run, rows: Sequence[dict[str, Any]]) -> list[Drawing]:
     names = [row["name"] for row in rows]
     try:
         reported, snapshots = run.metrics(), run.snapshots()
-        drawings = _of_steps(reported, names, run.recipe().budget.target_bits) if reported else []
+        budget = run.recipe().budget
+        target = budget.target_bits if budget.count == "bytes" else None
+        drawings = _of_steps(reported, names, target) if reported else []
         return drawings + (_of_snapshots(run, snapshots, rows) if snapshots else [])
     except (LookupError, TypeError, ValueError) as error:
         raise DDQError(f"{run.path / METRICS} is damaged; move it away for pictures without the course.") from error
@@ -53,11 +55,7 @@ def _of_steps(reported: list[dict[str, Any]], names: list[str], target: float | 
     shown = [reported[k] for k in np.unique(np.linspace(0, len(reported) - 1, POINTS).round().astype(int))]
     steps, average = [entry["step"] for entry in shown], [entry["average_bits"] for entry in shown]
     bits = np.array([[entry["bits"][name] for name in names] for entry in shown], float)
-    text = (
-        "The target counts levels, scales and gates too; the bits drawn are those of the weights alone."
-        if target
-        else ""
-    )
+    text = "Above what is stored, levels, scales and gates included; below the bits of each weight's index."
     columns = (_thinned([entry[key] for entry in reported]) for key in ("step", "loss", "train_accuracy"))
     return [
         Drawing(

@@ -69,6 +69,12 @@ def stored_bytes(tensor: ConvertedTensor, bits: tuple[int, ...] | int | None = N
     return tensor_bytes([each] * len(at), list(at))
 
 
+def average_bits(converted: Converted) -> float:
+    """Stored bits a quantized weight: 8 times the bytes of all quantized tensors over their number of values."""
+    values = sum(t.parameter.numel() for t in converted.tensors)
+    return 8 * sum(stored_bytes(t) for t in converted.tensors) / max(1, values)
+
+
 def activation_bytes(bits: int) -> int:
     """Bytes of one activation quantizer's table in the file."""
     return tensor_bytes([0], [bits])

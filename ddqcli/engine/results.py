@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddqcli.engine.convert import Converted, ConvertedTensor
-from ddqcli.engine.gates import Budget, activation_bytes, stored_bytes
+from ddqcli.engine.gates import Budget, activation_bytes, average_bits, stored_bytes
 from ddqcli.engine.snapshot import relative_error
 
 REPORT_VERSION = 1
@@ -62,7 +62,7 @@ def make_report(
             "bytes": quantized + budget.beside,
             "float_bytes": budget.float_bytes,
             "budget_bytes": limit,
-            "average_bits": 8 * quantized / max(1, budget.weights),
+            "average_bits": average_bits(converted),
             "quantized_bytes": quantized,
             "kept_bytes": budget.beside,
             "weights": budget.weights,

@@ -21,7 +21,7 @@ from ddqcli.engine import distributed
 from ddqcli.engine.convert import Converted, quantizers
 from ddqcli.engine.data import Data
 from ddqcli.engine.evaluate import batch_norms, output_of, reestimate_batch_norm
-from ddqcli.engine.gates import Gates
+from ddqcli.engine.gates import Gates, average_bits
 from ddqcli.errors import DataError, DDQError, Interrupted
 from ddqcli.recipe import DistillSection, Recipe, TrainSection
 
@@ -39,7 +39,7 @@ class StepMetrics:
     loss: float  # mean since the last report
     train_accuracy: float  # percent, mean since the last report
     lr: float
-    average_bits: float  # s, weighted by the number of values
+    average_bits: float  # stored, a weight: what the report calls so
     seconds: float  # since this process began to train
     bits: dict[str, float]  # by tensor
 
@@ -249,12 +249,10 @@ class Trainer:
 
     def _metrics(self, loss: float, accuracy: float, seconds: float, first: int) -> StepMetrics:
         bits = {t.name: sum(t.quantizer.bits) / len(t.quantizer.bits) for t in self.converted.tensors}
-        sizes = {t.name: t.parameter.numel() for t in self.converted.tensors}
-        average = sum(bits[n] * sizes[n] for n in bits) / max(1, sum(sizes.values()))
         pace = seconds / max(1, self.step - first)
         return StepMetrics(
             self.step, self.steps, (self.step - 1) // len(self.data.train) + 1, loss, accuracy,
-            self.weights_optimizer.param_groups[0]["lr"], average, pace * self.step, bits,
+            self.weights_optimizer.param_groups[0]["lr"], average_bits(self.converted), pace * self.step, bits,
         )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def _bars(axes: Axes, labels: Sequence[str], kinds: Sequence[str], bits: Sequenc
 def bits_over_time_figure(
     steps: Sequence[int], names: Sequence[str], bits: np.ndarray, average: Sequence[float], target: float | None = None
 ) -> Figure:
-    """Average bits as a line over a map of each layer's bits by step; `bits` [steps, layers] (Fig. 4)."""
+    """Stored bits a weight as a line over a map of each layer's bits by step; `bits` [steps, layers] (Fig. 4)."""
     bits = np.asarray(bits, float)
     with settings():
         labels = [shorten(name.removesuffix(".weight"), 30) for name in names]
@@ -92,7 +92,7 @@ def bits_over_time_figure(
                 f"target {target:g}", (1.01, target), color=VERMILLION, fontsize=7, va="center",
                 xycoords=top.get_yaxis_transform(), annotation_clip=False,
             )  # fmt: skip
-        top.set_ylabel("average bits\na weight")
+        top.set_ylabel("stored bits\na weight")
         top.set_ylim(0, MAX_BITS + 0.5)
         top.grid()
         top.tick_params(labelbottom=False)
