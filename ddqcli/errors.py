@@ -14,7 +14,7 @@ class DDQError(Exception):
 
 
 class UsageError(DDQError):
-    """The request cannot be carried out as given; nothing was started (exit code 2)."""
+    """The request cannot be carried out as given (exit code 2)."""
 
     exit_code = 2
 

@@ -107,7 +107,7 @@ class WeightsSection(_Section):
 class ActivationsSection(_Section):
     """Quantization of each quantized layer's input; None keeps activations in float."""
 
-    bits: Bits | None = None
+    bits: Bits | None = None  # the first and the last layer's have 8, if no override says otherwise
     levels: Literal["auto", "learned", "uniform"] = "auto"  # auto: learned up to 4 bits, a learned uniform step above
 
 
@@ -165,7 +165,7 @@ class GatesSection(_Section):
     """How gates move. `fisher` is ours (see README); `paper` is the literal rule of Sec. 4.2; `fixed` allocates once."""
 
     rule: Literal["fisher", "paper", "fixed"] = "fisher"
-    looks: Annotated[int, Field(ge=1)] = 20  # times the gates are weighed anew before they freeze (fisher)
+    looks: Annotated[int, Field(ge=1)] = 20  # about so many times the gates are weighed anew before they freeze (fisher)
     descent: Fraction = 0.0  # share of the run over which the budget falls from max_bits to the target (fisher)
     freeze: Fraction = 0.5  # share of the run after which gates no longer move
     lr: Positive = 1e-8  # paper rule: step size of the gate logits

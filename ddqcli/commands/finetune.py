@@ -101,10 +101,9 @@ def finetune(
         gates = Gates(converted, recipe, budget, 0, recipe.data.batch_size)
         gates.start()
         over = budget.limit is not None and gates.cost() > budget.limit
-        descends = recipe.gates.rule == "paper" or recipe.gates.descent > 0
         why = (
-            f"these are the first bits; gates.rule={recipe.gates.rule} comes down to the budget while training"
-            if descends
+            "these are the first bits; gates.rule=paper comes down to the budget while training"
+            if recipe.gates.rule == "paper"
             else "the budget can be met only if some layers are never called, whose inputs then cost nothing"
         )
         run_of_none = {"steps": 0, "seed": recipe.train.seed}

@@ -130,6 +130,7 @@ def _table(runs: Sequence[tuple[Recipe, dict[str, Any], Run | None]]) -> dict[st
                 "accuracy": (report["accuracy"] or {}).get("quantized"),
                 "drop": (report["accuracy"] or {}).get("drop"),
                 "run": run and run.path.name,  # within the sweep's folder
+                "warnings": report["warnings"],
             }
             for recipe, report, run in runs
         ],

@@ -180,10 +180,11 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
 
 
 def calibrate(
-    converted: Converted, data: Data, batches: int, watch: Callable[[], None], teacher: nn.Module | None = None
+    converted: Converted, data: Data, batches: int, watch: Callable[[float], None], teacher: nn.Module | None = None
 ) -> None:
     """Fit the activations' quantizers to a batch and let `watch` see the weights' gradients of `batches` batches.
 
+    Each of several processes sees its own share of a batch, which `watch` is told, and averages nothing with the others.
     With a `teacher` (the float model, where a run needs no labels) the labels are classes drawn from its outputs [B, C]: that is
     Fisher's definition, whereas a divergence from the float model has no gradient at the float weights.
     """
@@ -203,7 +204,7 @@ def calibrate(
                 drawn = torch.multinomial(shares, 1, generator=generator("calibrate", number))[:, 0]
                 loss = nn.functional.cross_entropy(output, drawn.to(output.device))
             loss.backward()
-            watch()
+            watch(1 / distributed.shard().count)
             model.zero_grad(set_to_none=True)
     for name in [name for name, quantizer in activations.items() if not quantizer.fit()]:
         converted.keep_input(name, "the layer's own forward is never called, so its input is not seen")

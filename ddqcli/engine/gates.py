@@ -189,8 +189,8 @@ class Gates:
     def moving(self) -> bool:
         return self.budget.limit is not None
 
-    def watch(self) -> None:
-        """Take the weights' gradients of one step into the Fisher's running mean."""
+    def watch(self, share: float = 1.0) -> None:
+        """Take the weights' gradients of one step, means over a `share` of a batch, into the Fisher's running mean."""
         grads = [(t, t.parameter.grad) for t in self.converted.tensors if t.parameter.grad is not None]
         norms = torch._foreach_norm([g for _, g in grads])
         squares = torch.stack(norms).square().tolist() if norms else []
@@ -198,7 +198,7 @@ class Gates:
         weight = max(1 / self.seen, 0.02)
         for (tensor, _), square in zip(grads, squares, strict=True):
             old = self.fisher.get(tensor.name, 0.0)
-            self.fisher[tensor.name] = old + weight * (square / tensor.parameter.numel() - old)
+            self.fisher[tensor.name] = old + weight * (share * square / tensor.parameter.numel() - old)
 
     def start(self) -> None:
         """The first bits: where the budget stands at step 0, or everything at its maximum (the paper's rule)."""

@@ -40,7 +40,7 @@ class StepMetrics:
     train_accuracy: float  # percent, mean since the last report
     lr: float
     average_bits: float  # stored, a weight: what the report calls so
-    seconds: float  # since this process began to train
+    seconds: float  # all steps so far, at this process's pace
     bits: dict[str, float]  # by tensor
 
     @property

@@ -69,7 +69,7 @@ def _bars(axes: Axes, labels: Sequence[str], kinds: Sequence[str], bits: Sequenc
     axes.set_ylim(0, MAX_BITS + 1)
     axes.set_yticks(range(0, MAX_BITS + 1, 2))
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-    axes.set_ylabel("bits a weight")
+    axes.set_ylabel("bits")
     axes.grid(axis="y")
 
 
@@ -93,7 +93,7 @@ def bits_over_time_figure(
                 xycoords=top.get_yaxis_transform(), annotation_clip=False,
             )  # fmt: skip
         top.set_ylabel("stored bits\na weight")
-        top.set_ylim(0, MAX_BITS + 0.5)
+        top.set_ylim(0, max(MAX_BITS, *average) + 0.5)  # with the tables, small tensors have more
         top.grid()
         top.tick_params(labelbottom=False)
         axes = place(figure, left, 0.95, width - left - 0.9, map_height, sharex=top)

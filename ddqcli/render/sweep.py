@@ -22,6 +22,9 @@ def swept(data: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     console.print(grid)
     console.print()
+    for row in data["targets"]:
+        for warning in row["warnings"]:
+            console.print(f"warning    {row['target']}: {warning}", markup=False, soft_wrap=True)
     if data["run_dir"] is None:
         console.print("dry run    all budgets can be met; nothing was trained", soft_wrap=True)
         return

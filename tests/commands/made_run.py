@@ -128,12 +128,14 @@ def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _lines(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics every 10 steps, bits falling from 8 to the last; a snapshot each 20. Layers 1 and 2 have 8 bits at first."""
     lines = []
+    sizes = {e["quantized"]["name"]: math.prod(e["quantized"]["shape"]) for e in entries}
     for step in range(0, STEPS + 1, 10):
         bits = {e["quantized"]["name"]: max(e["bits"], 8 - step / 20) for e in entries}
+        stored = sum(math.ceil(sizes[name] * s / 8) + (2**s if s < 8 else 0) + 6 for name, s in bits.items())
         if step:
             lines.append({
                 "step": step, "steps": STEPS, "epoch": 1, "loss": 1 / step, "train_accuracy": step / 2, "lr": 0.1,
-                "average_bits": sum(bits.values()) / len(bits), "seconds": 1.0, "bits": bits,
+                "average_bits": 8 * stored / sum(sizes.values()), "seconds": 1.0, "bits": bits,
             })  # fmt: skip
         if step % 20 == 0:
             shown = [e for e in entries[2 * (step < 40) :] if e["bits"] < 8 and len(e["quantized"]["levels"]) == 1]

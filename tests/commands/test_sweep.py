@@ -121,6 +121,13 @@ def test_a_recipe_may_list_its_targets(project: Path) -> None:
     assert "targets" not in ddq("finetune", "--target-bits", "4", "--dry-run", "--json").data
 
 
+def test_a_dry_run_warns_of_each_target_that_is_not_met_yet(project: Path) -> None:
+    paper = ("finetune", "--target-bits", "3,5", "--set", "gates.rule=paper", "--dry-run")
+    out = ddq(*paper).out
+    for target in ("3 bits", "5 bits"):
+        assert f"warning    {target}: these are the first bits; gates.rule=paper comes down to the budget" in out
+
+
 # ---- what it leaves and says
 
 
@@ -175,7 +182,7 @@ def test_its_json_keys_are_these(swept: Path) -> None:
     assert list(data) == ["run_dir", "version", "float", "targets", "source"]
     assert list(data["float"]) == ["bytes", "accuracy"]
     for row in data["targets"]:
-        assert list(row) == ["target", "bytes", "budget_bytes", "average_bits", "accuracy", "drop", "run"]
+        assert list(row) == ["target", "bytes", "budget_bytes", "average_bits", "accuracy", "drop", "run", "warnings"]
     assert data == {"run_dir": SWEEP, **json.loads((swept / "sweep.json").read_text())}
 
 

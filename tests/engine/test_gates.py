@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import math
 import re
+import statistics
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from small_models import random_data, trainer
-from torch import nn
+from small_models import RandomBatches, random_data, trainer
+from torch import Tensor, nn
 
+from ddqcli.engine import distributed
+from ddqcli.engine.batches import Shard
 from ddqcli.engine.convert import Converted, convert
-from ddqcli.engine.evaluate import evaluate
+from ddqcli.engine.evaluate import calibrate, evaluate
 from ddqcli.engine.gates import Gates, kept_bytes, make_budget
 from ddqcli.engine.results import freeze, make_report
 from ddqcli.engine.train import Trainer
@@ -463,6 +467,36 @@ def test_the_fisher_is_the_mean_of_squared_gradients() -> None:
             expected[tensor.name] += float(tensor.parameter.grad.double().square().mean()) / 2
         gates.watch()
     assert gates.fisher == pytest.approx(expected, rel=1e-5)
+
+
+class NoiseShard(RandomBatches):
+    """What one of `processes` sees of batches of noise, with labels that say nothing."""
+
+    def __init__(self, rank: int, processes: int) -> None:
+        super().__init__(count=16, size=64)
+        self.rank, self.processes = rank, processes
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in super().epoch(epoch, start):
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(int(x.sum() * 1000) % 2**31))
+            yield noise[self.rank :: self.processes], y[self.rank :: self.processes]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_calibrate_to_the_fisher_of_one(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients over a part of a batch have more noise, which is most of their square where nothing can be learned."""
+    recipe = told("fisher", None)
+
+    def fisher(rank: int, count: int) -> dict[str, float]:
+        monkeypatch.setattr(distributed, "shard", lambda: Shard(rank, count))
+        converted = convert(network(), recipe)
+        gates = Gates(converted, recipe, make_budget(converted, recipe), 10, 64)
+        calibrate(converted, replace(random_data(), train=NoiseShard(rank, count)), 16, gates.watch)
+        return gates.fisher
+
+    whole, parts = fisher(0, 1), [fisher(rank, processes) for rank in range(processes)]
+    ratios = [statistics.mean(part[name] for part in parts) / whole[name] for name in whole]
+    assert 0.75 < statistics.median(ratios) < 1.25, ratios
 
 
 @pytest.mark.parametrize("count", ["bytes", "eqn6"])
