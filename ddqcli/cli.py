@@ -93,7 +93,7 @@ def finetune(
     ] = None,
     max_bits: Annotated[int | None, typer.Option(help="Most bits for a tensor.  [1-8]")] = None,
     min_bits: Annotated[int | None, typer.Option(help="Fewest bits for a tensor.  [1-8]")] = None,
-    act_bits: Annotated[int | None, typer.Option(help="Bits of each layer's input, the first and last layer's 8; float if not given.  [1-8]")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="Bits of inputs, 8 at both ends; else in float.  [1-8]")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same bytes.")] = None,

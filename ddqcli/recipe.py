@@ -165,7 +165,7 @@ class GatesSection(_Section):
     """How gates move. `fisher` is ours (see README); `paper` is the literal rule of Sec. 4.2; `fixed` allocates once."""
 
     rule: Literal["fisher", "paper", "fixed"] = "fisher"
-    looks: Annotated[int, Field(ge=1)] = 20  # about so many times the gates are weighed anew before they freeze (fisher)
+    looks: Annotated[int, Field(ge=1)] = 20  # about as often are gates weighed before they freeze (fisher)
     descent: Fraction = 0.0  # share of the run over which the budget falls from max_bits to the target (fisher)
     freeze: Fraction = 0.5  # share of the run after which gates no longer move
     lr: Positive = 1e-8  # paper rule: step size of the gate logits

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_project import ddq
 
+from ddqcli.engine import distributed
 from ddqcli.engine.batches import Order, Shard
 
 
@@ -50,6 +51,24 @@ def test_two_processes_train_one_model_and_one_goes_on_with_it(project: Path) ->
     again = ddq("finetune", "--resume", "--run-dir", "run", "--json").data
     assert [row["bits"] for row in again["layers"]] == [row["bits"] for row in envelope["data"]["layers"]]
     assert again["totals"] == envelope["data"]["totals"]
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29011", True),
+        ("Read error [127.0.0.1]:46010: Connection reset by peer", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_lost_process_is_known_by_what_gloo_and_nccl_say(
+    message: str, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not distributed.lost_another(RuntimeError(message))  # alone, there is none to lose
+    monkeypatch.setattr(distributed, "shard", lambda: Shard(0, 2))
+    assert distributed.lost_another(RuntimeError(message)) is lost
+    assert not distributed.lost_another(ValueError(message))
 
 
 DYING = """

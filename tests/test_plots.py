@@ -197,10 +197,11 @@ def test_bits_over_time_are_drawn_as_given():
     assert figure.axes[0].get_ylim()[1] > 8
 
 
-def test_stored_bits_above_eight_are_within_the_axes():
+def test_stored_bits_and_targets_above_eight_are_within_the_axes():
     names, steps, bits = time_series(7)
     figure = plots.bits_over_time_figure(steps, names, bits, bits.mean(1) + 12)
     assert figure.axes[0].get_ylim()[1] > bits.mean(1).max() + 12
+    assert plots.bits_over_time_figure(steps, names, bits, bits.mean(1), 30).axes[0].get_ylim()[1] > 30
 
 
 def test_the_largest_errors_are_named_and_the_others_counted():

@@ -184,7 +184,8 @@ def calibrate(
 ) -> None:
     """Fit the activations' quantizers to a batch and let `watch` see the weights' gradients of `batches` batches.
 
-    Each of several processes sees its own share of a batch, which `watch` is told, and averages nothing with the others.
+    Each of several processes averages over its own share of a batch, which `watch` is told: that multiplies the square of the
+    noise, which is nearly all there is in the gradients of a trained model.
     With a `teacher` (the float model, where a run needs no labels) the labels are classes drawn from its outputs [B, C]: that is
     Fisher's definition, whereas a divergence from the float model has no gradient at the float weights.
     """

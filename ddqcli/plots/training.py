@@ -93,7 +93,7 @@ def bits_over_time_figure(
                 xycoords=top.get_yaxis_transform(), annotation_clip=False,
             )  # fmt: skip
         top.set_ylabel("stored bits\na weight")
-        top.set_ylim(0, max(MAX_BITS, *average) + 0.5)  # with the tables, small tensors have more
+        top.set_ylim(0, max([MAX_BITS, target or 0, *average]) + 0.5)  # with the tables, small tensors have more
         top.grid()
         top.tick_params(labelbottom=False)
         axes = place(figure, left, 0.95, width - left - 0.9, map_height, sharex=top)

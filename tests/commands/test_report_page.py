@@ -19,6 +19,7 @@ from ddqcli.commands.report import report
 from ddqcli.commands.report_page import write_page
 from ddqcli.engine.runs import Run
 from ddqcli.errors import DDQError
+from ddqcli.recipe import Recipe
 
 SECTIONS = [
     *("Result", "Bits by layer", "Bits over time", "Loss", "Quantization error over time", "Levels over time"),
@@ -138,6 +139,19 @@ def test_long_runs_are_thinned_to_what_a_picture_can_show(
     assert steps == pytest.approx([10 * mean for mean in means])
     assert [drawn["bits_over_time_figure"][0][k] for k in (0, -1)] == [10, 10 * entries]
     assert len(drawn["bits_over_time_figure"][0]) == 400
+
+
+@pytest.mark.parametrize(("count", "shown"), [("bytes", 3.0), ("eqn6", None)])
+def test_a_target_is_drawn_if_it_counts_what_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str, shown: float | None
+) -> None:
+    made, targets = make_run(tmp_path / "run"), []
+    recipe = Recipe.model_validate({"budget": {"target_bits": 3, "count": count}})
+    monkeypatch.setattr(Run, "recipe", lambda self: recipe)
+    draw = course.plots.bits_over_time_figure
+    monkeypatch.setattr(course.plots, "bits_over_time_figure", lambda *args: targets.append(args[-1]) or draw(*args))
+    page_of(made.path, tmp_path)
+    assert targets == [shown]
 
 
 def test_a_run_with_levels_by_channel_has_no_levels_to_draw(tmp_path: Path) -> None:
