@@ -99,13 +99,18 @@ def _entry(name: str, k: int, axis: int | None) -> dict[str, Any]:
     return {"quantized": quantized, "weights": torch.tensor(weights), "bits": bits}
 
 
+def _stored(q: dict[str, Any], bits: float) -> int:
+    """Bytes of a tensor: its indices, and a table for each group."""
+    table = (2**bits if bits < 8 else 0) + 6
+    return math.ceil(math.prod(q["shape"]) * bits / 8) + round(len(q["levels"]) * table)
+
+
 def _row(entry: dict[str, Any], k: int) -> dict[str, Any]:
     q, size = entry["quantized"], math.prod(entry["quantized"]["shape"])
-    table = len(q["levels"]) * ((2 ** entry["bits"] if entry["bits"] < 8 else 0) + 6)
     return {
         "name": q["name"], "kind": "bias" if q["name"].endswith("bias") else KINDS[k % 3], "shape": list(q["shape"]),
         "bits": entry["bits"], "levels": max(len(level.unique()) for level in q["levels"]),
-        "bytes": math.ceil(size * entry["bits"] / 8) + table, "float_bytes": 4 * size, "error": 0.01 * (k + 1),
+        "bytes": _stored(q, entry["bits"]), "float_bytes": 4 * size, "error": 0.01 * (k + 1),
     }  # fmt: skip
 
 
@@ -128,14 +133,14 @@ def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _lines(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics every 10 steps, bits falling from 8 to the last; a snapshot each 20. Layers 1 and 2 have 8 bits at first."""
     lines = []
-    sizes = {e["quantized"]["name"]: math.prod(e["quantized"]["shape"]) for e in entries}
+    weights = sum(math.prod(e["quantized"]["shape"]) for e in entries)
     for step in range(0, STEPS + 1, 10):
         bits = {e["quantized"]["name"]: max(e["bits"], 8 - step / 20) for e in entries}
-        stored = sum(math.ceil(sizes[name] * s / 8) + (2**s if s < 8 else 0) + 6 for name, s in bits.items())
+        stored = sum(_stored(e["quantized"], bits[e["quantized"]["name"]]) for e in entries)
         if step:
             lines.append({
                 "step": step, "steps": STEPS, "epoch": 1, "loss": 1 / step, "train_accuracy": step / 2, "lr": 0.1,
-                "average_bits": 8 * stored / sum(sizes.values()), "seconds": 1.0, "bits": bits,
+                "average_bits": 8 * stored / weights, "seconds": 1.0, "bits": bits,
             })  # fmt: skip
         if step % 20 == 0:
             shown = [e for e in entries[2 * (step < 40) :] if e["bits"] < 8 and len(e["quantized"]["levels"]) == 1]
