@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddqcli.loading import load as load
+    from ddqcli.qat.load import load as load
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # imports torch, which `ddq --help` does without
-        from ddqcli.loading import load
+        from ddqcli.qat.load import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

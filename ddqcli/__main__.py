@@ -1,6 +1,6 @@
 """`python -m ddqcli` is `ddq`."""
 
-from ddqcli.cli import main
+from ddqcli.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -24,7 +24,9 @@ class RecipeError(UsageError):
 
     def __init__(self, source: str, faults: list[str]) -> None:
         self.faults = faults
-        super().__init__("\n".join([f"{source} has {len(faults)} fault{'s' * (len(faults) > 1)}:", *faults]))
+        super().__init__(
+            "\n".join([f"{source} has {len(faults)} fault{'s' * (len(faults) > 1)}:", *faults])
+        )
 
 
 class CheckpointError(UsageError):
@@ -39,7 +41,7 @@ class BudgetError(UsageError):
     """The budget cannot be met with the bits on offer."""
 
 
-class GateUnmet(DDQError):
+class LimitExceeded(DDQError):
     """A condition put to a finished run does not hold (exit code 3)."""
 
     exit_code = 3

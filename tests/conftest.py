@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: processes that share the cores take one thread each
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch is imported: processes that share the cores take one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tiny_project import ddq, inside, make_project

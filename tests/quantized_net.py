@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ddqcli.artifact.format import QuantizedTensor, write_artifact
 from ddqcli.commands.export import _activation, _numpy, _quantized
-from ddqcli.engine.convert import convert
-from ddqcli.engine.results import freeze
-from ddqcli.recipe import Recipe
+from ddqcli.qat.convert import convert
+from ddqcli.qat.frozen import freeze
+from ddqcli.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,14 @@ def quantize(
     aliases = frozen["aliases"].items()
     weights = [_quantized(entry) for entry in frozen["quantized"]]
     floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
-    write_artifact(path, weights, [_activation(a) for a in frozen["activations"]], floats, frozen["aliases"], {})
+    write_artifact(
+        path,
+        weights,
+        [_activation(a) for a in frozen["activations"]],
+        floats,
+        frozen["aliases"],
+        {},
+    )
     by_name = {tensor.name: tensor for tensor in weights}
     by_name |= {alias: by_name[name] for alias, name in aliases if name in by_name}
     return Quantized(converted.model, path, by_name)
@@ -58,6 +65,8 @@ def shake(model: nn.Module, seed: int = 0) -> nn.Module:
                 (norm.running_var, 0.5, 2.0),
                 (norm.bias, -0.3, 0.3),
             ):
-                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+                tensor.data.copy_(
+                    torch.rand(tensor.shape, generator=generator) * (high - low) + low
+                )
             norm.weight.data.copy_(torch.randn(norm.weight.shape, generator=generator) * 0.4 + 1)
     return model.eval()

@@ -56,7 +56,7 @@ class Answer:
 
 def ddq(*args: object) -> Answer:
     """`ddq ARGS` in this process."""
-    from ddqcli.cli import app
+    from ddqcli.cli.app import app
 
     result = CliRunner().invoke(app, [str(arg) for arg in args])
     return Answer(result.exit_code, result.stdout, result.stderr)
@@ -92,7 +92,9 @@ def make_project(folder: Path) -> Path:
     exec(NET, scope)
     torch.manual_seed(0)
     torch.save(scope["build"]().state_dict(), folder / "model.pt")
-    np.savez(folder / "images.npz", **images(64, "x_train", "y_train"), **images(32, "x_test", "y_test"))
+    np.savez(
+        folder / "images.npz", **images(64, "x_train", "y_train"), **images(32, "x_test", "y_test")
+    )
     return folder
 
 

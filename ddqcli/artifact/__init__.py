@@ -1,0 +1,1 @@
+"""The exported file: its format, its writer and its decoder. Needs numpy only."""

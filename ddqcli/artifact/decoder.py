@@ -24,7 +24,10 @@ BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has none: its bits, under it
 DTYPES: dict[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": BFLOAT16, "BOOL": "?"}
 DTYPES |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 BYTES = np.arange(256, dtype=np.uint8)
-CHUNK, ROW = 1 << 16, 1 << 12  # values worked on at a time, so that what lies between stays in the cache; in a row
+CHUNK, ROW = (
+    1 << 16,
+    1 << 12,
+)  # values worked on at a time, so that what lies between stays in the cache; in a row
 
 
 class ArtifactError(ValueError):
@@ -52,11 +55,16 @@ def decode(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
     tensors, activations, aliases, meta = read(path)
     tensors = {name: dequantize(t) if isinstance(t, Stored) else t for name, t in tensors.items()}
     tensors |= {name: tensors[target] for name, target in aliases.items()}
-    tables = {n: values(t.levels if t.bits[0] < 8 else BYTES, t.zero_point, t.scale) for n, t in activations.items()}
+    tables = {
+        n: values(t.levels if t.bits[0] < 8 else BYTES, t.zero_point, t.scale)
+        for n, t in activations.items()
+    }
     return tensors, {"activations": tables, "meta": meta}
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Stored], dict[str, str], dict[str, Any]]:
+def read(
+    path: str | Path,
+) -> tuple[dict[str, Any], dict[str, Stored], dict[str, str], dict[str, Any]]:
     """(tensors: Array or Stored, activations, aliases, meta). Raises as `decode`."""
     raw = Path(path).read_bytes()
     if raw[8:50] != HEAD:
@@ -64,12 +72,19 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Stored], dict[str,
     digest = hashlib.sha256(raw[:50] + b"0" * 64)
     digest.update(memoryview(raw)[114:])
     if digest.hexdigest().encode() != raw[50:114]:
-        raise ArtifactError(f"{path} is damaged or incomplete (its SHA-256 differs); copy or download it again")
+        raise ArtifactError(
+            f"{path} is damaged or incomplete (its SHA-256 differs); copy or download it again"
+        )
     start = 8 + int.from_bytes(raw[:8], "little")
     header, data = json.loads(raw[8:start]), memoryview(raw)[start:]
     if (version := header.pop("__metadata__")["version"]) != "1":
-        raise NotAnArtifact(f"{path} is a ddq file of version {version}; this reader knows version 1 only")
-    entries = {name: np.frombuffer(data[slice(*e["data_offsets"])], DTYPES[e["dtype"]]) for name, e in header.items()}
+        raise NotAnArtifact(
+            f"{path} is a ddq file of version {version}; this reader knows version 1 only"
+        )
+    entries = {
+        name: np.frombuffer(data[slice(*e["data_offsets"])], DTYPES[e["dtype"]])
+        for name, e in header.items()
+    }
     manifest = json.loads(bz2.decompress(entries.pop("manifest").tobytes()))
     tensors: dict[str, Any] = {}
     activations, aliases = {}, {}
@@ -105,12 +120,18 @@ def _take(entries: dict[str, Array], entry: str, count: int) -> Array:
 
 def _stored(entries: dict[str, Array], shape: list[int], axis: int | None) -> Stored:
     groups = 1 if axis is None else shape[axis]
-    gates, zero_point, scale = (_take(entries, "quantized", count) for count in (groups, groups, 4 * groups))
+    gates, zero_point, scale = (
+        _take(entries, "quantized", count) for count in (groups, groups, 4 * groups)
+    )
     bits = np.array([int(gate).bit_length() for gate in gates], int)
     if not np.all(gates) or np.any((1 << bits) - 1 != gates):
         raise ValueError("gates are not open from bit 0")
-    levels = _take(entries, "quantized", int(np.sum((1 << bits)[bits < 8])))  # at 8 bits the index is the level
-    packed = _take(entries, "quantized", (int(bits.sum()) * (math.prod(shape) // max(groups, 1)) + 7) // 8)
+    levels = _take(
+        entries, "quantized", int(np.sum((1 << bits)[bits < 8]))
+    )  # at 8 bits the index is the level
+    packed = _take(
+        entries, "quantized", (int(bits.sum()) * (math.prod(shape) // max(groups, 1)) + 7) // 8
+    )
     return Stored(tuple(shape), axis, bits, scale.view("<f4"), zero_point, levels, packed)
 
 
@@ -123,7 +144,11 @@ def values(levels: Array, zero_point: Array, scale: Array) -> Array:
 
 def dequantize(stored: Stored) -> Array:
     """The float32 tensor."""
-    shape, axis, each = stored.shape, stored.axis or 0, math.prod(stored.shape) // max(len(stored.bits), 1)
+    shape, axis, each = (
+        stored.shape,
+        stored.axis or 0,
+        math.prod(stored.shape) // max(len(stored.bits), 1),
+    )
     parts, bit, level = [np.empty(0, np.float32)], 0, 0
     for bits, run in groupby(range(len(stored.bits)), stored.bits.tolist().__getitem__):
         groups = list(run)  # neighbours of equal bits are decoded together
@@ -143,7 +168,9 @@ def dequantize(stored: Stored) -> Array:
     flat = parts[1] if len(parts) == 2 else np.concatenate(parts)
     if not axis:
         return flat.reshape(shape)
-    return np.ascontiguousarray(np.moveaxis(flat.reshape(shape[axis], *shape[:axis], *shape[axis + 1 :]), 0, axis))
+    return np.ascontiguousarray(
+        np.moveaxis(flat.reshape(shape[axis], *shape[:axis], *shape[axis + 1 :]), 0, axis)
+    )
 
 
 def looked_up(packed: Array, bits: int, table: Array, each: int) -> Array:
@@ -153,13 +180,22 @@ def looked_up(packed: Array, bits: int, table: Array, each: int) -> Array:
         place, row = np.zeros(-(-each // ROW), int), ROW
     while bits <= 6 and row % (2 * table.shape[2]) == 0 and 8 * table.shape[2] << 2 * bits <= each:
         pairs = np.tile(table, (1, 1 << bits, 1)), np.repeat(table, 1 << bits, axis=1)
-        table, bits = np.concatenate(pairs, axis=2), 2 * bits  # two indices are one of twice the bits; for speed
+        table, bits = (
+            np.concatenate(pairs, axis=2),
+            2 * bits,
+        )  # two indices are one of twice the bits; for speed
     per = table.shape[2]
-    out, flat, codes = np.empty((len(place), row // per, per), table.dtype), table.reshape(-1, per), row // per
+    out, flat, codes = (
+        np.empty((len(place), row // per, per), table.dtype),
+        table.reshape(-1, per),
+        row // per,
+    )
     step = max(1, CHUNK // max(row, 1) // 8) * 8  # so many rows fill whole bytes
     for i in range(0, len(place), step):
         first = place[i : i + step, None] << bits
-        found = unpack(packed[i * codes * bits // 8 :], bits, len(first) * codes).reshape(len(first), codes)
+        found = unpack(packed[i * codes * bits // 8 :], bits, len(first) * codes).reshape(
+            len(first), codes
+        )
         np.take(flat, found + first, axis=0, out=out[i : i + step], mode="clip")
     return out.reshape(-1)
 
@@ -171,7 +207,9 @@ def unpack(packed: Array, bits: int, count: int) -> Array:
     padded = np.zeros(words * step + 8, np.uint8)
     part = packed[: words * step]
     padded[: len(part)] = part
-    codes: Array = np.ndarray(words, {1: "u1", 3: "<u4"}.get(step, "<u8"), padded.data, 0, (step,)).copy()
+    codes: Array = np.ndarray(
+        words, {1: "u1", 3: "<u4"}.get(step, "<u8"), padded.data, 0, (step,)
+    ).copy()
     out = np.empty((words, per), np.uint8 if bits <= 8 else np.uint16)
     for place in range(per):
         out[:, place] = codes >> bits * place & (1 << bits) - 1

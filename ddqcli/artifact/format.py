@@ -41,8 +41,12 @@ __all__ = [
     "write_artifact",
 ]
 VERSION = "1"
-BFLOAT16 = decoder.BFLOAT16  # numpy has none: its bits, as tensor.view(torch.uint16).numpy().view(BFLOAT16)
-CODES = {np.dtype(dtype): code for code, dtype in decoder.DTYPES.items()}  # safetensors' names of dtypes
+BFLOAT16 = (
+    decoder.BFLOAT16
+)  # numpy has none: its bits, as tensor.view(torch.uint16).numpy().view(BFLOAT16)
+CODES = {
+    np.dtype(dtype): code for code, dtype in decoder.DTYPES.items()
+}  # safetensors' names of dtypes
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,9 @@ class Sizes:
     floats: int  # tensors kept as they were, of any dtype
     manifest: int  # names, shapes, meta; compressed
     header: int  # of safetensors
-    tensors: dict[str, int]  # bytes of each tensor and activation, by name; they add up to `payload`
+    tensors: dict[
+        str, int
+    ]  # bytes of each tensor and activation, by name; they add up to `payload`
 
     @property
     def payload(self) -> int:
@@ -102,8 +108,12 @@ def write_artifact(
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        wrong_path = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError))
-        raise (UsageError if wrong_path else DDQError)(f"Cannot write {path}: {error.strerror}.") from error
+        wrong_path = isinstance(
+            error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+        )
+        raise (UsageError if wrong_path else DDQError)(
+            f"Cannot write {path}: {error.strerror}."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -118,22 +128,35 @@ def encode_artifact(
     meta: Mapping[str, Any],
 ) -> tuple[bytes, Sizes]:
     """The bytes of the file that `write_artifact` writes, and where they went."""
-    tables: list[QuantizedTensor | ActivationTable] = sorted([*quantized, *activations], key=lambda table: table.name)
+    tables: list[QuantizedTensor | ActivationTable] = sorted(
+        [*quantized, *activations], key=lambda table: table.name
+    )
     _check_names([table.name for table in tables], floats, aliases)
     _check_aliases(aliases, {*floats, *(tensor.name for tensor in quantized)})
     leaves: dict[str, list[Any]] = {name: ["alias", target] for name, target in aliases.items()}
     parts: dict[str, list[Array]] = {"quantized": []}  # of each entry
     for table in tables:
-        leaves[table.name] = [table.axis, *table.shape] if isinstance(table, QuantizedTensor) else ["levels"]
+        leaves[table.name] = (
+            [table.axis, *table.shape] if isinstance(table, QuantizedTensor) else ["levels"]
+        )
         parts["quantized"] += _record(table)
     for name, array in sorted(floats.items()):
         leaves[name] = [_code(name, array).lower(), *array.shape]
         parts.setdefault(leaves[name][0], []).append(array)
-    parts["manifest"] = [np.frombuffer(bz2.compress(_canonical({"meta": dict(meta), "tensors": _tree(leaves)})), "u1")]
+    parts["manifest"] = [
+        np.frombuffer(
+            bz2.compress(_canonical({"meta": dict(meta), "tensors": _tree(leaves)})), "u1"
+        )
+    ]
     raw = _safetensors(
-        {entry: _joined(arrays, decoder.DTYPES.get(entry.upper(), "u1")) for entry, arrays in parts.items()}
+        {
+            entry: _joined(arrays, decoder.DTYPES.get(entry.upper(), "u1"))
+            for entry, arrays in parts.items()
+        }
     )
-    return raw, _sizes(quantized, activations, floats, 8 + int.from_bytes(raw[:8], "little"), len(raw))
+    return raw, _sizes(
+        quantized, activations, floats, 8 + int.from_bytes(raw[:8], "little"), len(raw)
+    )
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -144,7 +167,9 @@ def read_artifact(path: Path) -> Artifact:
     """
     with _named_faults(path):
         tensors, activations, aliases, meta = decoder.read(path)
-        stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, decoder.Stored)}
+        stored = {
+            name: tensor for name, tensor in tensors.items() if isinstance(tensor, decoder.Stored)
+        }
         quantized = {name: _quantized(name, tensor) for name, tensor in stored.items()}
         floats = {name: tensor for name, tensor in tensors.items() if name not in stored}
         tables = _tables(activations)
@@ -162,34 +187,47 @@ def decode_model(path: Path) -> tuple[dict[str, Array], dict[str, ActivationTabl
     """
     with _named_faults(path):
         stored, activations, aliases, _ = decoder.read(path)
-        tensors = {name: decoder.dequantize(t) if isinstance(t, decoder.Stored) else t for name, t in stored.items()}
-        return tensors | {name: tensors[target] for name, target in aliases.items()}, _tables(activations)
+        tensors = {
+            name: decoder.dequantize(t) if isinstance(t, decoder.Stored) else t
+            for name, t in stored.items()
+        }
+        return tensors | {name: tensors[target] for name, target in aliases.items()}, _tables(
+            activations
+        )
 
 
 def _tables(activations: Mapping[str, decoder.Stored]) -> dict[str, ActivationTable]:
     return {
-        name: ActivationTable(name, _levels(stored)[0], float(stored.scale[0]), int(stored.zero_point[0]))
+        name: ActivationTable(
+            name, _levels(stored)[0], float(stored.scale[0]), int(stored.zero_point[0])
+        )
         for name, stored in activations.items()
     }
 
 
 def _quantized(name: str, stored: decoder.Stored) -> QuantizedTensor:
     levels, groups = _levels(stored), len(stored.bits)
-    own = [np.arange(len(level), dtype=np.uint8) for level in levels if len(level) < 256]  # then a value is its index
+    own = [
+        np.arange(len(level), dtype=np.uint8) for level in levels if len(level) < 256
+    ]  # then a value is its index
     plain = stored._replace(
         levels=np.concatenate([stored.levels[:0], *own]),
         scale=np.ones(groups, np.float32),
         zero_point=np.zeros(groups, np.uint8),
     )
     indices = decoder.dequantize(plain).astype(np.uint8).reshape(-1)
-    return QuantizedTensor(name, stored.shape, stored.axis, indices, levels, stored.scale, stored.zero_point)
+    return QuantizedTensor(
+        name, stored.shape, stored.axis, indices, levels, stored.scale, stored.zero_point
+    )
 
 
 def _levels(stored: decoder.Stored) -> tuple[Array, ...]:
     """[G] level vectors."""
     ends = np.cumsum(np.where(stored.bits < 8, 1 << stored.bits, 0))
     vectors = np.split(stored.levels, ends)[:-1]
-    return tuple(decoder.BYTES if s == 8 else vector for s, vector in zip(stored.bits, vectors, strict=True))
+    return tuple(
+        decoder.BYTES if s == 8 else vector for s, vector in zip(stored.bits, vectors, strict=True)
+    )
 
 
 def _record(tensor: QuantizedTensor | ActivationTable) -> list[Array]:
@@ -204,7 +242,13 @@ def _record(tensor: QuantizedTensor | ActivationTable) -> list[Array]:
     else:
         levels, (scale, zero_point), packed = (tensor.levels,), tensor.arrays, np.zeros(0, np.uint8)
     gates = np.array([len(level) - 1 for level in levels], np.uint8)  # 2^s - 1: s of them are open
-    return [gates, zero_point, scale.astype("<f4").view("u1"), *(level for level in levels if len(level) < 256), packed]
+    return [
+        gates,
+        zero_point,
+        scale.astype("<f4").view("u1"),
+        *(level for level in levels if len(level) < 256),
+        packed,
+    ]
 
 
 def _tree(leaves: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -216,7 +260,9 @@ def _tree(leaves: Mapping[str, list[Any]]) -> dict[str, Any]:
             tree.setdefault(head, {})[rest] = leaf
         else:
             tree[name] = leaf
-    return {name: _tree(below) if isinstance(below, dict) else below for name, below in tree.items()}
+    return {
+        name: _tree(below) if isinstance(below, dict) else below for name, below in tree.items()
+    }
 
 
 def _sizes(
@@ -226,10 +272,14 @@ def _sizes(
     header: int,
     file: int,
 ) -> Sizes:
-    bits = [bits for tensor in quantized for bits in tensor.bits] + [table.bits for table in activations]
+    bits = [bits for tensor in quantized for bits in tensor.bits] + [
+        table.bits for table in activations
+    ]
     levels = sum(2**s for s in bits if s < 8)
     kept = {name: array.nbytes for name, array in floats.items()}
-    tensors = {tensor.name: tensor.nbytes for tensor in quantized} | {table.name: table.nbytes for table in activations}
+    tensors = {tensor.name: tensor.nbytes for tensor in quantized} | {
+        table.name: table.nbytes for table in activations
+    }
     return Sizes(
         indices=sum(tensors.values()) - levels - 6 * len(bits),
         levels=levels,
@@ -245,7 +295,9 @@ def _sizes(
 def _check_names(*names: Iterable[str]) -> None:
     counts = Counter(chain(*names))
     if twice := sorted(name for name, count in counts.items() if count > 1):
-        raise ValueError(f"{', '.join(twice)}: more than one tensor, activation or alias has this name")
+        raise ValueError(
+            f"{', '.join(twice)}: more than one tensor, activation or alias has this name"
+        )
 
 
 def _check_aliases(aliases: Mapping[str, str], tensors: Collection[str]) -> None:
@@ -276,15 +328,28 @@ def _canonical(value: Any) -> bytes:
 
 def _safetensors(entries: Mapping[str, Array]) -> bytes:
     """The file's bytes. The library's own writer orders the metadata at random; here equal entries give equal bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "ddq", "sha256": "0" * 64, "version": VERSION}}
-    order, at = sorted(entries, key=lambda name: (-entries[name].itemsize, name)), 0  # widest first keeps all aligned
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "ddq", "sha256": "0" * 64, "version": VERSION}
+    }
+    order, at = (
+        sorted(entries, key=lambda name: (-entries[name].itemsize, name)),
+        0,
+    )  # widest first keeps all aligned
     for name in order:
         entry = entries[name]
-        header[name] = {"data_offsets": [at, at + entry.nbytes], "dtype": CODES[entry.dtype], "shape": [entry.size]}
+        header[name] = {
+            "data_offsets": [at, at + entry.nbytes],
+            "dtype": CODES[entry.dtype],
+            "shape": [entry.size],
+        }
         at += entry.nbytes
     text = _canonical(header)
     text += b" " * (-len(text) % 8)
-    raw = bytearray(b"".join([len(text).to_bytes(8, "little"), text, *(entries[name].tobytes() for name in order)]))
+    raw = bytearray(
+        b"".join(
+            [len(text).to_bytes(8, "little"), text, *(entries[name].tobytes() for name in order)]
+        )
+    )
     digits = 8 + len(decoder.HEAD)
     raw[digits : digits + 64] = hashlib.sha256(raw).hexdigest().encode("ascii")
     return bytes(raw)
@@ -302,4 +367,6 @@ def _named_faults(path: Path) -> Iterator[None]:
     except Exception as error:  # whatever a file made on purpose to mislead leads to
         if isinstance(error, OSError) and error.strerror:  # bzip2 raises one without
             raise UsageError(f"Cannot open {path}: {error.strerror}.") from error
-        raise VerificationError(f"{path} contradicts itself ({type(error).__name__}: {error}).") from error
+        raise VerificationError(
+            f"{path} contradicts itself ({type(error).__name__}: {error})."
+        ) from error

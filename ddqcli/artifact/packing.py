@@ -23,5 +23,9 @@ def pack(groups: Iterable[Bytes], bits: Sequence[int]) -> Bytes:
             raise ValueError(f"indices are {indices.dtype} where uint8 is expected")
         if indices.size and int(indices.max()) >= 1 << width:
             raise ValueError(f"index {int(indices.max())} does not fit in {width} bits")
-        streams.append(np.unpackbits(indices.reshape(-1, 1), axis=1, count=width, bitorder="little").reshape(-1))
+        streams.append(
+            np.unpackbits(indices.reshape(-1, 1), axis=1, count=width, bitorder="little").reshape(
+                -1
+            )
+        )
     return np.packbits(np.concatenate(streams), bitorder="little")

@@ -16,7 +16,9 @@ Floats = NDArray[np.float32]
 def tensor_bytes(numel: Sequence[int], bits: Sequence[int]) -> int:
     """Bytes of a quantized tensor whose groups have so many elements of so many bits; of an activation: [0], [bits]."""
     indices = (sum(n * s for n, s in zip(numel, bits, strict=True)) + 7) // 8
-    return indices + sum(1 << s for s in bits if s < 8) + len(bits) * (4 + 1 + 1)  # scale, zero point, gates
+    return (
+        indices + sum(1 << s for s in bits if s < 8) + len(bits) * (4 + 1 + 1)
+    )  # scale, zero point, gates
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +40,16 @@ class QuantizedTensor:
         if self.axis is not None and self.axis not in range(len(self.shape)):
             raise ValueError(f"{self.name} of shape {self.shape} has no axis {self.axis}")
         if self.indices.dtype != np.uint8 or self.indices.shape != (math.prod(self.shape),):
-            raise ValueError(f"{self.name} of shape {self.shape} has indices {self.indices.dtype}{self.indices.shape}")
+            raise ValueError(
+                f"{self.name} of shape {self.shape} has indices {self.indices.dtype}{self.indices.shape}"
+            )
         groups = 1 if self.axis is None else self.shape[self.axis]
         _check_tables(self.name, groups, self.levels, self.scale, self.zero_point)
         for rows, levels in zip(self.rows(), self.levels, strict=True):
             if rows.size and int(rows.max()) >= len(levels):
-                raise ValueError(f"{self.name} has index {int(rows.max())} where there are {len(levels)} levels")
+                raise ValueError(
+                    f"{self.name} has index {int(rows.max())} where there are {len(levels)} levels"
+                )
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -58,7 +64,9 @@ class QuantizedTensor:
     def rows(self) -> Bytes:
         """Indices [G, numel of a group]: of each group, in C order of its elements."""
         axis, groups = self.axis or 0, len(self.levels)
-        moved = np.moveaxis(self.indices.reshape(self.shape), axis, 0) if self.shape else self.indices
+        moved = (
+            np.moveaxis(self.indices.reshape(self.shape), axis, 0) if self.shape else self.indices
+        )
         return moved.reshape(groups, self.indices.size // max(groups, 1))
 
     def integers(self) -> Bytes:
@@ -126,16 +134,30 @@ def bits_of(levels: Bytes) -> int:
     return len(levels).bit_length() - 1
 
 
-def _check_tables(name: str, groups: int, levels: Sequence[Bytes], scale: Floats, zero_point: Bytes) -> None:
+def _check_tables(
+    name: str, groups: int, levels: Sequence[Bytes], scale: Floats, zero_point: Bytes
+) -> None:
     if len(levels) != groups or scale.shape != (groups,) or zero_point.shape != (groups,):
-        found = f"{len(levels)} level vectors, {scale.size} scales and {zero_point.size} zero points"
+        found = (
+            f"{len(levels)} level vectors, {scale.size} scales and {zero_point.size} zero points"
+        )
         raise ValueError(f"{name} has {groups} groups, and {found}")
-    if scale.dtype != np.float32 or zero_point.dtype != np.uint8 or any(level.dtype != np.uint8 for level in levels):
+    if (
+        scale.dtype != np.float32
+        or zero_point.dtype != np.uint8
+        or any(level.dtype != np.uint8 for level in levels)
+    ):
         raise ValueError(f"{name} needs uint8 levels and zero points and float32 scales")
     for level in levels:
         if level.ndim != 1 or len(level) not in (2, 4, 8, 16, 32, 64, 128, 256):
-            raise ValueError(f"{name} has a level vector of shape {level.shape} where 2^bits levels are expected")
-        if np.any(level[1:] < level[:-1]) or (len(level) == 256 and np.any(level[1:] == level[:-1])):
+            raise ValueError(
+                f"{name} has a level vector of shape {level.shape} where 2^bits levels are expected"
+            )
+        if np.any(level[1:] < level[:-1]) or (
+            len(level) == 256 and np.any(level[1:] == level[:-1])
+        ):
             raise ValueError(f"{name} has levels that do not ascend, or 256 that are not 0 to 255")
     if not np.all((scale >= 2.0**-126) & (scale < 2.0**120) & (scale.view(np.uint32) & 0xFFF == 0)):
-        raise ValueError(f"{name} has a scale that is not a positive number of at most 12 significant bits: {scale}")
+        raise ValueError(
+            f"{name} has a scale that is not a positive number of at most 12 significant bits: {scale}"
+        )

@@ -48,7 +48,10 @@ def diff(a: Path, b: Path) -> DiffResult:
         first.source,
         second.source,
         {key: pair(one["totals"][key], other["totals"][key]) for key in TOTALS},
-        {key: pair((one["accuracy"] or {}).get(key), (other["accuracy"] or {}).get(key)) for key in ACCURACY},
+        {
+            key: pair((one["accuracy"] or {}).get(key), (other["accuracy"] or {}).get(key))
+            for key in ACCURACY
+        },
         tuple(_joined(one["layers"], other["layers"], ("kind", "shape"), COLUMNS)),
         tuple(_joined(one["activations"], other["activations"], (), ("bits",))),
     )
@@ -56,12 +59,21 @@ def diff(a: Path, b: Path) -> DiffResult:
 
 def pair(a: float | None, b: float | None) -> Pair:
     """Two values and the step from the first to the second, free of the noise of binary fractions."""
-    change = None if a is None or b is None else float(f"{b - a:.6g}") if isinstance(b - a, float) else b - a
+    change = (
+        None
+        if a is None or b is None
+        else float(f"{b - a:.6g}")
+        if isinstance(b - a, float)
+        else b - a
+    )
     return {"a": a, "b": b, "change": change}
 
 
 def _joined(
-    one: list[dict[str, Any]], other: list[dict[str, Any]], facts: tuple[str, ...], columns: tuple[str, ...]
+    one: list[dict[str, Any]],
+    other: list[dict[str, Any]],
+    facts: tuple[str, ...],
+    columns: tuple[str, ...],
 ) -> list[dict[str, Any]]:
     """Rows of both by their names; `facts` are the first side's where it has the row."""
     left, right = ({row["name"]: row for row in rows} for rows in (one, other))
@@ -69,5 +81,11 @@ def _joined(
     for name in {**left, **right}:
         a, b = left.get(name, {}), right.get(name, {})
         same = {fact: (a or b)[fact] for fact in facts}
-        joined.append({"name": name, **same, **{column: pair(a.get(column), b.get(column)) for column in columns}})
+        joined.append(
+            {
+                "name": name,
+                **same,
+                **{column: pair(a.get(column), b.get(column)) for column in columns},
+            }
+        )
     return joined

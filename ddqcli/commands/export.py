@@ -15,14 +15,22 @@ import numpy as np
 import torch
 
 from ddqcli.artifact import decoder
-from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, Sizes, encode_artifact, read_artifact
-from ddqcli.commands.report import travelling
-from ddqcli.commands.verify import Behaviour, behaviour, judge
-from ddqcli.engine.evaluate import OnProgress
-from ddqcli.engine.runs import FINAL, REPORT, Run, write_whole
+from ddqcli.artifact.format import (
+    BFLOAT16,
+    ActivationTable,
+    QuantizedTensor,
+    Sizes,
+    encode_artifact,
+    read_artifact,
+)
+from ddqcli.commands.verify import BehaviorCheck, behaviour, require_same_behavior
 from ddqcli.errors import DDQError, UsageError, VerificationError
-from ddqcli.loading import INPUT
-from ddqcli.recipe import Recipe
+from ddqcli.inspection.report import embedded_report
+from ddqcli.qat.load import INPUT
+from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.files import write_atomic
+from ddqcli.runs.run import FINAL, REPORT, Run
+from ddqcli.training.evaluate import OnProgress
 
 ARTIFACT = "model.safetensors"
 _HALF = "float16"  # in the file's meta: what stays float was rounded to it
@@ -45,7 +53,7 @@ class ExportResult:
     float_bytes: int
     tensors: int  # compared bit for bit
     values: int
-    behaviour: Behaviour
+    behaviour: BehaviorCheck
     half: bool
 
     def data(self) -> dict[str, Any]:
@@ -65,7 +73,9 @@ class Frozen:
     activations: list[ActivationTable]
     floats: dict[str, np.ndarray]
     aliases: dict[str, str]
-    trained: dict[str, np.ndarray]  # values of the quantized tensors, as the trained network had them
+    trained: dict[
+        str, np.ndarray
+    ]  # values of the quantized tensors, as the trained network had them
 
     @classmethod
     def of(cls, run: Run, *, half: bool = False) -> Frozen:
@@ -93,7 +103,11 @@ class Frozen:
 
 
 def export(
-    run_dir: Path | None = None, out: Path | None = None, *, half: bool = False, on_progress: OnProgress | None = None
+    run_dir: Path | None = None,
+    out: Path | None = None,
+    *,
+    half: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> ExportResult:
     """Write the run's model to `out` (default: model.safetensors in the run folder) and verify it.
 
@@ -105,12 +119,14 @@ def export(
     run = Run.open(run_dir)
     frozen, report = Frozen.of(run, half=half), run.report()
     path = out or run.path / ARTIFACT
-    carried = travelling(report)
+    carried = embedded_report(report)
     meta = {"report": carried, "recipe": _portable(run.recipe()), **({_HALF: True} if half else {})}
     results = []
 
     def encoded() -> tuple[bytes, Sizes]:
-        return encode_artifact(frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, meta)
+        return encode_artifact(
+            frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, meta
+        )
 
     def write(temporary: Path) -> None:
         raw, sizes = encoded()
@@ -123,14 +139,16 @@ def export(
             temporary.write_bytes(raw)
             _verify(temporary, frozen.expected(), f"{path} would", "; it was not written")
         else:
-            judge(found, path, quantized_inputs=bool(frozen.activations))
+            require_same_behavior(found, path, quantized_inputs=bool(frozen.activations))
         results.append((sizes, found))
 
-    write_whole(path, write)  # what is not as trained never gets its name
+    write_atomic(path, write)  # what is not as trained never gets its name
     return _result(run, path, *results[0], frozen, half)
 
 
-def check(file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None) -> ExportResult:
+def check(
+    file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None
+) -> ExportResult:
     """Verify a file found later against the run it came from: `run_dir`, or the folder it lies in, or the newest run.
 
     Raises UsageError, and VerificationError if it is damaged or not what was trained.
@@ -140,21 +158,34 @@ def check(file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | 
     try:
         run = Run.open(run_dir or beside)
     except UsageError as error:
-        raise UsageError(f"{file} is undamaged, but there is nothing to compare it with: {error}") from error
+        raise UsageError(
+            f"{file} is undamaged, but there is nothing to compare it with: {error}"
+        ) from error
     half = bool(artifact.meta.get(_HALF))
-    _check_origin(file, artifact.meta.get("report"), travelling(run.report()), run)
+    _check_origin(file, artifact.meta.get("report"), embedded_report(run.report()), run)
     frozen = Frozen.of(run, half=half)
     _verify(file, frozen.expected(), f"{file} does", "")
     found = behaviour(file, run, on_progress)
     if not half:
-        judge(found, file, quantized_inputs=bool(frozen.activations))
+        require_same_behavior(found, file, quantized_inputs=bool(frozen.activations))
     return _result(run, file, artifact.sizes, found, frozen, half)
 
 
-def _result(run: Run, path: Path, sizes: Sizes, found: Behaviour, frozen: Frozen, half: bool) -> ExportResult:
+def _result(
+    run: Run, path: Path, sizes: Sizes, found: BehaviorCheck, frozen: Frozen, half: bool
+) -> ExportResult:
     tensors = {name: value for name, value in frozen.expected().items() if not name.endswith(INPUT)}
     values = sum(array.size for array in tensors.values())
-    return ExportResult(run.path, path, sizes, run.report()["totals"]["float_bytes"], len(tensors), values, found, half)
+    return ExportResult(
+        run.path,
+        path,
+        sizes,
+        run.report()["totals"]["float_bytes"],
+        len(tensors),
+        values,
+        found,
+        half,
+    )
 
 
 def _check_origin(file: Path, carried: Any, report: Mapping[str, Any], run: Run) -> None:
@@ -168,14 +199,18 @@ def _check_origin(file: Path, carried: Any, report: Mapping[str, Any], run: Run)
         )
 
 
-def _accuracy_of(found: Behaviour, report: Mapping[str, Any]) -> dict[str, float] | None:
+def _accuracy_of(found: BehaviorCheck, report: Mapping[str, Any]) -> dict[str, float] | None:
     """The report's accuracy with that of the file in the place of the run's. Raises UsageError if it was not measured."""
     if report["accuracy"] is None:
         return None
     if found.accuracy is None:
         raise UsageError(f"--half must say what it costs, and cannot: {'; '.join(found.unchecked)}")
     before = report["accuracy"]["float"]
-    return {"float": before, "quantized": round(found.accuracy, 4), "drop": round(before - found.accuracy, 4)}
+    return {
+        "float": before,
+        "quantized": round(found.accuracy, 4),
+        "drop": round(before - found.accuracy, 4),
+    }
 
 
 def _portable(recipe: Recipe) -> dict[str, Any]:
@@ -210,7 +245,11 @@ def _verify(file: Path, expected: dict[str, np.ndarray], who: str, end: str) -> 
     if found.keys() != expected.keys():
         raise VerificationError(f"{who} not hold the tensors that were trained{end}.")
     for tensor, array in expected.items():
-        fingerprint = [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
+        fingerprint = [
+            str(array.dtype),
+            list(array.shape),
+            hashlib.sha256(array.tobytes()).hexdigest(),
+        ]
         if found[tensor] != fingerprint:
             raise VerificationError(f"{who} differ from what was trained in {tensor}{end}.")
 
@@ -223,7 +262,9 @@ def _quantized(entry: dict[str, Any]) -> QuantizedTensor:
 
 
 def _activation(entry: dict[str, Any]) -> ActivationTable:
-    return ActivationTable(entry["name"] + INPUT, entry["levels"].numpy(), entry["scale"], entry["zero_point"])
+    return ActivationTable(
+        entry["name"] + INPUT, entry["levels"].numpy(), entry["scale"], entry["zero_point"]
+    )
 
 
 def _halved(name: str, array: np.ndarray) -> np.ndarray:
@@ -233,7 +274,9 @@ def _halved(name: str, array: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     if np.any(np.isinf(half) & np.isfinite(array)):
-        raise UsageError(f"{name} holds values up to {np.abs(array).max():.3g}, beyond float16; export without --half.")
+        raise UsageError(
+            f"{name} holds values up to {np.abs(array).max():.3g}, beyond float16; export without --half."
+        )
     return half
 
 

@@ -11,20 +11,24 @@ from torch import Tensor, nn
 
 from ddqcli.commands.export import Frozen
 from ddqcli.commands.verify import attempt, held_out, rebuilt
-from ddqcli.engine.data import Data
-from ddqcli.engine.evaluate import OnProgress
-from ddqcli.engine.onnx import require_onnx, write_onnx
-from ddqcli.engine.onnx_run import Comparison, compare
-from ddqcli.engine.runs import FINAL, REPORT, Run, write_whole
+from ddqcli.data.load import Data
 from ddqcli.errors import UsageError, VerificationError
-from ddqcli.loading import to_torch
+from ddqcli.onnx.export import require_onnx, write_onnx
+from ddqcli.onnx.runtime import Comparison, compare
+from ddqcli.qat.load import to_torch
+from ddqcli.runs.files import write_atomic
+from ddqcli.runs.run import FINAL, REPORT, Run
+from ddqcli.training.evaluate import OnProgress
 
 ONNX = "model.onnx"
 _UNOPTIMISED = 1000  # samples for onnxruntime without its optimisations, which takes long
 
 # onnxruntime sums in another order, and the shifts of convolutions are rounded to whole numbers (see engine.qdq), so now and
 # then a value on the edge between two levels of an input takes the other one; the network then goes on from there.
-SAME_OUTPUTS = {False: 1e-3, True: 0.1}  # of a typical sample, as a share of the outputs; True: with quantized inputs
+SAME_OUTPUTS = {
+    False: 1e-3,
+    True: 0.1,
+}  # of a typical sample, as a share of the outputs; True: with quantized inputs
 SAME_ACCURACY = 0.5  # points, and
 _HITS = 2  # samples
 
@@ -89,11 +93,13 @@ def export_onnx(
         write_onnx(temporary, reference.model, frozen.weights(), reference.example, about)
         compared.extend(_compared(temporary, path, reference, on_progress))
 
-    write_whole(path, write)  # what does not answer as trained never gets its name
+    write_atomic(path, write)  # what does not answer as trained never gets its name
     return _result(run, path, compared, reference)
 
 
-def check_onnx(file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None) -> OnnxResult:
+def check_onnx(
+    file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None
+) -> OnnxResult:
     """Verify an ONNX file found later against the run it came from: `run_dir`, or the folder it lies in, or the newest."""
     require_onnx()
     if not file.is_file():
@@ -112,18 +118,31 @@ def _reference(run: Run, frozen: Frozen) -> _Reference:
     if data is None and probe is None:
         raise UsageError(f"ONNX export needs an input to follow, and the run holds none: {reason}")
     example = probe["input"] if probe else next(iter(data.val.epoch(0)))[0][:8]
-    unchecked = (f"compared on the {len(example)} samples that the run holds: {reason}",) if data is None else ()
+    unchecked = (
+        (f"compared on the {len(example)} samples that the run holds: {reason}",)
+        if data is None
+        else ()
+    )
     return _Reference(model, data, example, bool(tables), unchecked)
 
 
-def _compared(file: Path, name: Path, reference: _Reference, on_progress: OnProgress | None) -> list[Comparison]:
+def _compared(
+    file: Path, name: Path, reference: _Reference, on_progress: OnProgress | None
+) -> list[Comparison]:
     """With and without onnxruntime's optimisations. Raises VerificationError, which calls the file `name`."""
     found = []
     for optimised, most in ((True, None), (False, _UNOPTIMISED)):
         metric = reference.data.metric if reference.data else None
         batches = reference.batches(on_progress)
-        found.append(compare(file, reference.model, batches, metric, optimised=optimised, most=most))
-        _judge(found[-1], name, reference.quantized_inputs, "" if optimised else ", its optimisations switched off,")
+        found.append(
+            compare(file, reference.model, batches, metric, optimised=optimised, most=most)
+        )
+        _judge(
+            found[-1],
+            name,
+            reference.quantized_inputs,
+            "" if optimised else ", its optimisations switched off,",
+        )
     return found
 
 
@@ -142,4 +161,6 @@ def _judge(found: Comparison, name: Path, quantized_inputs: bool, how: str) -> N
 
 def _result(run: Run, path: Path, compared: list[Comparison], reference: _Reference) -> OnnxResult:
     float_bytes = run.report()["totals"]["float_bytes"]
-    return OnnxResult(run.path, path, path.stat().st_size, float_bytes, *compared, reference.unchecked)
+    return OnnxResult(
+        run.path, path, path.stat().st_size, float_bytes, *compared, reference.unchecked
+    )

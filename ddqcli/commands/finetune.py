@@ -13,30 +13,28 @@ from typing import Any
 import torch
 
 from ddqcli import __version__
-from ddqcli.engine import distributed
-from ddqcli.engine.checkpoint import load_checkpoint
-from ddqcli.engine.convert import Converted, convert, quantizers
-from ddqcli.engine.data import Data, load_data
-from ddqcli.engine.evaluate import calibrate, evaluate, probe, trained_augmentation
-from ddqcli.engine.gates import Budget, Gates, make_budget
-from ddqcli.engine.health import ROLLED_BACK, find_warnings
-from ddqcli.engine.models import build_model
-from ddqcli.engine.placing import device_named, placed
-from ddqcli.engine.results import freeze, make_report
-from ddqcli.engine.runs import FINAL, LAST, ReadOnlyRun, Run
-from ddqcli.engine.snapshot import is_due, snapshot
-from ddqcli.engine.train import (
-    REPORT_EVERY,
-    Diverged,
-    StepMetrics,
-    Trainer,
-    check_distillable,
-    distilled_share,
-    mirrors,
-)
+from ddqcli.checkpoint.architecture import build_model
+from ddqcli.checkpoint.read import load_checkpoint
+from ddqcli.data.load import Data, load_data
 from ddqcli.errors import DDQError, Interrupted, UsageError
-from ddqcli.quant.fusion import can_fuse
-from ddqcli.recipe import Recipe
+from ddqcli.qat.budget import Budget, make_budget
+from ddqcli.qat.convert import convert
+from ddqcli.qat.frozen import freeze
+from ddqcli.qat.model import QuantizedModel, quantizers
+from ddqcli.qat.rules.base import Gates
+from ddqcli.quant.compiled import can_compile
+from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.run import FINAL, LAST, ReadOnlyRun, Run
+from ddqcli.training import distributed
+from ddqcli.training.calibrate import calibrate
+from ddqcli.training.detect_augmentation import detect_augmentation
+from ddqcli.training.device import place_model, resolve_device
+from ddqcli.training.diagnostics import ROLLED_BACK, find_warnings
+from ddqcli.training.distillation import check_distillable, distillation_weight, flips_at_random
+from ddqcli.training.evaluate import evaluate, probe
+from ddqcli.training.report import build_report
+from ddqcli.training.snapshot import is_snapshot_step, snapshot
+from ddqcli.training.trainer import REPORT_EVERY, Diverged, StepMetrics, Trainer
 
 _STATE_FORMAT = 1  # of what a training state holds; one of another format cannot be gone on with
 _CALIBRATION_BATCHES = 16
@@ -85,18 +83,25 @@ def finetune(
     distillation's teacher is the checkpoint. `introduced`: the listener knows of model and data. With `dry_run`, stop where
     data would be read.
     """
-    listener = listener if listener and distributed.is_first() else Listener()
+    listener = listener if listener and distributed.is_main() else Listener()
     introduce = (Listener() if introduced else listener).note
     recipe = recipe.of(checkpoint_path)
-    device = distributed.local_device(device_named(recipe.train.device))
+    device = distributed.local_device(resolve_device(recipe.train.device))
     checkpoint = load_checkpoint(checkpoint_path, pickle=recipe.model.pickle)
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
     introduce(f"model: {built.note}; {checkpoint.note}")
-    model = placed(built.model, device).eval()
+    model = place_model(built.model, device).eval()
     converted = convert(_started(copy.deepcopy(model), start), recipe)
     teacher = model.requires_grad_(False)  # the float model, which stays as it is
-    budget = make_budget(converted, recipe)  # an impossible budget is refused before any data are read
-    source = {"path": str(checkpoint_path), "sha256": checkpoint.sha256, "arch": built.arch, "ddq": __version__}
+    budget = make_budget(
+        converted, recipe
+    )  # an impossible budget is refused before any data are read
+    source = {
+        "path": str(checkpoint_path),
+        "sha256": checkpoint.sha256,
+        "arch": built.arch,
+        "ddq": __version__,
+    }
     if dry_run:
         gates = Gates(converted, recipe, budget, 0, recipe.data.batch_size)
         gates.start()
@@ -107,12 +112,19 @@ def finetune(
             else "the budget can be met only if some layers are never called, whose inputs then cost nothing"
         )
         run_of_none = {"steps": 0, "seed": recipe.train.seed}
-        report = make_report(
-            converted, budget, accuracy=None, source=source, run=run_of_none, warnings=[why] if over else ()
+        report = build_report(
+            converted,
+            budget,
+            accuracy=None,
+            source=source,
+            run=run_of_none,
+            warnings=[why] if over else (),
         )
         return FinetuneResult(None, report)
-    with distributed.processes(device), _in_folder(run, run_dir, recipe) as run:
-        data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
+    with distributed.process_group(device), _in_folder(run, run_dir, recipe) as run:
+        data = load_data(
+            recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard()
+        )
         introduce(f"data: {data.note}")
         steps = _steps(recipe, data)
         facts = {
@@ -123,22 +135,24 @@ def finetune(
             "data": data.fingerprint(),
         }
         shared = {fact: value for fact, value in facts.items() if fact != "recipe"}
-        looked = _looked(start, shared) if start and distributed.is_first() else None
-        saved = distributed.from_first(run.saved(facts) if distributed.is_first() else None)
-        distilled = distilled_share(recipe.train.distill, data)
+        looked = _looked(start, shared) if start and distributed.is_main() else None
+        saved = distributed.broadcast(run.saved(facts) if distributed.is_main() else None)
+        distilled = distillation_weight(recipe.train.distill, data)
         with _explained("The model cannot run on these data", UsageError, recipe):
-            if known := saved or distributed.from_first(looked):
+            if known := saved or distributed.broadcast(looked):
                 before, augmentation = known["float_accuracy"], known["augmentation"]
             else:
                 before = evaluate(teacher, data, on_progress=listener.progress)
                 labels = distilled < 1
-                augmentation = distributed.from_first(trained_augmentation(teacher, data, recipe.data, labels=labels))
+                augmentation = distributed.broadcast(
+                    detect_augmentation(teacher, data, recipe.data, labels=labels)
+                )
             introduce(f"float accuracy: {before:.2f} %")
             for decision in _augment_as_trained(data, augmentation):
                 introduce(decision)
             if distilled:
                 check_distillable(probe(teacher, data))
-                views = ", mean of each image and its mirror image" if mirrors(data) else ""
+                views = ", mean of each image and its mirror image" if flips_at_random(data) else ""
                 temperature = recipe.train.distill.temperature
                 introduce(
                     f"loss: {100 * distilled:g} % distillation from the float model{views}, temperature {temperature:g}"
@@ -148,7 +162,12 @@ def finetune(
             listener.note(f"resumed {run.path} at step {trainer.step} of {steps}")
             run.cut_metrics(trainer.step)
         with _explained("Training failed", DDQError, recipe):
-            _train(trainer, run, {**facts, "float_accuracy": before, "augmentation": augmentation}, listener)
+            _train(
+                trainer,
+                run,
+                {**facts, "float_accuracy": before, "augmentation": augmentation},
+                listener,
+            )
             _keep_snapshot(run, converted, steps)
             after = evaluate(converted.model, data, on_progress=listener.progress)
             trainer.gates.check_kept()
@@ -156,8 +175,13 @@ def finetune(
         for warning in found:
             listener.note(f"warning: {warning}")
         facts_of_run = {"steps": steps, "seed": recipe.train.seed}
-        report = make_report(
-            converted, trainer.gates.budget, accuracy=(before, after), source=source, run=facts_of_run, warnings=found
+        report = build_report(
+            converted,
+            trainer.gates.budget,
+            accuracy=(before, after),
+            source=source,
+            run=facts_of_run,
+            warnings=found,
         )
         run.save(FINAL, freeze(converted) | {"probe": probe(converted.model, data)})
         run.write_report(report)
@@ -175,10 +199,14 @@ def _augment_as_trained(data: Data, found: dict[str, Any]) -> list[str]:
     said = []
     if data.augment and "fill" in found:
         data.augment.fill = found["fill"]
-        said.append(f"crops are padded with {found['fill']}: nearest to what the model's BatchNorm has seen")
+        said.append(
+            f"crops are padded with {found['fill']}: nearest to what the model's BatchNorm has seen"
+        )
     if data.augment and "flip" in found:
         data.augment.flip = found["flip"]
-        mirrored, reads = ("mirrored at random", "as well") if found["flip"] else ("not mirrored", "less well")
+        mirrored, reads = (
+            ("mirrored at random", "as well") if found["flip"] else ("not mirrored", "less well")
+        )
         said.append(f"images are {mirrored}: the model reads mirrored ones {reads}")
     return said
 
@@ -189,17 +217,21 @@ def _started(model: torch.nn.Module, start: Run | None) -> torch.nn.Module:
         final = start.load(FINAL)
         trained = final["weights"] | final["floats"]  # shared tensors under one of their names
         for name, value in model.state_dict().items():
-            if name in trained and trained[name].shape == value.shape:  # not what a forward pass resizes
+            if (
+                name in trained and trained[name].shape == value.shape
+            ):  # not what a forward pass resizes
                 value.copy_(trained[name])
     return model
 
 
 def opened(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Run:
     """The run to go on with, or a new one; in all processes but the first, only to be read."""
-    if distributed.is_first():
-        run = run or Run.create(run_dir, recipe.name or Path(recipe.model.checkpoint or "model").stem)
-    path = distributed.from_first(run and run.path)
-    return run if run and distributed.is_first() else ReadOnlyRun(path)
+    if distributed.is_main():
+        run = run or Run.create(
+            run_dir, recipe.name or Path(recipe.model.checkpoint or "model").stem
+        )
+    path = distributed.broadcast(run and run.path)
+    return run if run and distributed.is_main() else ReadOnlyRun(path)
 
 
 @contextmanager
@@ -207,18 +239,20 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterato
     """The run to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
     new, run = run is None, opened(run, run_dir, recipe)
     resume = f"`ddq finetune --resume --run-dir {run.path}` goes on with it."
-    with run.held():
+    with run.locked():
         try:
             if new:
                 run.write_recipe(recipe)
-            distributed.wait()
+            distributed.barrier()
             yield run
         except (KeyboardInterrupt, Interrupted) as stop:
             number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
             raise Interrupted(f"{str(stop) or 'Interrupted'}; {resume}", number) from stop
         except Exception as error:
-            if distributed.lost_another(error):
-                raise DDQError(f"Another process of this run ended, and none can go on alone; {resume}") from error
+            if distributed.is_lost_peer(error):
+                raise DDQError(
+                    f"Another process of this run ended, and none can go on alone; {resume}"
+                ) from error
             if new:
                 run.discard_if_empty()
             raise
@@ -232,13 +266,15 @@ def _explained(what: str, kind: type[DDQError], recipe: Recipe) -> Iterator[None
     except DDQError:
         raise
     except (Exception, SystemExit) as error:
-        if distributed.lost_another(error):
+        if distributed.is_lost_peer(error):
             raise
         said = " ".join(str(error).split())[:300]
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in said:
             batch = f"try a smaller --set data.batch_size (now {recipe.data.batch_size})"
             raise DDQError(f"{what}: the memory is full; {batch}.") from error
-        raise kind(f"{what}: {type(error).__name__}: {said}; `ddq --debug ...` shows where.") from error
+        raise kind(
+            f"{what}: {type(error).__name__}: {said}; `ddq --debug ...` shows where."
+        ) from error
 
 
 def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener) -> None:
@@ -246,12 +282,15 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
 
     def on_step(metrics: StepMetrics) -> None:
         run.add_metrics(metrics)
-        if is_due(metrics.step, metrics.steps, REPORT_EVERY) and metrics.step < metrics.steps:
+        if (
+            is_snapshot_step(metrics.step, metrics.steps, REPORT_EVERY)
+            and metrics.step < metrics.steps
+        ):
             run.add_metrics(snapshot(trainer.converted, metrics.step))
         listener.step(metrics)
 
     def keep() -> None:
-        distributed.check_alike(trainer.model.parameters(), "The weights, levels and gates")
+        distributed.check_identical(trainer.model.parameters(), "The weights, levels and gates")
         run.save(LAST, {**trainer.state(), **facts})
 
     if trainer.step == 0:
@@ -261,7 +300,7 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
         trainer.run(on_step, keep)
     except Diverged as error:
         lr, first = trainer.recipe.train.lr, trainer.lr_scale == 1
-        distributed.wait()
+        distributed.barrier()
         trainer.load(run.load(LAST))
         if not first:
             raise DDQError(
@@ -271,18 +310,20 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
         trainer.lr_scale = ROLLED_BACK
         keep()
         run.cut_metrics(trainer.step)
-        listener.note(f"warning: {error}; went back to step {trainer.step}, on with train.lr {ROLLED_BACK * lr:g}")
+        listener.note(
+            f"warning: {error}; went back to step {trainer.step}, on with train.lr {ROLLED_BACK * lr:g}"
+        )
         _train(trainer, run, facts, listener)
 
 
-def _keep_snapshot(run: Run, converted: Converted, step: int) -> None:
+def _keep_snapshot(run: Run, converted: QuantizedModel, step: int) -> None:
     """Add how the tensors stand to the metrics, unless a process that was killed thereafter has done so."""
     if not any(entry["step"] == step for entry in run.snapshots()):
         run.add_metrics(snapshot(converted, step))
 
 
 def _trainer(
-    converted: Converted,
+    converted: QuantizedModel,
     teacher: torch.nn.Module,
     data: Data,
     budget: Budget,
@@ -293,19 +334,23 @@ def _trainer(
     """A trainer at its first step, or where `saved` left off."""
     batch_size = round(data.train.samples / len(data.train))  # a user's own batches have their own
     gates = Gates(converted, recipe, budget, steps, batch_size)
-    unlabelled = distilled_share(recipe.train.distill, data) == 1
+    unlabelled = distillation_weight(recipe.train.distill, data) == 1
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch, teacher if unlabelled else None)
     gates.recount()  # still before the first step
     gates.start()
-    values = sum(a.values for a in converted.activations.values()) + sum(t.parameter.numel() for t in converted.tensors)
-    fuse = steps * values >= _FUSE_FROM and can_fuse(device_named(recipe.train.device))
+    values = sum(a.values for a in converted.activations.values()) + sum(
+        t.parameter.numel() for t in converted.tensors
+    )
+    use_compiled = steps * values >= _FUSE_FROM and can_compile(resolve_device(recipe.train.device))
     for quantizer in quantizers(converted):
-        quantizer.fuse = fuse
+        quantizer.use_compiled = use_compiled
     trainer = Trainer(converted, teacher, data, gates, recipe, steps)
     if saved:
         trainer.load(saved)
     elif distributed.shard().count > 1:
-        trainer.load(distributed.from_first(trainer.state()))  # each process calibrated on its own shard
+        trainer.load(
+            distributed.broadcast(trainer.state())
+        )  # each process calibrated on its own shard
     return trainer
 
 

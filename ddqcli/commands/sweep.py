@@ -10,12 +10,12 @@ from typing import Any
 
 from ddqcli import plots
 from ddqcli.commands.finetune import FinetuneResult, Listener, finetune, opened
-from ddqcli.commands.pictures import folder
-from ddqcli.engine import distributed
-from ddqcli.engine.placing import device_named
-from ddqcli.engine.runs import FINAL, Run
 from ddqcli.errors import BudgetError, DDQError, UsageError
-from ddqcli.recipe import Recipe
+from ddqcli.inspection.figures import folder
+from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.run import FINAL, Run
+from ddqcli.training import distributed
+from ddqcli.training.device import resolve_device
 
 SWEEP_VERSION = 1
 PICTURE = "size-accuracy"
@@ -35,30 +35,37 @@ def sweep(
     `run` is an unfinished sweep to go on with; otherwise a new one is made at `run_dir`. All targets are checked before the
     first is trained.
     """
-    listener = listener if listener and distributed.is_first() else Listener()
+    listener = listener if listener and distributed.is_main() else Listener()
     recipes = [recipe.of(checkpoint_path) for recipe in recipes]
     checked = [(recipe, _dry(checkpoint_path, recipe)) for recipe in recipes]
     budgets: dict[int, str] = {}
     for recipe, report in checked:
         target, size = recipe.budget.target, report["totals"]["budget_bytes"]
         if recipe.budget.target_size and budgets.setdefault(size, target) != target:
-            raise UsageError(f"The targets {budgets[size]} and {target} are the same: {size:,} bytes.")
-    checked.sort(key=lambda pair: pair[0].budget.target_bits or pair[1]["totals"]["budget_bytes"], reverse=True)
+            raise UsageError(
+                f"The targets {budgets[size]} and {target} are the same: {size:,} bytes."
+            )
+    checked.sort(
+        key=lambda pair: pair[0].budget.target_bits or pair[1]["totals"]["budget_bytes"],
+        reverse=True,
+    )
     if dry_run:
         return FinetuneResult(None, _table([(recipe, report, None) for recipe, report in checked]))
-    device = distributed.local_device(device_named(recipes[0].train.device))
-    with distributed.processes(device), _in_folder(run, run_dir, recipes) as run:
+    device = distributed.local_device(resolve_device(recipes[0].train.device))
+    with distributed.process_group(device), _in_folder(run, run_dir, recipes) as run:
         done: list[tuple[Recipe, dict[str, Any], Run]] = []
         introduced = False
         for number, (recipe, _) in enumerate(checked):
             here, before = Run(run.path / _folder_name(recipe)), done[-1][2] if done else None
             origin = f", starting from {before.path}" if before else ""
-            listener.note(f"target {recipe.budget.target} ({number + 1} of {len(checked)}): {here.path}{origin}")
+            listener.note(
+                f"target {recipe.budget.target} ({number + 1} of {len(checked)}): {here.path}{origin}"
+            )
             begun = here if here.recipe_path.exists() else None
             if begun:
                 begun.check_same([recipe])
             if not _is_whole(here):
-                distributed.wait()  # until all have looked
+                distributed.barrier()  # until all have looked
                 finetune(
                     checkpoint_path,
                     recipe,
@@ -69,10 +76,10 @@ def sweep(
                     listener=listener,
                 )
                 introduced = True
-            distributed.wait()  # for the one that writes
+            distributed.barrier()  # for the one that writes
             done.append((recipe, here.report(), here))
         table = _table(done)
-        if distributed.is_first():
+        if distributed.is_main():
             with folder(run.path):
                 plots.save(_picture(table), run.path / PICTURE)
             run.write_sweep(table)
@@ -101,7 +108,7 @@ def _is_whole(run: Run) -> bool:
 def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe]) -> Iterator[Run]:
     """The sweep to go on with, or a new one, whose folder goes again if an error leaves nothing in it."""
     new, run = run is None, opened(run, run_dir, recipes[0])
-    with run.held():
+    with run.locked():
         try:
             if new:
                 run.write_recipe(*recipes)
@@ -122,7 +129,10 @@ def _table(runs: Sequence[tuple[Recipe, dict[str, Any], Run | None]]) -> dict[st
     first = runs[0][1]
     return {
         "version": SWEEP_VERSION,
-        "float": {"bytes": first["totals"]["float_bytes"], "accuracy": (first["accuracy"] or {}).get("float")},
+        "float": {
+            "bytes": first["totals"]["float_bytes"],
+            "accuracy": (first["accuracy"] or {}).get("float"),
+        },
         "targets": [
             {
                 "target": recipe.budget.target,

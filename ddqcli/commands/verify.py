@@ -11,32 +11,37 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.artifact.format import ActivationTable, decode_model
-from ddqcli.engine.checkpoint import Checkpoint, load_checkpoint
-from ddqcli.engine.data import Data, load_data
-from ddqcli.engine.evaluate import OnProgress, evaluate, output_of, sample_differences
-from ddqcli.engine.models import build_model
-from ddqcli.engine.placing import device_named, placed
-from ddqcli.engine.runs import FINAL, Run
+from ddqcli.checkpoint.architecture import build_model
+from ddqcli.checkpoint.read import Checkpoint, load_checkpoint
+from ddqcli.data.load import Data, load_data
 from ddqcli.errors import UsageError, VerificationError
-from ddqcli.loading import fill, to_torch
+from ddqcli.qat.load import fill, to_torch
+from ddqcli.runs.run import FINAL, Run
+from ddqcli.training.device import place_model, resolve_device
+from ddqcli.training.evaluate import OnProgress, evaluate, output_of, sample_differences
 
 # On the machine and with the number of threads of the training, both are 0. Elsewhere sums are rounded in another order;
 # a value that lies on the edge between two levels of an input may then take the other one.
-SAME_OUTPUTS = {False: 1e-3, True: 0.05}  # of a typical sample, as a share of the outputs; True: with quantized inputs
+SAME_OUTPUTS = {
+    False: 1e-3,
+    True: 0.05,
+}  # of a typical sample, as a share of the outputs; True: with quantized inputs
 SAME_ACCURACY = 0.1  # points
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class BehaviorCheck:
     """How the network made of a file answers; None for what could not be compared, and `unchecked` says why."""
 
-    outputs: float | None  # a typical sample's difference from the trained one's, as a share of those; 0.0: bit for bit
+    outputs: (
+        float | None
+    )  # a typical sample's difference from the trained one's, as a share of those; 0.0: bit for bit
     accuracy: float | None  # on the held-out data, percent
     expected: float | None  # what the run's report says of it
     unchecked: tuple[str, ...] = ()
 
 
-def behaviour(path: Path, run: Run, on_progress: OnProgress | None = None) -> Behaviour:
+def behaviour(path: Path, run: Run, on_progress: OnProgress | None = None) -> BehaviorCheck:
     """Build the network of the run, fill it from the file, and look at what it computes. Raises VerificationError."""
     accuracy = run.report()["accuracy"]
     expected = accuracy and accuracy["quantized"]
@@ -44,7 +49,9 @@ def behaviour(path: Path, run: Run, on_progress: OnProgress | None = None) -> Be
         tensors, tables = decode_model(path)
         model = rebuilt(run, to_torch(tensors), tables, str(path))
     except UsageError as error:
-        return Behaviour(None, None, expected, (f"outputs and accuracy were not compared: {error}",))
+        return BehaviorCheck(
+            None, None, expected, (f"outputs and accuracy were not compared: {error}",)
+        )
     unchecked = []
     probe = run.load(FINAL).get("probe")
     outputs = None
@@ -54,10 +61,10 @@ def behaviour(path: Path, run: Run, on_progress: OnProgress | None = None) -> Be
         outputs = difference(answers(model, probe["input"]), probe["output"])
     measured, reason = attempt(lambda: evaluate(model, held_out(run), on_progress=on_progress))
     unchecked += [f"accuracy was not compared: {reason}"] if reason else []
-    return Behaviour(outputs, measured, expected, tuple(unchecked))
+    return BehaviorCheck(outputs, measured, expected, tuple(unchecked))
 
 
-def judge(found: Behaviour, name: Path, *, quantized_inputs: bool) -> None:
+def require_same_behavior(found: BehaviorCheck, name: Path, *, quantized_inputs: bool) -> None:
     """Raise VerificationError where a behaviour is not the trained one's."""
     if found.outputs is not None and not found.outputs <= SAME_OUTPUTS[quantized_inputs]:
         raise VerificationError(
@@ -72,17 +79,23 @@ def judge(found: Behaviour, name: Path, *, quantized_inputs: bool) -> None:
         )
 
 
-def rebuilt(run: Run, tensors: dict[str, Tensor], tables: dict[str, ActivationTable], what: str) -> nn.Module:
+def rebuilt(
+    run: Run, tensors: dict[str, Tensor], tables: dict[str, ActivationTable], what: str
+) -> nn.Module:
     """The network of the run with these tensors, where the run's recipe puts it. Raises UsageError if it cannot be had."""
     recipe = run.recipe()
     if recipe.model.pickle and recipe.model.arch is None:  # its code is nowhere else
         checkpoint = load_checkpoint(Path(recipe.model.checkpoint or ""), pickle=True)
     else:
         checkpoint = Checkpoint(Path(what), "", tensors, "")
-    arch = recipe.model.arch if checkpoint.module or recipe.model.arch else run.report()["source"]["arch"]
+    arch = (
+        recipe.model.arch
+        if checkpoint.module or recipe.model.arch
+        else run.report()["source"]["arch"]
+    )
     model = build_model(checkpoint, arch, recipe.model.kwargs).model
     fill(model, tensors, tables, what)
-    return placed(model, _device(run)).eval()
+    return place_model(model, _device(run)).eval()
 
 
 def held_out(run: Run) -> Data:
@@ -115,5 +128,5 @@ def difference(found: Any, expected: Tensor) -> float:
 
 def _device(run: Run) -> torch.device:
     """That of the training, if there is one like it here."""
-    device, _ = attempt(lambda: device_named(run.recipe().train.device))
+    device, _ = attempt(lambda: resolve_device(run.recipe().train.device))
     return device or torch.device("cpu")

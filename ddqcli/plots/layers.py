@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from ddqcli.formatting import count, shorten
 from ddqcli.plots.style import (
     BLUE,
     GREEN,
@@ -28,7 +29,6 @@ from ddqcli.plots.style import (
     squares,
     write,
 )
-from ddqcli.text import count, shorten
 
 WORD_COLOURS = {
     "Gaussian-like": BLUE,
@@ -55,7 +55,9 @@ class Layer:
     levels: Sequence[float] = ()
     levels_name: str = ""  # what the levels are: "learned levels (3 bits)"
     learned: bool = False  # levels of a trained model are drawn on the sheets too
-    counts_at_levels: bool = False  # instead of bins: how many values are stored at each of the levels
+    counts_at_levels: bool = (
+        False  # instead of bins: how many values are stored at each of the levels
+    )
 
 
 def layer_figure(layer: Layer) -> Figure:
@@ -80,19 +82,32 @@ def overview_figures(layers: Sequence[Layer]) -> list[Figure]:
     room = across * PER_SHEET[1]
     sheets = [layers[first : first + room] for first in range(0, len(layers), room)]
     with settings():
-        return [_sheet(sheet, across, number + 1, len(sheets)) for number, sheet in enumerate(sheets)]
+        return [
+            _sheet(sheet, across, number + 1, len(sheets)) for number, sheet in enumerate(sheets)
+        ]
 
 
 def _sheet(layers: Sequence[Layer], across: int, number: int, sheets: int) -> Figure:
     """Panels drawn by hand on one canvas in inches: axes of their own would take twice as long."""
     panel_width, panel_height, top, bottom = 2.15, 1.35, 0.62, 0.1
-    width, height = 0.15 + across * panel_width, top + -(-len(layers) // across) * panel_height + bottom
+    width, height = (
+        0.15 + across * panel_width,
+        top + -(-len(layers) // across) * panel_height + bottom,
+    )
     figure = new_figure(width, height)
-    title = "Weights and levels by layer" if any(layer.learned for layer in layers) else "Weights by layer"
+    title = (
+        "Weights and levels by layer"
+        if any(layer.learned for layer in layers)
+        else "Weights by layer"
+    )
     page = f", sheet {number} of {sheets}" if sheets > 1 else ""
     write(figure, 0.15, height - 0.18, title + page, size=11, bold=True)
     words = {layer.word for layer in layers}
-    legend = {word + " (log height)" * (word == "heavy-tailed"): c for word, c in WORD_COLOURS.items() if word in words}
+    legend = {
+        word + " (log height)" * (word == "heavy-tailed"): c
+        for word, c in WORD_COLOURS.items()
+        if word in words
+    }
     squares(figure, 0.15, height - 0.41, legend)
     canvas = place(figure, 0, 0, width, height, xlim=(0, width), ylim=(0, height))
     canvas.set_axis_off()
@@ -112,13 +127,19 @@ def _panel(canvas: Axes, layer: Layer, left: float, floor: float, width: float) 
 
     colour = WORD_COLOURS.get(layer.word, GREY)
     counts, log = _bins(layer, 48)
-    share = np.log(np.maximum(counts, 0.5) / 0.5) / np.log(2 * counts.max()) if log else counts / counts.max()
+    share = (
+        np.log(np.maximum(counts, 0.5) / 0.5) / np.log(2 * counts.max())
+        if log
+        else counts / counts.max()
+    )
     if layer.counts_at_levels:
         x, wide = at(layer.levels), min(2.5, 50 / len(counts))
         _lines(canvas, x, base, x, base + room * share, colors=colour, lw=wide)
     else:
         edges = at(np.linspace(low, high, len(counts) + 1))
-        fill = StepPatch(base + room * share, edges, baseline=base, fc=to_rgba(colour, 0.65), ec=colour, lw=0.7)
+        fill = StepPatch(
+            base + room * share, edges, baseline=base, fc=to_rgba(colour, 0.65), ec=colour, lw=0.7
+        )
         canvas.add_artist(fill)
     if layer.learned and not layer.counts_at_levels and len(layer.levels) <= FEW_LEVELS:
         x = at(layer.levels)
@@ -131,9 +152,20 @@ def _panel(canvas: Axes, layer: Layer, left: float, floor: float, width: float) 
     for place_, tick in zip(x, ticks, strict=True):
         canvas.text(place_, base - 0.05, _number(tick), fontsize=6, ha="center", va="top")
     canvas.text(
-        left, floor + 1.19, shorten(layer.name.removesuffix(".weight"), 33), fontsize=7, fontweight="bold", va="center"
+        left,
+        floor + 1.19,
+        shorten(layer.name.removesuffix(".weight"), 33),
+        fontsize=7,
+        fontweight="bold",
+        va="center",
     )
-    canvas.text(left, floor + 1.06, f"{layer.kind}, {count(sum(layer.counts))}, {layer.word}", fontsize=6, va="center")
+    canvas.text(
+        left,
+        floor + 1.06,
+        f"{layer.kind}, {count(sum(layer.counts))}, {layer.word}",
+        fontsize=6,
+        va="center",
+    )
 
 
 def channels_figure(name: str, ranges: np.ndarray) -> Figure:
@@ -160,7 +192,11 @@ def channels_figure(name: str, ranges: np.ndarray) -> Figure:
         axes.grid(axis="y")
         write(figure, 0.12, 2.57, shorten(name, 72), size=9, bold=True)
         reach = high - low
-        spread = f"; widest over median range: {reach.max() / np.median(reach):.1f}" if np.median(reach) > 0 else ""
+        spread = (
+            f"; widest over median range: {reach.max() / np.median(reach):.1f}"
+            if np.median(reach) > 0
+            else ""
+        )
         write(figure, 0.12, 2.39, f"depthwise, {len(low)} channels{spread}")
         squares(figure, 0.12, 0.14, {"min to max": ORANGE, "middle half": BLUE, "median": INK})
     return figure
@@ -168,14 +204,28 @@ def channels_figure(name: str, ranges: np.ndarray) -> Figure:
 
 def _histogram(axes: Axes, layer: Layer) -> None:
     """Filled steps, log where tails are heavy; levels as lines from a rug below the axis up through the histogram."""
-    colour, (low, high), across = WORD_COLOURS.get(layer.word, GREY), _reach(layer), axes.get_xaxis_transform()
+    colour, (low, high), across = (
+        WORD_COLOURS.get(layer.word, GREY),
+        _reach(layer),
+        axes.get_xaxis_transform(),
+    )
     counts, log = _bins(layer, 96)
     floor = 0.5 if log else 0
     if layer.counts_at_levels:
-        _lines(axes, layer.levels, 0, layer.levels, layer.counts, colors=colour, lw=min(4, 150 / len(layer.levels)))
+        _lines(
+            axes,
+            layer.levels,
+            0,
+            layer.levels,
+            layer.counts,
+            colors=colour,
+            lw=min(4, 150 / len(layer.levels)),
+        )
     else:
         edges = np.linspace(low, high, len(counts) + 1)
-        axes.add_artist(StepPatch(counts, edges, baseline=floor, fc=to_rgba(colour, 0.65), ec=colour, lw=0.7))
+        axes.add_artist(
+            StepPatch(counts, edges, baseline=floor, fc=to_rgba(colour, 0.65), ec=colour, lw=0.7)
+        )
     if log:
         axes.set_yscale("log")
     axes.set_ylim(floor, counts.max() * (1.6 if log else 1.06))
@@ -202,15 +252,21 @@ def _axes(axes: Axes, layer: Layer) -> None:
     _lines(axes, -0.013, y, 0, y, up)
     _lines(axes, 0, y, 1, y, up, colors=GREY, lw=0.4, alpha=0.35, zorder=0.5)
     for tick in x:
-        axes.text(tick, -length - 0.03, _number(tick), fontsize=7, ha="center", va="top", transform=across)
+        axes.text(
+            tick, -length - 0.03, _number(tick), fontsize=7, ha="center", va="top", transform=across
+        )
     for tick in y:
-        axes.text(-0.025, tick, _ENGINEERING(tick), fontsize=7, ha="right", va="center", transform=up)
+        axes.text(
+            -0.025, tick, _ENGINEERING(tick), fontsize=7, ha="right", va="center", transform=up
+        )
     each = f"weights per {'level' if layer.counts_at_levels else 'bin'}{' (log)' * log}"
     axes.text(0.5, -0.21, "weight", ha="center", va="top", transform=whole)
     axes.text(-0.14, 0.5, each, rotation=90, ha="center", va="center", transform=whole)
 
 
-def _lines(axes: Axes, x0: Any, y0: Any, x1: Any, y1: Any, transform: Any = None, **style: Any) -> None:
+def _lines(
+    axes: Axes, x0: Any, y0: Any, x1: Any, y1: Any, transform: Any = None, **style: Any
+) -> None:
     """Straight lines, each coordinate one number or a row of them. They do not move the limits, which takes its time."""
     ends = np.stack(np.broadcast_arrays(x0, y0, x1, y1), -1).reshape(-1, 2, 2)
     style = {"colors": INK, "lw": 0.6, "clip_on": False, **style}
@@ -235,7 +291,11 @@ def _bins(layer: Layer, most: int) -> tuple[np.ndarray, bool]:
 
 def _coarser(counts: np.ndarray, most: int) -> np.ndarray:
     """Counts in fewer bins, a divisor of those there are: about 2 n^(1/3) (Rice's rule), at most `most`."""
-    wanted = min(most, max(16.0, 2.8 * counts.sum() ** (1 / 3)))  # up to 1.4 times, as divisors are rare
-    bins = next((b for b in range(len(counts), 1, -1) if len(counts) % b == 0 and b <= wanted), len(counts))
+    wanted = min(
+        most, max(16.0, 2.8 * counts.sum() ** (1 / 3))
+    )  # up to 1.4 times, as divisors are rare
+    bins = next(
+        (b for b in range(len(counts), 1, -1) if len(counts) % b == 0 and b <= wanted), len(counts)
+    )
     coarser: np.ndarray = counts.reshape(bins, -1).sum(1)
     return coarser

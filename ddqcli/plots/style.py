@@ -82,19 +82,29 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height))
 
 
-def place(figure: Figure, left: float, bottom: float, width: float, height: float, **kwargs: Any) -> Axes:
+def place(
+    figure: Figure, left: float, bottom: float, width: float, height: float, **kwargs: Any
+) -> Axes:
     """Axes at a place given in inches from the figure's lower left corner."""
     w, h = figure.get_size_inches()
     return figure.add_axes((left / w, bottom / h, width / w, height / h), **kwargs)
 
 
 def write(
-    figure: Figure, x: float, y: float, text: str, size: float = 7.5, bold: bool = False, color: str = INK
+    figure: Figure,
+    x: float,
+    y: float,
+    text: str,
+    size: float = 7.5,
+    bold: bool = False,
+    color: str = INK,
 ) -> None:
     """Text that starts at x and is centred on y, in inches from the lower left corner."""
     width, height = figure.get_size_inches()
     weight = "bold" if bold else "normal"
-    figure.text(x / width, y / height, text, fontsize=size, fontweight=weight, color=color, va="center")
+    figure.text(
+        x / width, y / height, text, fontsize=size, fontweight=weight, color=color, va="center"
+    )
 
 
 def squares(figure: Figure, x: float, y: float, colours: Mapping[str, str]) -> None:
@@ -131,7 +141,12 @@ def svg_of(figure: Figure) -> str:
 def for_page(svg: str) -> str:
     """An SVG document as an element of a page: no background, ink in the page's text colour, nothing superfluous."""
     element = svg[svg.index("<svg") :].replace(PAPER, "none").replace(INK, "currentColor")
-    element = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:xlink)?=\"[^\"]*\"", "", element, flags=re.DOTALL)
+    element = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:xlink)?=\"[^\"]*\"",
+        "",
+        element,
+        flags=re.DOTALL,
+    )
     used = set(re.findall(r"#([\w-]+)", element))
     element = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", element)
     element = re.sub(r"\s*\n\s*", " ", element).strip()

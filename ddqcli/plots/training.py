@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from ddqcli.formatting import shorten
 from ddqcli.plots.style import (
     BLUE,
     CYCLE,
@@ -30,14 +31,15 @@ from ddqcli.plots.style import (
     settings,
     write,
 )
-from ddqcli.text import shorten
 
 MAX_BITS = 8
 BARS_A_ROW = 40
 DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
 
 
-def bits_by_layer_figure(names: Sequence[str], kinds: Sequence[str], bits: Sequence[float]) -> Figure:
+def bits_by_layer_figure(
+    names: Sequence[str], kinds: Sequence[str], bits: Sequence[float]
+) -> Figure:
     """Bars of each layer's bits, coloured and hatched by kind, 40 layers to a row (Fig. 3)."""
     rows = max(1, -(-len(names) // BARS_A_ROW))
     across = -(-len(names) // rows)
@@ -61,9 +63,19 @@ def bits_by_layer_figure(names: Sequence[str], kinds: Sequence[str], bits: Seque
     return figure
 
 
-def _bars(axes: Axes, labels: Sequence[str], kinds: Sequence[str], bits: Sequence[float], across: int) -> None:
+def _bars(
+    axes: Axes, labels: Sequence[str], kinds: Sequence[str], bits: Sequence[float], across: int
+) -> None:
     for x, (kind, height) in enumerate(zip(kinds, bits, strict=True)):
-        axes.bar(x, height, 0.78, color=KIND_COLOURS.get(kind, GREY), hatch=KIND_HATCHES.get(kind), ec="white", lw=0)
+        axes.bar(
+            x,
+            height,
+            0.78,
+            color=KIND_COLOURS.get(kind, GREY),
+            hatch=KIND_HATCHES.get(kind),
+            ec="white",
+            lw=0,
+        )
         axes.text(x, height + 0.15, f"{height:.3g}", ha="center", va="bottom", fontsize=5.5)
     axes.set_xlim(-0.7, max(across, 5) - 0.3)
     axes.set_ylim(0, MAX_BITS + 1)
@@ -74,13 +86,20 @@ def _bars(axes: Axes, labels: Sequence[str], kinds: Sequence[str], bits: Sequenc
 
 
 def bits_over_time_figure(
-    steps: Sequence[int], names: Sequence[str], bits: np.ndarray, average: Sequence[float], target: float | None = None
+    steps: Sequence[int],
+    names: Sequence[str],
+    bits: np.ndarray,
+    average: Sequence[float],
+    target: float | None = None,
 ) -> Figure:
     """Stored bits a weight as a line over a map of each layer's bits by step; `bits` [steps, layers] (Fig. 4)."""
     bits = np.asarray(bits, float)
     with settings():
         labels = [shorten(name.removesuffix(".weight"), 30) for name in names]
-        left, line = max(0.65, 0.25 + 0.052 * max(map(len, labels), default=0)), max(0.12, min(0.3, 2.4 / len(labels)))
+        left, line = (
+            max(0.65, 0.25 + 0.052 * max(map(len, labels), default=0)),
+            max(0.12, min(0.3, 2.4 / len(labels))),
+        )
         width, map_height = left + 5.0, line * len(labels)
         height = map_height + 2.6
         figure = new_figure(width, height)
@@ -93,7 +112,9 @@ def bits_over_time_figure(
                 xycoords=top.get_yaxis_transform(), annotation_clip=False,
             )  # fmt: skip
         top.set_ylabel("stored bits\na weight")
-        top.set_ylim(0, max([MAX_BITS, target or 0, *average]) + 0.5)  # with the tables, small tensors have more
+        top.set_ylim(
+            0, max([MAX_BITS, target or 0, *average]) + 0.5
+        )  # with the tables, small tensors have more
         top.grid()
         top.tick_params(labelbottom=False)
         axes = place(figure, left, 0.95, width - left - 0.9, map_height, sharex=top)
@@ -106,9 +127,21 @@ def bits_over_time_figure(
         axes.set_yticks(np.arange(len(names)) + 0.5, labels, fontsize=6)
         axes.tick_params(axis="y", length=0)
         for row, last in enumerate(bits[-1]):
-            axes.text(1.01, row + 0.5, f"{last:.3g}", fontsize=6, va="center", transform=axes.get_yaxis_transform())
+            axes.text(
+                1.01,
+                row + 0.5,
+                f"{last:.3g}",
+                fontsize=6,
+                va="center",
+                transform=axes.get_yaxis_transform(),
+            )
         axes.set_xlabel("step")
-        bar = figure.colorbar(mesh, cax=place(figure, left, 0.3, 2.6, 0.1), orientation="horizontal", ticks=range(1, 9))
+        bar = figure.colorbar(
+            mesh,
+            cax=place(figure, left, 0.3, 2.6, 0.1),
+            orientation="horizontal",
+            ticks=range(1, 9),
+        )
         bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)
         write(figure, left + 2.75, 0.35, "bits of a layer")
@@ -117,7 +150,9 @@ def bits_over_time_figure(
     return figure
 
 
-def error_over_time_figure(steps: Sequence[int], errors: Mapping[str, Sequence[float]], named: int = 5) -> Figure:
+def error_over_time_figure(
+    steps: Sequence[int], errors: Mapping[str, Sequence[float]], named: int = 5
+) -> Figure:
     """Relative quantization error by layer: the largest at the end by name, the others grey with their median (Fig. 5a)."""
     with settings():
         figure = new_figure(6.4, 4.1)
@@ -131,9 +166,13 @@ def error_over_time_figure(steps: Sequence[int], errors: Mapping[str, Sequence[f
         axes.plot(steps, table[others].T, color=GREY, lw=0.6, alpha=0.6)
         for k, layer in enumerate(largest):
             label = shorten(names[layer].removesuffix(".weight"), 34)
-            axes.plot(steps, table[layer], color=CYCLE[k % 6], ls=DASHES[k % 5], lw=1.3, label=label)
+            axes.plot(
+                steps, table[layer], color=CYCLE[k % 6], ls=DASHES[k % 5], lw=1.3, label=label
+            )
         if len(others):
-            axes.plot(steps, np.nanmedian(table, axis=0), color=INK, lw=1.8, label="median of all layers")
+            axes.plot(
+                steps, np.nanmedian(table, axis=0), color=INK, lw=1.8, label="median of all layers"
+            )
             axes.plot([], [], color=GREY, lw=0.6, label=f"the {len(others)} other layers")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -147,13 +186,21 @@ def error_over_time_figure(steps: Sequence[int], errors: Mapping[str, Sequence[f
 
 
 def levels_over_time_figure(
-    name: str, steps: Sequence[int], levels: Sequence[Sequence[float]], edges: np.ndarray, counts: np.ndarray
+    name: str,
+    steps: Sequence[int],
+    levels: Sequence[Sequence[float]],
+    edges: np.ndarray,
+    counts: np.ndarray,
 ) -> Figure:
     """One layer's levels by step beside the histogram of its weights (Fig. 5b). Their number may change on the way."""
     with settings():
         figure = new_figure(5.6, 3.4)
         axes = place(figure, 0.75, 0.55, 3.3, 2.25)
-        firsts = [0, *(k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])), len(levels)]
+        firsts = [
+            0,
+            *(k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])),
+            len(levels),
+        ]
         for first, end in pairwise(firsts):
             part = np.array(levels[first:end], float)
             for k, series in enumerate(part.T):
@@ -165,8 +212,18 @@ def levels_over_time_figure(
         axes.set_ylabel("level")
         axes.grid()
         beside = place(figure, 4.25, 0.55, 1.2, 2.25, sharey=axes)
-        beside.stairs(counts, edges, orientation="horizontal", fill=True, color=BLUE, alpha=0.45, lw=0)
-        beside.hlines(levels[-1], 0, 1, transform=beside.get_yaxis_transform(), color=VERMILLION, lw=0.7, alpha=0.7)
+        beside.stairs(
+            counts, edges, orientation="horizontal", fill=True, color=BLUE, alpha=0.45, lw=0
+        )
+        beside.hlines(
+            levels[-1],
+            0,
+            1,
+            transform=beside.get_yaxis_transform(),
+            color=VERMILLION,
+            lw=0.7,
+            alpha=0.7,
+        )
         beside.tick_params(labelleft=False, left=False)
         beside.xaxis.set_major_locator(MaxNLocator(2))
         beside.set_xlim(0)
@@ -176,7 +233,9 @@ def levels_over_time_figure(
     return figure
 
 
-def loss_over_time_figure(steps: Sequence[int], loss: Sequence[float], accuracy: Sequence[float]) -> Figure:
+def loss_over_time_figure(
+    steps: Sequence[int], loss: Sequence[float], accuracy: Sequence[float]
+) -> Figure:
     """Training loss over accuracy on the training batches (percent), by step."""
     with settings():
         figure = new_figure(6.4, 3.9)
@@ -198,7 +257,8 @@ def loss_over_time_figure(steps: Sequence[int], loss: Sequence[float], accuracy:
 
 
 def size_against_accuracy_figure(
-    series: Mapping[str, Sequence[tuple[float, float, str]]], stored: tuple[float, float] | None = None
+    series: Mapping[str, Sequence[tuple[float, float, str]]],
+    stored: tuple[float, float] | None = None,
 ) -> Figure:
     """A sweep's accuracy (a share) over size: series of (bytes, accuracy, label); `stored` is the float model's pair."""
     with settings():
@@ -208,9 +268,16 @@ def size_against_accuracy_figure(
         factor, unit = (1e6, "MB") if min(sizes) >= 1e6 else (1e3, "kB")
         if stored:
             axes.axhline(100 * stored[1], color=GREY, lw=1, ls="--")
-            axes.plot(stored[0] / factor, 100 * stored[1], "*", color=INK, ms=9, label="float model")
+            axes.plot(
+                stored[0] / factor, 100 * stored[1], "*", color=INK, ms=9, label="float model"
+            )
         for k, (name, points) in enumerate(series.items()):
-            _curve(axes, name, [(size / factor, 100 * share, text) for size, share, text in sorted(points)], k)
+            _curve(
+                axes,
+                name,
+                [(size / factor, 100 * share, text) for size, share, text in sorted(points)],
+                k,
+            )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -239,7 +306,10 @@ def _curve(axes: Axes, name: str, points: Sequence[tuple[float, float, str]], k:
 
 def _legend(figure: Figure, y: float, **kwargs: Any) -> None:
     figure.legend(
-        bbox_to_anchor=(0.12 / figure.get_figwidth(), y), borderaxespad=0.4, borderpad=0, **{"ncols": 4, **kwargs}
+        bbox_to_anchor=(0.12 / figure.get_figwidth(), y),
+        borderaxespad=0.4,
+        borderpad=0,
+        **{"ncols": 4, **kwargs},
     )
 
 

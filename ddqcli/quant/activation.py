@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddqcli.quant.fit import Distribution, lloyd_max, squared_error
-from ddqcli.quant.functional import LEVEL_BITS, from_rows, laid_like, representable, to_rows
-from ddqcli.quant.fusion import fused
-from ddqcli.quant.quantizer import DDQuantizer, _Exactly, check_finite, fitting_grid, spread_runs
+from ddqcli.quant.compiled import compiled
+from ddqcli.quant.grid import LEVEL_BITS, fit_grid, representable_scale
+from ddqcli.quant.histogram import Histogram, squared_error
+from ddqcli.quant.layout import from_rows, match_layout, to_rows
+from ddqcli.quant.levels import spread_levels
+from ddqcli.quant.lloyd_max import lloyd_max
+from ddqcli.quant.quantizer import DDQuantizer, check_finite
+from ddqcli.quant.straight_through import ReplaceForward
 
 
 def _codes(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -40,18 +44,22 @@ class _UniformFakeQuantize(torch.autograd.Function):
     """Keeps x alone for the backward, as a float layer does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, fuse: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, use_compiled: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.constants = (low, high, fuse)
-        forward = fused(_forward, x.device.type) if fuse else _forward
+        ctx.constants = (low, high, use_compiled)
+        forward = compiled(_forward, x.device.type) if use_compiled else _forward
         return from_rows(forward(to_rows(x, 0, 1), scale, low, high), x, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        low, high, fuse = ctx.constants
-        backward = fused(_backward, x.device.type) if fuse else _backward
-        grad_x, grad_scale = backward(to_rows(laid_like(grads[0], x), 0, 1), to_rows(x, 0, 1), scale, low, high)
+        low, high, use_compiled = ctx.constants
+        backward = compiled(_backward, x.device.type) if use_compiled else _backward
+        grad_x, grad_scale = backward(
+            to_rows(match_layout(grads[0], x), 0, 1), to_rows(x, 0, 1), scale, low, high
+        )
         return from_rows(grad_x, x, 0), grad_scale, None, None, None
 
 
@@ -70,13 +78,15 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, bits: int, levels: Literal["auto", "learned", "uniform"] = "auto") -> None:
         super().__init__()
         self.bits = bits
-        self.fuse = False  # with torch.compile: set it where the work wins the compiling back
+        self.use_compiled = (
+            False  # with torch.compile: set it where the work wins the compiling back
+        )
         self.log2_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.low = 0
         use_levels = levels == "learned" or (levels == "auto" and bits <= 4)
         self.learned = DDQuantizer(1, bits) if use_levels and bits < LEVEL_BITS else None
-        self.seen: Distribution | None = None
+        self.seen: Histogram | None = None
         self.values = 0  # in the batch that was seen
         self.observing = False
 
@@ -87,19 +97,21 @@ class ActivationQuantizer(nn.Module):
         if self.observing:
             if self.seen is None:  # one batch says enough
                 check_finite(x)
-                self.seen = Distribution.of(x.detach().float().cpu().numpy())
+                self.seen = Histogram.of(x.detach().float().cpu().numpy())
             return x
         if self.learned is not None:
-            self.learned.fuse = self.fuse
+            self.learned.use_compiled = self.use_compiled
             return self.learned(x)  # type: ignore[no-any-return]
         low = -self.low
-        quantized: Tensor = _UniformFakeQuantize.apply(x, self.scale(), low, low + 2**self.bits - 1, self.fuse)  # type: ignore[no-untyped-call]
+        quantized: Tensor = _UniformFakeQuantize.apply(
+            x, self.scale(), low, low + 2**self.bits - 1, self.use_compiled
+        )  # type: ignore[no-untyped-call]
         return quantized
 
     def scale(self) -> Tensor:
         """The step size in force, a scalar."""
         raw = torch.exp2(self.log2_scale)
-        scale: Tensor = _Exactly.apply(raw, representable(raw.detach()))  # type: ignore[no-untyped-call]
+        scale: Tensor = ReplaceForward.apply(raw, representable_scale(raw.detach()))  # type: ignore[no-untyped-call]
         return scale
 
     @torch.no_grad()
@@ -123,16 +135,20 @@ class ActivationQuantizer(nn.Module):
             return False  # never reached: goes on passing through
         self.observing, self.values = False, int(seen.count.sum())
         if self.learned is not None:
-            scale, zero_point = fitting_grid(seen)
+            scale, zero_point = fit_grid(seen)
             fitted = lloyd_max(seen, 2**self.bits) / scale + zero_point
             self.learned.scale.fill_(scale)
             self.learned.zero_point.fill_(zero_point)
-            self.learned.levels.copy_(torch.from_numpy(spread_runs(fitted, 2**self.bits))[None])
+            self.learned.levels.copy_(torch.from_numpy(spread_levels(fitted, 2**self.bits))[None])
             return True
         low, high = min(seen.low, 0.0), max(seen.high, 0.0)
         best, best_error = (1.0, 0), math.inf
         for share in np.linspace(0.1, 1.0, 46):
-            scale = float(representable(torch.tensor(max(share * (high - low), 1e-30) / (2**self.bits - 1))))
+            scale = float(
+                representable_scale(
+                    torch.tensor(max(share * (high - low), 1e-30) / (2**self.bits - 1))
+                )
+            )
             zero_point = min(round(-share * low / scale), 2**self.bits - 1)
             error = squared_error(seen, (np.arange(2**self.bits) - zero_point) * scale)
             if error < best_error:

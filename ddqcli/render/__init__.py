@@ -1,1 +1,1 @@
-"""Results as text for people and as data for pipelines; the only user of Rich."""
+"""Results as text for people and as data for pipelines. The only user of Rich."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddqcli.commands.diff import COLUMNS, DiffResult, Pair
-from ddqcli.text import shorten
+from ddqcli.formatting import shorten
 
 NONE = "-"
 _FORMATS: dict[str, Callable[[Any], str]] = {
@@ -51,13 +51,21 @@ def total_rows(result: DiffResult) -> list[Sequence[str]]:
         ("float accuracy", accuracy["float"], "{:.2f}", "%"),
     ]
     found = [
-        (name, *sides(pair, (form + unit).format), "" if pair["change"] is None else _signed(pair["change"], form))
+        (
+            name,
+            *sides(pair, (form + unit).format),
+            "" if pair["change"] is None else _signed(pair["change"], form),
+        )
         for name, pair, form, unit in rows
         if pair["a"] is not None or pair["b"] is not None
     ]
     if result.activations:
-        bits = [sorted({entry["bits"][side] for entry in result.activations} - {None}) for side in "ab"]
-        found.append(("inputs' bits", *("/".join(map(str, values)) or "float" for values in bits), ""))
+        bits = [
+            sorted({entry["bits"][side] for entry in result.activations} - {None}) for side in "ab"
+        ]
+        found.append(
+            ("inputs' bits", *("/".join(map(str, values)) or "float" for values in bits), "")
+        )
     return found
 
 
@@ -71,7 +79,9 @@ def as_csv(result: DiffResult) -> str:
     """The layers as CSV, numbers unformatted; empty where a side has no such layer."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["name", "kind", "shape", *(f"{column}_{side}" for column in COLUMNS for side in "ab")])
+    writer.writerow(
+        ["name", "kind", "shape", *(f"{column}_{side}" for column in COLUMNS for side in "ab")]
+    )
     for layer in result.layers:
         values = (layer[column][side] for column in COLUMNS for side in "ab")
         writer.writerow([layer["name"], layer["kind"], "x".join(map(str, layer["shape"])), *values])
@@ -82,7 +92,10 @@ def as_markdown(result: DiffResult) -> str:
     """Totals and layers as Markdown, fit for a CI job's summary."""
     header = ["name", *(f"{column} {side}" for column in COLUMNS for side in "AB")]
     layers = [
-        [layer["name"], *(cell for column in COLUMNS for cell in sides(layer[column], _FORMATS[column]))]
+        [
+            layer["name"],
+            *(cell for column in COLUMNS for cell in sides(layer[column], _FORMATS[column])),
+        ]
         for layer in result.layers
     ]
     return "\n".join(

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ddqcli.text import size
+from ddqcli.formatting import size
 
 _PARTS = ("indices", "levels", "scales", "gates", "floats", "manifest", "header", "file")
 
@@ -39,7 +39,11 @@ def _ddq(data: dict[str, Any]) -> list[str]:
         f"bits       all {verified['values']:,} values of {verified['tensors']} tensors{rounded} read back as trained",
     ]
     if (outputs := behaviour["outputs"]) is not None:
-        same = "the same bits as the trained network's" if outputs == 0 else f"{outputs:.1e} from the trained network's"
+        same = (
+            "the same bits as the trained network's"
+            if outputs == 0
+            else f"{outputs:.1e} from the trained network's"
+        )
         lines.append(f"outputs    {same}")
     if (accuracy := behaviour["accuracy"]) is not None and behaviour["expected"] is not None:
         change = accuracy - behaviour["expected"]
@@ -52,7 +56,9 @@ def _onnx(data: dict[str, Any]) -> list[str]:
     lines = [f"{data['path']}: {size(data['float_bytes'])} -> {size(data['sizes']['file'])}"]
     for key, words in (("optimised", "onnxruntime"), ("unoptimised", "without optimisations")):
         found = data[key]
-        text = f"{words}: outputs {found['outputs']:.1e} from torch's on {found['samples']:,} samples"
+        text = (
+            f"{words}: outputs {found['outputs']:.1e} from torch's on {found['samples']:,} samples"
+        )
         if found["accuracy"] is not None:
             text += f", accuracy {found['accuracy']:.2f}% (torch {found['torch_accuracy']:.2f}%)"
         lines.append(text)

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ddqcli.commands.inspect import ERROR_BITS, TOTAL_BITS, InspectResult
-from ddqcli.text import count, percent, shorten, size
+from ddqcli.formatting import count, percent, shorten, size
+from ddqcli.inspection.weights import ERROR_BITS, TOTAL_BITS, InspectResult
 
 NAME_WIDTH = 22  # columns the names keep before further columns are shown
 BLOCKS, ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
@@ -36,15 +36,23 @@ class Column:
 def show(result: InspectResult, console: Console) -> None:
     """Print the layers, the sizes at each bit-width, where the pictures are, and what to type next."""
     columns = _columns(console)
-    shown = fitting(columns, console.width, max((len(bare(row.name)) for row in result.layers), default=0))
+    shown = fitting(
+        columns, console.width, max((len(bare(row.name)) for row in result.layers), default=0)
+    )
     console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False, markup=False)
     if result.layers:
         console.print()
         console.print(layer_table(result.layers, shown, console))
         console.print()
         note = "Bits: squared error in % of the squares, by uniform, power-of-two and best (Lloyd-Max) levels."
-        tails = "Tail: reach of the outer 1 %; a Gaussian has 1." if any(c.header == "tail" for c in shown) else ""
-        more = "A wider terminal shows more columns, --json all." if len(shown) < len(columns) else ""
+        tails = (
+            "Tail: reach of the outer 1 %; a Gaussian has 1."
+            if any(c.header == "tail" for c in shown)
+            else ""
+        )
+        more = (
+            "A wider terminal shows more columns, --json all." if len(shown) < len(columns) else ""
+        )
         console.print(Text(" ".join(filter(None, [note, tails, more])), style="dim"))
     console.print()
     console.print(_totals(result, console))
@@ -56,7 +64,9 @@ def show(result: InspectResult, console: Console) -> None:
 def spark(histogram: tuple[int, ...], width: int, blocks: str = BLOCKS) -> str:
     """A histogram in `width` block characters; a blank holds no value at all, so single outliers stay visible."""
     counts = np.array([part.sum() for part in np.array_split(np.array(histogram), width)])
-    return "".join(blocks[k] for k in np.ceil(counts / max(counts.max(), 1) * (len(blocks) - 1)).astype(int))
+    return "".join(
+        blocks[k] for k in np.ceil(counts / max(counts.max(), 1) * (len(blocks) - 1)).astype(int)
+    )
 
 
 def bare(name: str) -> str:
@@ -117,10 +127,15 @@ def layer_table(rows: Sequence[Any], columns: list[Column], console: Console) ->
     table.add_column("layer", no_wrap=True)
     for column in columns:
         table.add_column(
-            column.header, justify="right" if column.right else "left", min_width=column.width, no_wrap=True
+            column.header,
+            justify="right" if column.right else "left",
+            min_width=column.width,
+            no_wrap=True,
         )
     for row in rows:
-        table.add_row(Text(shorten(bare(row.name), room, dots)), *(column.cell(row) for column in columns))
+        table.add_row(
+            Text(shorten(bare(row.name), room, dots)), *(column.cell(row) for column in columns)
+        )
     return table
 
 
@@ -147,13 +162,19 @@ def _closing(result: InspectResult) -> list[str]:
     rest = result.rest
     lines = []
     if rest["tensors"]:
-        what = f"{rest['tensors']} tensors, {count(rest['parameters'])} values, {size(rest['bytes'])}"
-        lines.append(f"Stays as stored, and is counted in every size: biases, norms and counters ({what}).")
+        what = (
+            f"{rest['tensors']} tensors, {count(rest['parameters'])} values, {size(rest['bytes'])}"
+        )
+        lines.append(
+            f"Stays as stored, and is counted in every size: biases, norms and counters ({what})."
+        )
     if result.tied:
         name, first = next(iter(result.tied.items()))
         more = f", and {len(result.tied) - 1} more" if len(result.tied) > 1 else ""
         lines.append(f"Counted once because they share memory: {name} with {first}{more}.")
     if result.pictures:
-        lines.append(f"Pictures: {result.pictures[0]} shows them all ({len(result.pictures)} files).")
+        lines.append(
+            f"Pictures: {result.pictures[0]} shows them all ({len(result.pictures)} files)."
+        )
     lines.append(f"Next: ddq finetune {result.path} --data FOLDER --target-bits 4")
     return lines

@@ -5,10 +5,20 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from ddqcli.commands.inspect_trained import ERROR, FIXED, TrainedResult, TrainedRow
-from ddqcli.render.inspect import KINDS, LEVELS, Column, bare, blocks_of, fitting, layer_table, shape_word, spark
+from ddqcli.formatting import count, percent, size
+from ddqcli.inspection.trained import ERROR, FIXED, TrainedResult, TrainedRow
+from ddqcli.render.inspect import (
+    KINDS,
+    LEVELS,
+    Column,
+    bare,
+    blocks_of,
+    fitting,
+    layer_table,
+    shape_word,
+    spark,
+)
 from ddqcli.render.report import totals
-from ddqcli.text import count, percent, size
 
 
 def show(result: TrainedResult, console: Console) -> None:
@@ -19,7 +29,11 @@ def show(result: TrainedResult, console: Console) -> None:
     console.print()
     console.print(layer_table(result.layers, shown, console))
     console.print()
-    notes = [f"Histogram: {result.histogram_of}.", ERROR, *([FIXED] if result.what == "run" else [])]
+    notes = [
+        f"Histogram: {result.histogram_of}.",
+        ERROR,
+        *([FIXED] if result.what == "run" else []),
+    ]
     more = "A wider terminal shows more columns, --json all." if len(shown) < len(columns) else ""
     console.print(Text(" ".join(filter(None, [*notes, more])), style="dim"))
     console.print()
@@ -43,7 +57,10 @@ def _columns(result: TrainedResult, console: Console) -> list[Column]:
     ]
     if result.what == "run":
         columns.insert(-1, Column("distribution", 13, shape_word, 2, right=False))
-        columns += [Column(label, 5, lambda row, kind=kind: _error(row, kind), 1) for kind, label in LEVELS.items()]
+        columns += [
+            Column(label, 5, lambda row, kind=kind: _error(row, kind), 1)
+            for kind, label in LEVELS.items()
+        ]
     return columns
 
 
@@ -55,7 +72,11 @@ def _error(row: TrainedRow, kind: str) -> str:
 def _closing(result: TrainedResult) -> list[str]:
     lines = []
     if result.pictures:
-        lines.append(f"pictures   {result.pictures[0]} shows them all ({len(result.pictures)} files)")
+        lines.append(
+            f"pictures   {result.pictures[0]} shows them all ({len(result.pictures)} files)"
+        )
     page = f"ddq report {result.path} --html report.html"
-    lines.append(f"next       {page}" + (f"   ddq export {result.path}" if result.what == "run" else ""))
+    lines.append(
+        f"next       {page}" + (f"   ddq export {result.path}" if result.what == "run" else "")
+    )
     return lines

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ddqcli.render.output import err
+from ddqcli.render.console import err
 
 _HEARTBEAT = 10.0  # seconds
 
@@ -33,7 +33,10 @@ class Live:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.bar:
             self.bar.stop()
@@ -48,7 +51,9 @@ class Live:
     def step(self, metrics: Any) -> None:
         detail = f"loss {metrics.loss:.3f}, {metrics.train_accuracy:.1f} %, {metrics.average_bits:.2f} bits"
         if self._show("train", metrics.step, metrics.steps, detail) and not self.bar:
-            self.note(f"train {metrics.step}/{metrics.steps}: {detail}, {_clock(metrics.remaining)} left")
+            self.note(
+                f"train {metrics.step}/{metrics.steps}: {detail}, {_clock(metrics.remaining)} left"
+            )
 
     def _show(self, what: str, done: int, total: int, detail: str) -> bool:
         """Update the bar; True where a heartbeat is due."""
@@ -69,4 +74,8 @@ class Live:
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        if minutes >= 60
+        else f"{minutes}:{seconds:02d}"
+    )

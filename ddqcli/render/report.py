@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ddqcli.text import shorten
+from ddqcli.formatting import shorten
 
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
 _NUMBERS = {"bits", "levels", "bytes", "share", "error"}
@@ -39,7 +39,12 @@ def table(report: dict[str, Any], console: Console) -> None:
     shown = [c for c in COLUMNS if wide or c != "kind"]
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
-        grid.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True, overflow="ellipsis")
+        grid.add_column(
+            column,
+            justify="right" if column in _NUMBERS else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
     for row in rows(report):
         grid.add_row(*(shorten(row[c], 30 if not wide else 60) for c in shown))
     console.print(grid)
@@ -60,7 +65,9 @@ def totals(report: dict[str, Any]) -> list[str]:
         lines.append(f"budget     {t['budget_bytes']:,} bytes, {used:.1f}% used")
     if report["activations"]:
         bits = sorted({a["bits"] for a in report["activations"]})
-        lines.append(f"inputs     {len(report['activations'])} layers' inputs at {'/'.join(map(str, bits))} bits")
+        lines.append(
+            f"inputs     {len(report['activations'])} layers' inputs at {'/'.join(map(str, bits))} bits"
+        )
     if a:
         lines.append(
             f"accuracy   {a['float']:.2f}% float -> {a['quantized']:.2f}% quantized ({0 - a['drop']:+.2f} points)"
@@ -76,13 +83,20 @@ def as_csv(report: dict[str, Any]) -> str:
     writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     for layer in report["layers"]:
-        writer.writerow({**{n: layer[n] for n in names}, "shape": "x".join(map(str, layer["shape"]))})
+        writer.writerow(
+            {**{n: layer[n] for n in names}, "shape": "x".join(map(str, layer["shape"]))}
+        )
     return stream.getvalue().rstrip("\n")
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """Totals and layers as Markdown, fit for a CI job's summary."""
-    lines = ["### ddq report", "", *(f"- {line.replace('  ', ' ').strip()}" for line in totals(report)), ""]
+    lines = [
+        "### ddq report",
+        "",
+        *(f"- {line.replace('  ', ' ').strip()}" for line in totals(report)),
+        "",
+    ]
     lines.append("| " + " | ".join(COLUMNS) + " |")
     lines.append("| " + " | ".join("---:" if c in _NUMBERS else "---" for c in COLUMNS) + " |")
     lines += ["| " + " | ".join(row[c] for c in COLUMNS) + " |" for row in rows(report)]
@@ -101,5 +115,7 @@ def finetuned(data: dict[str, Any], console: Console) -> None:
         return
     console.print(f"run        {data['run_dir']}", markup=False, soft_wrap=True)
     console.print(
-        "next       ddq report   ddq export   ddq inspect " + data["source"]["path"], markup=False, soft_wrap=True
+        "next       ddq report   ddq export   ddq inspect " + data["source"]["path"],
+        markup=False,
+        soft_wrap=True,
     )

@@ -12,7 +12,9 @@ def swept(data: dict[str, Any], console: Console) -> None:
     """What `ddq finetune` with several targets closes with."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("target", "bytes", "bits a weight", "accuracy", "drop", "run"):
-        grid.add_column(column, justify="left" if column in ("target", "run") else "right", no_wrap=True)
+        grid.add_column(
+            column, justify="left" if column in ("target", "run") else "right", no_wrap=True
+        )
     stored = data["float"]
     grid.add_row("float", f"{stored['bytes']:,}", "", _percent(stored["accuracy"]), "", "")
     for row in data["targets"]:

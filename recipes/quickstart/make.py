@@ -22,7 +22,12 @@ def make_data() -> dict[str, np.ndarray]:
     images = np.rint(digits.images * 255 / 16).astype(np.uint8)
     labels = digits.target.astype(np.uint8)
     test = np.arange(len(labels)) % 5 == 4
-    return {"x_train": images[~test], "y_train": labels[~test], "x_test": images[test], "y_test": labels[test]}
+    return {
+        "x_train": images[~test],
+        "y_train": labels[~test],
+        "x_test": images[test],
+        "y_test": labels[test],
+    }
 
 
 def as_input(images: np.ndarray) -> torch.Tensor:
@@ -33,7 +38,9 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     """Each image moved by up to a pixel; what moves in is black."""
     padded = F.pad(x, (1, 1, 1, 1), value=-MEAN / STD)
     corners = torch.randint(0, 3, (len(x), 2)).tolist()
-    return torch.stack([image[:, t : t + 8, s : s + 8] for image, (t, s) in zip(padded, corners, strict=True)])
+    return torch.stack(
+        [image[:, t : t + 8, s : s + 8] for image, (t, s) in zip(padded, corners, strict=True)]
+    )
 
 
 def train(data: dict[str, np.ndarray]) -> torch.nn.Module:
@@ -42,7 +49,9 @@ def train(data: dict[str, np.ndarray]) -> torch.nn.Module:
     x, y = as_input(data["x_train"]), torch.from_numpy(data["y_train"]).long()
     steps = len(x) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=EPOCHS * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1e-2, total_steps=EPOCHS * steps
+    )
     for _ in range(EPOCHS):
         for chosen in torch.randperm(len(x))[: steps * BATCH].split(BATCH):
             loss = F.cross_entropy(model(shifted(x[chosen])), y[chosen], label_smoothing=0.05)
@@ -63,7 +72,9 @@ def main() -> None:
         hits = model(as_input(data["x_test"])).argmax(1).numpy() == data["y_test"]
     torch.save(model.state_dict(), HERE / "model.pt")
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{size:,} parameters; {hits.sum()} of {len(hits)} test images right: {100 * hits.mean():.2f} %")
+    print(
+        f"{size:,} parameters; {hits.sum()} of {len(hits)} test images right: {100 * hits.mean():.2f} %"
+    )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,15 @@ class Contents:
 
 def noise(count: int, below: int, seed: int) -> np.ndarray:
     """`count` integers in 0..below - 1."""
-    return np.array([(seed * 2654435761 + i * i * 40503 + i * 2531011) // 7 % below for i in range(count)], np.uint8)
+    return np.array(
+        [(seed * 2654435761 + i * i * 40503 + i * 2531011) // 7 % below for i in range(count)],
+        np.uint8,
+    )
 
 
-def quantized(name: str, shape: tuple[int, ...], axis: int | None, bits: list[int], seed: int) -> QuantizedTensor:
+def quantized(
+    name: str, shape: tuple[int, ...], axis: int | None, bits: list[int], seed: int
+) -> QuantizedTensor:
     """Indices are laid out by looking at each element's position along `axis`, one element at a time."""
     numel = int(np.prod(shape))
     group_of = np.zeros(numel, int) if axis is None else np.indices(shape)[axis].reshape(-1)
@@ -39,7 +44,10 @@ def quantized(name: str, shape: tuple[int, ...], axis: int | None, bits: list[in
         shape,
         axis,
         np.array([int(draws[i]) % 2 ** bits[group_of[i]] for i in range(numel)], np.uint8),
-        tuple(np.arange(256, dtype=np.uint8) if s == 8 else np.sort(noise(2**s, 256, seed + s)) for s in bits),
+        tuple(
+            np.arange(256, dtype=np.uint8) if s == 8 else np.sort(noise(2**s, 256, seed + s))
+            for s in bits
+        ),
         np.array([(2049 + 2 * g) * 2.0**-18 for g in range(len(bits))], np.float32),
         noise(len(bits), 256, seed + 1),
     )
@@ -76,7 +84,9 @@ def example() -> Contents:
     )
 
 
-if __name__ == "__main__":  # after a change of the format: python tests/artifact/artifact_example.py, with PYTHONPATH=.
+if (
+    __name__ == "__main__"
+):  # after a change of the format: python tests/artifact/artifact_example.py, with PYTHONPATH=.
     golden, _ = encode_artifact(*example().arguments())
     Path(__file__).with_name("golden.ddq").write_bytes(golden)
     print(hashlib.sha256(golden).hexdigest(), "is GOLDEN_SHA256 of test_decoder.py")  # noqa: T201

@@ -32,7 +32,10 @@ def entries_of(raw: bytes) -> tuple[dict[str, bytes], Any]:
     (length,) = struct.unpack_from("<Q", raw)
     header = json.loads(raw[8 : 8 + length])
     header.pop("__metadata__")
-    entries = {n: raw[8 + length + e["data_offsets"][0] : 8 + length + e["data_offsets"][1]] for n, e in header.items()}
+    entries = {
+        n: raw[8 + length + e["data_offsets"][0] : 8 + length + e["data_offsets"][1]]
+        for n, e in header.items()
+    }
     return entries, json.loads(bz2.decompress(entries.pop("manifest")))
 
 
@@ -40,7 +43,11 @@ def leaves_of(tree: dict[str, Any]) -> dict[str, list[Any]]:
     """The manifest's lists, by name, in the order of the names."""
     found: dict[str, list[Any]] = {}
     for part, below in tree.items():
-        rest = {"": below} if isinstance(below, list) else {f".{name}": leaf for name, leaf in leaves_of(below).items()}
+        rest = (
+            {"": below}
+            if isinstance(below, list)
+            else {f".{name}": leaf for name, leaf in leaves_of(below).items()}
+        )
         found |= {part + end: leaf for end, leaf in rest.items()}
     return dict(sorted(found.items()))
 
@@ -100,7 +107,11 @@ def test_decodes_as_the_oracle_does(file: Path, contents: Contents) -> None:
         assert tensors[name].tobytes() == array.tobytes()
     assert tensors["tied.weight"] is tensors["fc.weight"]
     assert tensors["tied.count"] == 1234567890123
-    assert tensors.keys() == {*(t.name for t in contents.quantized), *contents.floats, *contents.aliases}
+    assert tensors.keys() == {
+        *(t.name for t in contents.quantized),
+        *contents.floats,
+        *contents.aliases,
+    }
     assert about["meta"] == contents.meta
     assert about["activations"]["fc (input)"].tolist() == [-4.5, 0, 0, 95.5]
 
@@ -110,12 +121,34 @@ def test_every_width_in_every_length(tmp_path: Path, bits: int) -> None:
     """Around the lengths at which the decoder goes from row to row, and from chunk to chunk; groups of even and odd size."""
     random, path = np.random.default_rng(bits), tmp_path / "model.ddq"
     row, chunk = decoder.ROW, decoder.CHUNK
-    shapes = [(n,) for n in (0, 1, 7, 8, 9, row - 1, row, row + 1, 8 * row + 3, chunk - 1, chunk, 2 * chunk + 13)]
+    shapes = [
+        (n,)
+        for n in (
+            0,
+            1,
+            7,
+            8,
+            9,
+            row - 1,
+            row,
+            row + 1,
+            8 * row + 3,
+            chunk - 1,
+            chunk,
+            2 * chunk + 13,
+        )
+    ]
     shapes += [(3, row + 1), (17, 2 * row), (2, chunk), (200, 1024), (9, 35), (1, 9), (70, 0)]
     for shape in shapes:
         groups = 1 if len(shape) == 1 else shape[0]
-        levels = tuple(np.sort(random.choice(256, 2**bits, replace=False)).astype(np.uint8) for _ in range(groups))
-        scale, zero_point = np.full(groups, 0.5, np.float32), random.integers(0, 256, groups).astype(np.uint8)
+        levels = tuple(
+            np.sort(random.choice(256, 2**bits, replace=False)).astype(np.uint8)
+            for _ in range(groups)
+        )
+        scale, zero_point = (
+            np.full(groups, 0.5, np.float32),
+            random.integers(0, 256, groups).astype(np.uint8),
+        )
         indices = random.integers(0, 2**bits, math.prod(shape), dtype=np.uint8)
         axis = None if len(shape) == 1 else 0
         tensor = QuantizedTensor("w", shape, axis, indices, levels, scale, zero_point)
@@ -138,10 +171,13 @@ def test_golden_file_keeps_its_meaning(contents: Contents) -> None:
     assert hashlib.sha256(raw).hexdigest() == GOLDEN_SHA256
     assert encode_artifact(*contents.arguments())[0] == raw  # the writer has not changed either
     tensors, about = decoder.decode(GOLDEN)
-    assert {name: array.reshape(-1).tolist() for name, array in (tensors | about["activations"]).items()}.items() >= (
-        oracle(raw).items()
-    )
-    first = {name: (tensor.reshape(-1)[:4].astype(np.float64) * 2**18).tolist() for name, tensor in tensors.items()}
+    assert {
+        name: array.reshape(-1).tolist() for name, array in (tensors | about["activations"]).items()
+    }.items() >= (oracle(raw).items())
+    first = {
+        name: (tensor.reshape(-1)[:4].astype(np.float64) * 2**18).tolist()
+        for name, tensor in tensors.items()
+    }
     assert first["conv.weight"] == [-311448, -362673, -129087, 40980]
     assert first["depthwise.weight"] == [-256125, -432339, -32784, -47127]
     assert first["up.weight"] == [-22539, -24588, -371231, 75887]
@@ -159,11 +195,19 @@ def test_alone_without_torch_or_ddqcli(tmp_path: Path, file: Path) -> None:
         "assert not {'torch', 'ddqcli', 'safetensors'} & {m.partition('.')[0] for m in sys.modules};"
         "sys.stdout.write(repr(float(abs(tensors['conv.weight']).sum())))"
     )
-    run = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {script}", str(file)]
+    run = [
+        sys.executable,
+        "-I",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {script}",
+        str(file),
+    ]
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert float(printed) == float(abs(decoder.decode(file)[0]["conv.weight"]).sum())
     tree = ast.parse(Path(decoder.__file__).read_text(encoding="utf-8"))
-    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    imported = {
+        a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
+    }
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) == {"numpy"}
 
@@ -173,7 +217,15 @@ def test_no_truncation_goes_unnoticed(file: Path) -> None:
     header = 8 + int.from_bytes(raw[:8], "little")
     offsets = [e["data_offsets"] for e in json.loads(raw[8:header]).values() if "data_offsets" in e]
     borders = {header + offset for pair in offsets for offset in pair}
-    cuts = {*range(200), header - 1, header, header + 1, *borders, *(b - 1 for b in borders), *(b + 1 for b in borders)}
+    cuts = {
+        *range(200),
+        header - 1,
+        header,
+        header + 1,
+        *borders,
+        *(b - 1 for b in borders),
+        *(b + 1 for b in borders),
+    }
     for cut in sorted(cut for cut in cuts if cut < len(raw)):
         file.write_bytes(raw[:cut])
         with pytest.raises(decoder.ArtifactError):
@@ -270,7 +322,9 @@ CONTRADICTIONS = {
     "kept no more": lambda tensors, _: tensors["bn"].pop("num_batches_tracked"),
     "kept in no entry": lambda tensors, _: tensors.update(x=["i8", 1]),
     "kept of no dtype": lambda tensors, _: tensors.update(x=["complex", 0]),
-    "one name twice": lambda tensors, _: tensors.update({"bn.weight": ["f32", 4], "bn.bias": ["f32", 0]}),
+    "one name twice": lambda tensors, _: tensors.update(
+        {"bn.weight": ["f32", 4], "bn.bias": ["f32", 0]}
+    ),
     "no gates": with_bytes(0, b"\0"),
     "fewer gates": with_bytes(0, b"\x07"),
     "gates with a gap": with_bytes(0, b"\x0d"),
@@ -309,7 +363,9 @@ def test_a_file_that_contradicts_itself_is_refused(file: Path, change: Any) -> N
         (b'"quantized":{"data_offsets":[', b'"quantized":{"data_offsets":[1'),
     ],
 )
-def test_a_header_that_contradicts_itself_is_refused(file: Path, change: tuple[bytes, bytes]) -> None:
+def test_a_header_that_contradicts_itself_is_refused(
+    file: Path, change: tuple[bytes, bytes]
+) -> None:
     raw = file.read_bytes()
     (length,) = struct.unpack_from("<Q", raw)
     header = raw[8 : 8 + length].replace(*change)

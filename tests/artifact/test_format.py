@@ -14,9 +14,15 @@ import safetensors.numpy
 from artifact_example import Contents
 
 from ddqcli.artifact import format as ddq
-from ddqcli.artifact.format import ActivationTable, QuantizedTensor, encode_artifact, read_artifact, write_artifact
-from ddqcli.commands.report import travelling
+from ddqcli.artifact.format import (
+    ActivationTable,
+    QuantizedTensor,
+    encode_artifact,
+    read_artifact,
+    write_artifact,
+)
 from ddqcli.errors import DDQError, UsageError, VerificationError
+from ddqcli.inspection.report import embedded_report
 
 ENTRIES = ("quantized", "manifest")
 KEPT = ("f32", "f64", "f16", "bf16", "i64", "u8", "bool")
@@ -35,7 +41,12 @@ def test_reads_what_was_written(tmp_path: Path, contents: Contents) -> None:
     assert len(found.quantized) == len(contents.quantized)
     for wrote in contents.quantized:
         read = found.quantized[wrote.name]
-        assert (read.name, read.shape, read.axis, read.bits) == (wrote.name, wrote.shape, wrote.axis, wrote.bits)
+        assert (read.name, read.shape, read.axis, read.bits) == (
+            wrote.name,
+            wrote.shape,
+            wrote.axis,
+            wrote.bits,
+        )
         assert same_bits(read.indices, wrote.indices)
         assert same_bits(read.scale, wrote.scale)
         assert same_bits(read.zero_point, wrote.zero_point)
@@ -54,7 +65,9 @@ def test_values_equal_float64_element_by_element(contents: Contents) -> None:
             group = 0 if tensor.axis is None else at[tensor.axis]
             level = int(tensor.levels[group][tensor.indices.reshape(tensor.shape)[at]])
             assert integers[at] == level
-            assert float(values[at]) == (level - int(tensor.zero_point[group])) * float(tensor.scale[group])
+            assert float(values[at]) == (level - int(tensor.zero_point[group])) * float(
+                tensor.scale[group]
+            )
 
 
 def test_int8_with_zero_point_less_128_is_the_same_tensor(contents: Contents) -> None:
@@ -74,7 +87,9 @@ def test_sizes_are_the_real_bytes(tmp_path: Path, contents: Contents) -> None:
     sizes = write_artifact(tmp_path / "model.ddq", *contents.arguments())
     with safetensors.safe_open(tmp_path / "model.ddq", "pt") as file:
         real = {name: file.get_tensor(name).nbytes for name in (*ENTRIES, *KEPT)}
-    bits = [s for tensor in contents.quantized for s in tensor.bits] + [table.bits for table in contents.activations]
+    bits = [s for tensor in contents.quantized for s in tensor.bits] + [
+        table.bits for table in contents.activations
+    ]
     assert sizes.gates == len(bits)
     assert sizes.scales == 5 * len(bits)
     assert sizes.levels == sum(2**s for s in bits if s < 8)
@@ -82,7 +97,9 @@ def test_sizes_are_the_real_bytes(tmp_path: Path, contents: Contents) -> None:
     assert sizes.manifest == real.pop("manifest")
     assert sizes.floats == sum(real.values())
     assert sizes.file == (tmp_path / "model.ddq").stat().st_size
-    assert sum(sizes.tensors.values()) == sizes.payload == sizes.file - sizes.manifest - sizes.header
+    assert (
+        sum(sizes.tensors.values()) == sizes.payload == sizes.file - sizes.manifest - sizes.header
+    )
     by_hand = {
         "conv.weight": 54 + 16 + 6,
         "fc.bias": 3 + 6,
@@ -96,16 +113,26 @@ def test_sizes_are_the_real_bytes(tmp_path: Path, contents: Contents) -> None:
 
 @pytest.mark.parametrize(
     ("numel", "bits", "expected"),
-    [([432], [4], 216 + 16 + 6), ([9, 9, 9], [3, 1, 8], 14 + 8 + 2 + 18), ([0], [8], 6), ([], [], 0), ([3], [1], 9)],
+    [
+        ([432], [4], 216 + 16 + 6),
+        ([9, 9, 9], [3, 1, 8], 14 + 8 + 2 + 18),
+        ([0], [8], 6),
+        ([], [], 0),
+        ([3], [1], 9),
+    ],
 )
 def test_tensor_bytes(numel: list[int], bits: list[int], expected: int) -> None:
     assert ddq.tensor_bytes(numel, bits) == expected
 
 
 def test_is_a_safetensors_file(tmp_path: Path, contents: Contents) -> None:
-    floats = {name: array for name, array in contents.floats.items() if name != "brain"}  # numpy reads no bfloat16
+    floats = {
+        name: array for name, array in contents.floats.items() if name != "brain"
+    }  # numpy reads no bfloat16
     path = tmp_path / "model.ddq"
-    write_artifact(path, contents.quantized, contents.activations, floats, contents.aliases, contents.meta)
+    write_artifact(
+        path, contents.quantized, contents.activations, floats, contents.aliases, contents.meta
+    )
     entries = safetensors.numpy.load_file(path)
     assert entries.keys() == {*ENTRIES, *KEPT} - {"bf16"}
     assert entries["i64"].tolist() == [1234567890123]
@@ -122,7 +149,9 @@ def test_bfloat16_is_torchs(tmp_path: Path) -> None:
         read = file.get_tensor("bf16")
     assert read.dtype == torch.bfloat16
     assert torch.equal(read.view(torch.uint16), tensor.reshape(-1).view(torch.uint16))
-    back = torch.from_numpy(read_artifact(tmp_path / "model.ddq").floats["brain"].view(np.uint16)).view(torch.bfloat16)
+    back = torch.from_numpy(
+        read_artifact(tmp_path / "model.ddq").floats["brain"].view(np.uint16)
+    ).view(torch.bfloat16)
     assert torch.equal(back.view(torch.uint16), tensor.view(torch.uint16))
 
 
@@ -149,7 +178,9 @@ def test_same_bytes_in_any_process_and_order(tmp_path: Path, contents: Contents)
     for seed, step in (("0", 1), ("1", -1), ("4294967295", -1)):
         path = tmp_path / f"{seed}.ddq"
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", SCRIPT, here, root, str(step), path], env=environment, check=True)
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT, here, root, str(step), path], env=environment, check=True
+        )
         assert path.read_bytes() == expected
 
 
@@ -202,7 +233,10 @@ def resnet20(bits: int) -> tuple[list[QuantizedTensor], dict[str, np.ndarray]]:
     for stage, width in enumerate((16, 32, 64), 1):
         for block in (f"layer{stage}.{i}" for i in range(3)):
             for k in (1, 2):
-                shapes[f"{block}.conv{k}.weight"], norms[f"{block}.bn{k}"] = (width, before, 3, 3), width
+                shapes[f"{block}.conv{k}.weight"], norms[f"{block}.bn{k}"] = (
+                    (width, before, 3, 3),
+                    width,
+                )
                 before = width
     random = np.random.default_rng(0)
 
@@ -210,7 +244,9 @@ def resnet20(bits: int) -> tuple[list[QuantizedTensor], dict[str, np.ndarray]]:
         levels = np.sort(random.choice(256, 2**bits, replace=False)).astype(np.uint8)
         indices = random.integers(0, 2**bits, int(np.prod(shape)), dtype=np.uint8)
         scale = np.array([random.integers(2048, 4096) * 2.0**-18], np.float32)
-        return QuantizedTensor(name, shape, None, indices, (levels,), scale, np.array([128], np.uint8))
+        return QuantizedTensor(
+            name, shape, None, indices, (levels,), scale, np.array([128], np.uint8)
+        )
 
     shapes["fc.weight"] = (10, 64)
     floats = {f"{norm}.num_batches_tracked": np.array(random.integers(1 << 20)) for norm in norms}
@@ -226,9 +262,17 @@ def test_resnet20_is_at_most_one_percent_above_arithmetic() -> None:
     quantized, floats = resnet20(4)
     weights = sum(tensor.indices.size for tensor in quantized)
     assert (len(quantized), len(floats), weights) == (21, 95, 268_346)
-    random, layers = np.random.default_rng(1), [t.name.removesuffix(".weight") for t in quantized if "weight" in t.name]
+    random, layers = (
+        np.random.default_rng(1),
+        [t.name.removesuffix(".weight") for t in quantized if "weight" in t.name],
+    )
     inputs = [
-        ActivationTable(f"{name} (input)", np.arange(256, dtype=np.uint8), random.integers(2048, 4096) * 2.0**-18, 0)
+        ActivationTable(
+            f"{name} (input)",
+            np.arange(256, dtype=np.uint8),
+            random.integers(2048, 4096) * 2.0**-18,
+            0,
+        )
         for name in layers
     ]
     report = {
@@ -250,10 +294,20 @@ def test_resnet20_is_at_most_one_percent_above_arithmetic() -> None:
         "name": "resnet20_w4a8", "model": {"checkpoint": "resnet20_cifar10.pt", "arch": "cifar_nets.py:resnet20"},
         "data": {"source": "cifar10"}, "activations": {"bits": 8}, "budget": {"target_bits": 4.0}, "train": {"epochs": 2},
     }  # fmt: skip
-    raw, sizes = encode_artifact(quantized, inputs, floats, {}, {"recipe": recipe, "report": travelling(report)})
-    exact = 268_336 * 4 // 8 + 20 * (16 + 6) + (10 + 6) + 20 * 6 + sum(array.nbytes for array in floats.values())
+    raw, sizes = encode_artifact(
+        quantized, inputs, floats, {}, {"recipe": recipe, "report": embedded_report(report)}
+    )
+    exact = (
+        268_336 * 4 // 8
+        + 20 * (16 + 6)
+        + (10 + 6)
+        + 20 * 6
+        + sum(array.nbytes for array in floats.values())
+    )
     assert sizes.payload == exact
-    beside = len(raw) - exact + 20 * 6  # whatever is neither weights, which are held to the target, nor kept
+    beside = (
+        len(raw) - exact + 20 * 6
+    )  # whatever is neither weights, which are held to the target, nor kept
     assert beside <= 0.01 * (4 * weights / 8 + sizes.floats)
 
 
@@ -280,7 +334,9 @@ def test_resnet20_is_at_most_one_percent_above_arithmetic() -> None:
         ({"zero_point": np.array([1], np.int32)}, "uint8 levels and zero points"),
     ],
 )
-def test_a_tensor_that_does_not_fit_together_is_refused(contents: Contents, change: dict[str, Any], fault: str) -> None:
+def test_a_tensor_that_does_not_fit_together_is_refused(
+    contents: Contents, change: dict[str, Any], fault: str
+) -> None:
     with pytest.raises(ValueError, match=fault):
         replace(contents.quantized[0], **change)
 
@@ -289,7 +345,9 @@ def test_every_scale_of_12_bits_is_exact_at_every_level() -> None:
     difference = np.arange(-255, 256, dtype=np.float32)
     for mantissa in range(2048, 4096):
         scale = np.float32(mantissa * 2.0**-20)
-        assert np.array_equal((difference * scale).astype(np.float64), difference.astype(np.float64) * float(scale))
+        assert np.array_equal(
+            (difference * scale).astype(np.float64), difference.astype(np.float64) * float(scale)
+        )
 
 
 @pytest.mark.parametrize(
@@ -298,11 +356,16 @@ def test_every_scale_of_12_bits_is_exact_at_every_level() -> None:
         ({"aliases": {"fc.weight": "conv.weight"}}, "fc.weight: more than one"),
         ({"aliases": {"x": "y"}}, "y: an alias points here"),
         ({"aliases": {"x": "tied", "tied": "fc.weight"}}, "tied: an alias points here"),
-        ({"floats": {"conv.weight": np.zeros(1, np.float32)}, "aliases": {}}, "conv.weight: more than one"),
+        (
+            {"floats": {"conv.weight": np.zeros(1, np.float32)}, "aliases": {}},
+            "conv.weight: more than one",
+        ),
         ({"floats": {"c": np.zeros(1, np.complex64)}, "aliases": {}}, "c has dtype complex64"),
         ({"meta": {"accuracy": float("nan")}}, "JSON"),
     ],
 )
-def test_contents_that_cannot_be_a_file_are_refused(contents: Contents, change: dict[str, Any], fault: str) -> None:
+def test_contents_that_cannot_be_a_file_are_refused(
+    contents: Contents, change: dict[str, Any], fault: str
+) -> None:
     with pytest.raises(ValueError, match=fault):
         encode_artifact(*replace(contents, **change).arguments())

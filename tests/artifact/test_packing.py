@@ -15,10 +15,16 @@ from ddqcli.artifact.packing import pack
 
 def bit_by_bit(groups: list[list[int]], bits: list[int]) -> bytes:
     stream = [
-        index >> bit & 1 for group, width in zip(groups, bits, strict=True) for index in group for bit in range(width)
+        index >> bit & 1
+        for group, width in zip(groups, bits, strict=True)
+        for index in group
+        for bit in range(width)
     ]
     stream += [0] * (-len(stream) % 8)
-    return bytes(sum(bit << place for place, bit in enumerate(stream[at : at + 8])) for at in range(0, len(stream), 8))
+    return bytes(
+        sum(bit << place for place, bit in enumerate(stream[at : at + 8]))
+        for at in range(0, len(stream), 8)
+    )
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -31,7 +37,13 @@ def test_equals_bit_by_bit_oracle(bits: int, n: int) -> None:
     assert np.array_equal(unpack(packed, bits, n), indices)
 
 
-@given(st.lists(st.integers(1, 8).flatmap(lambda s: st.tuples(st.just(s), st.lists(st.integers(0, 2**s - 1))))))
+@given(
+    st.lists(
+        st.integers(1, 8).flatmap(
+            lambda s: st.tuples(st.just(s), st.lists(st.integers(0, 2**s - 1)))
+        )
+    )
+)
 def test_groups_of_any_bits_follow_without_padding(groups: list[tuple[int, list[int]]]) -> None:
     bits, indices = [s for s, _ in groups], [values for _, values in groups]
     packed = pack([np.array(values, np.uint8) for values in indices], bits)
@@ -50,7 +62,9 @@ def test_the_specification_packs_as_it_says() -> None:
     first, second = re.findall(r"packed = ([0-9A-F ]+)", page)
     assert bit_by_bit([[5, 1, 7, 0, 2, 6, 3, 4, 1]], [3]) == bytes.fromhex(first)
     assert bit_by_bit([[5, 1, 7], [1, 0, 1], [9, 2, 15]], [3, 1, 4]) == bytes.fromhex(second)
-    assert pack([np.array([5, 1, 7, 0, 2, 6, 3, 4, 1], np.uint8)], [3]).tobytes() == bytes.fromhex(first)
+    assert pack([np.array([5, 1, 7, 0, 2, 6, 3, 4, 1], np.uint8)], [3]).tobytes() == bytes.fromhex(
+        first
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,19 +53,29 @@ def made_up(shapes: list[tuple[int, ...]], bits: int, axis: int | None) -> list[
     tensors = []
     for at, shape in enumerate(shapes):
         groups = 1 if axis is None else shape[axis]
-        levels = tuple(np.sort(random.choice(256, 2**bits, replace=False)).astype(np.uint8) for _ in range(groups))
+        levels = tuple(
+            np.sort(random.choice(256, 2**bits, replace=False)).astype(np.uint8)
+            for _ in range(groups)
+        )
         scale, zero_point = np.full(groups, 2.0**-7, np.float32), np.full(groups, 128, np.uint8)
         indices = random.integers(0, 2**bits, int(np.prod(shape)), dtype=np.uint8)
-        tensors.append(QuantizedTensor(f"{at}.weight", shape, axis, indices, levels, scale, zero_point))
+        tensors.append(
+            QuantizedTensor(f"{at}.weight", shape, axis, indices, levels, scale, zero_point)
+        )
     return tensors
 
 
-def measure(what: str, shapes: list[tuple[int, ...]], bits: int, axis: int | None, folder: Path) -> dict[str, object]:
+def measure(
+    what: str, shapes: list[tuple[int, ...]], bits: int, axis: int | None, folder: Path
+) -> dict[str, object]:
     path = folder / "model.ddq"
     write_artifact(path, made_up(shapes, bits, axis), [], {}, {}, {})
     stored, *_ = decoder.read(path)
     decoded = [decoder.dequantize(tensor) for tensor in stored.values()]
-    copies, nbytes = [np.zeros_like(array) for array in decoded], sum(array.nbytes for array in decoded)
+    copies, nbytes = (
+        [np.zeros_like(array) for array in decoded],
+        sum(array.nbytes for array in decoded),
+    )
     copy = best(lambda: [np.copyto(to, array) for to, array in zip(copies, decoded, strict=True)])
     fresh = best(lambda: [array.copy() for array in decoded])
     if what == "file":
@@ -84,7 +94,9 @@ def measure(what: str, shapes: list[tuple[int, ...]], bits: int, axis: int | Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

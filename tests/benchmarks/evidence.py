@@ -38,7 +38,13 @@ UNIFORM = {
 # Quantizers are compared with labels alone, and with BatchNorm's statistics from the end of the run.
 LABELS_ALONE = ["--set", "train.distill.weight=0", "--set", "train.bn_freeze=1"]
 LSQ = ["--set", "weights.levels=uniform", "--set", "activations.levels=uniform"]
-GOOD = {"4/8": 0.0, "4/4": 0.2, "3/3": 0.6, "2/4": 1.0, "2/2": 1.9}  # the drop that was aimed at, percent
+GOOD = {
+    "4/8": 0.0,
+    "4/4": 0.2,
+    "3/3": 0.6,
+    "2/4": 1.0,
+    "2/2": 1.9,
+}  # the drop that was aimed at, percent
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,24 @@ def rows() -> list[Row]:
     found = []
     for seed in SEEDS:
         for setting, (uniform, size) in reversed(UNIFORM.items()):
-            common = ("--epochs", "5", "--target-size", size, "--act-bits", setting[-1], *LABELS_ALONE)
+            common = (
+                "--epochs",
+                "5",
+                "--target-size",
+                size,
+                "--act-bits",
+                setting[-1],
+                *LABELS_ALONE,
+            )
             methods = {
                 "gates": [],
                 "static allocation": ["--set", "gates.rule=fixed"],
                 "uniform bits, learned levels": uniform,
                 "uniform bits, LSQ": [*uniform, *LSQ],
             }
-            found += [Row("equal bytes", setting, m, seed, (*common, *o)) for m, o in methods.items()]
+            found += [
+                Row("equal bytes", setting, m, seed, (*common, *o)) for m, o in methods.items()
+            ]
     for setting in reversed(GOOD):
         weights, inputs = setting.split("/")
         options = ("--epochs", "15", "--target-bits", weights, "--act-bits", inputs)
@@ -91,21 +107,33 @@ def train(row: Row, model: list[str], folder: Path, environment: dict[str, str])
     )  # fmt: skip
     report = json.loads(done.stdout)["data"]
     bits = {tensor["name"]: tensor["bits"] for tensor in report["layers"]}
-    kept = {key: report[key] for key in ("accuracy", "totals", "run")} | {"training_loss": training_loss(run)}
+    kept = {key: report[key] for key in ("accuracy", "totals", "run")} | {
+        "training_loss": training_loss(run)
+    }
     name = {"table": row.table, "setting": row.setting, "method": row.method, "seed": row.seed}
-    return {**name, "commit": commit(), "command": shlex.join([*shown, *options]), **kept, "bits": bits}
+    return {
+        **name,
+        "commit": commit(),
+        "command": shlex.join([*shown, *options]),
+        **kept,
+        "bits": bits,
+    }
 
 
 def training_loss(run: Path) -> float:
     """Mean over the last tenth of the run, in which the bits are frozen."""
     told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return round(statistics.mean(m["loss"] for m in told if "loss" in m and m["step"] > 0.9 * m["steps"]), 5)
+    return round(
+        statistics.mean(m["loss"] for m in told if "loss" in m and m["step"] > 0.9 * m["steps"]), 5
+    )
 
 
 def commit() -> str:
     """Of which code a result tells."""
     asked = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(asked, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return subprocess.run(
+        asked, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
 
 
 def results(file: Path) -> list[dict[str, Any]]:
@@ -114,29 +142,46 @@ def results(file: Path) -> list[dict[str, Any]]:
 
 def print_tables(found: list[dict[str, Any]]) -> None:
     for setting in UNIFORM:
-        print(f"\n{setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds; training losses")
+        print(
+            f"\n{setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds; training losses"
+        )
         for method in dict.fromkeys(row.method for row in rows() if row.table == "equal bytes"):
-            of = [r for r in found if (r["table"], r["setting"], r["method"]) == ("equal bytes", setting, method)]
+            of = [
+                r
+                for r in found
+                if (r["table"], r["setting"], r["method"]) == ("equal bytes", setting, method)
+            ]
             accuracy = [r["accuracy"]["quantized"] for r in of]
             if accuracy:
                 spread = f"{statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "-"
                 size = max(r["totals"]["bytes"] for r in of)
                 each = " ".join(f"{a:.2f}" for a in accuracy)
-                loss = " ".join(f"{r['training_loss']:.4f}" if "training_loss" in r else "-" for r in of)
-                print(f"| {method} | {size:,} | {statistics.mean(accuracy):.2f} | {spread} | {each} | {loss} |")
+                loss = " ".join(
+                    f"{r['training_loss']:.4f}" if "training_loss" in r else "-" for r in of
+                )
+                print(
+                    f"| {method} | {size:,} | {statistics.mean(accuracy):.2f} | {spread} | {each} | {loss} |"
+                )
     print("\ndefault recipe, 15 epochs")
     for r in found:
         if r["table"] == "default recipe":
             accuracy, totals = r["accuracy"], r["totals"]
-            size, drop = f"{totals['bytes']:,} | {totals['average_bits']:.3f}", f"{accuracy['drop']:.2f}"
+            size, drop = (
+                f"{totals['bytes']:,} | {totals['average_bits']:.3f}",
+                f"{accuracy['drop']:.2f}",
+            )
             name = f"{r['setting']} | {r['method']} | {r['commit']}"
-            print(f"| {name} | {size} | {accuracy['quantized']:.2f} | {drop} | {GOOD[r['setting']]} |")
+            print(
+                f"| {name} | {size} | {accuracy['quantized']:.2f} | {drop} | {GOOD[r['setting']]} |"
+            )
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("model", nargs="*", metavar="CHECKPOINT FILE.py:FACTORY CIFAR10_FOLDER")
-    options.add_argument("--only", nargs="*", default=[], help="rows whose name contains one of these")
+    options.add_argument(
+        "--only", nargs="*", default=[], help="rows whose name contains one of these"
+    )
     options.add_argument("--jobs", type=int, default=1)
     runs = Path(tempfile.gettempdir()) / f"ddq-evidence-{commit()}"
     options.add_argument("--runs", type=Path, default=runs)
@@ -148,7 +193,9 @@ def main() -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         done = {(r["table"], r["setting"], r["method"], r["seed"]) for r in results(RESULTS)}
         missing = [r for r in rows() if (r.table, r.setting, r.method, r.seed) not in done]
-        wanted = [r for r in missing if not given.only or any(text in r.name for text in given.only)]
+        wanted = [
+            r for r in missing if not given.only or any(text in r.name for text in given.only)
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         if given.jobs > 1:
             environment["OMP_NUM_THREADS"] = "1"

@@ -24,7 +24,9 @@ FILES = ("model.py", "model.pt", "digits.npz", "ddq.yaml")
 
 
 def ddq(*args: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "ddqcli", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ddqcli", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def finish(*args: str) -> None:
@@ -43,7 +45,11 @@ def artifact(run: str) -> bytes:
 def where(run: str) -> str:
     """How far a run had come when it was killed."""
     files = {path.name for path in Path(run).glob("*")}
-    stages = (("report.json", "after its end"), ("final.pt", "at its end"), ("last.pt", "while training"))
+    stages = (
+        ("report.json", "after its end"),
+        ("final.pt", "at its end"),
+        ("last.pt", "while training"),
+    )
     return next((stage for name, stage in stages if name in files), "before the first step")
 
 
@@ -51,14 +57,24 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--save-every", type=int, default=5, help="steps; often, so that many kills hit a write")
+    options.add_argument(
+        "--save-every", type=int, default=5, help="steps; often, so that many kills hit a write"
+    )
     given = options.parse_args()
     os.environ["PYTHONPATH"] = str(QUICKSTART.parents[1])
     folder = Path(tempfile.mkdtemp(prefix="kill_resume-"))
     for name in FILES:
         shutil.copy(QUICKSTART / name, folder)
     os.chdir(folder)
-    flags = ["finetune", "model.pt", "--target-bits", "4", "--set", f"train.save_every={given.save_every}", "-q"]
+    flags = [
+        "finetune",
+        "model.pt",
+        "--target-bits",
+        "4",
+        "--set",
+        f"train.save_every={given.save_every}",
+        "-q",
+    ]
     finish(*flags, "--run-dir", "first")  # compiles what later processes find compiled
     began = time.monotonic()
     finish(*flags, "--run-dir", "undisturbed")
@@ -72,7 +88,9 @@ def main() -> None:
         while not done:  # the last kills may fall into a run; it is then brought to its end
             process = ddq(*flags, "--run-dir", f"run{run}", "--resume")
             try:
-                process.communicate(timeout=draw.uniform(0, span) if killed.total() < given.kills else None)
+                process.communicate(
+                    timeout=draw.uniform(0, span) if killed.total() < given.kills else None
+                )
                 done = True
                 if process.returncode:
                     sys.exit(f"run {run} could not be resumed: exit code {process.returncode}")

@@ -29,7 +29,7 @@ from torch import nn
 from torchvision import models as zoo
 
 import ddqcli
-from ddqcli.engine.onnx import write_onnx
+from ddqcli.onnx.export import write_onnx
 
 NETWORKS = ("resnet18", "mobilenet_v2")
 
@@ -39,7 +39,13 @@ def float_onnx(model: nn.Module, x: torch.Tensor, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, (x,), path, dynamo=True, dynamic_shapes=({0: "batch"},), external_data=False, verbose=False
+            model,
+            (x,),
+            path,
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            external_data=False,
+            verbose=False,
         )
 
 
@@ -87,14 +93,22 @@ def measure(name: str, folder: Path, threads: list[int], runs: int) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of threads to measure")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="numbers of threads to measure"
+    )
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for name in NETWORKS for row in measure(name, Path(folder), arguments.threads, arguments.runs)]
+        rows = [
+            row
+            for name in NETWORKS
+            for row in measure(name, Path(folder), arguments.threads, arguments.runs)
+        ]
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return

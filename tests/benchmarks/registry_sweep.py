@@ -24,12 +24,15 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddqcli.engine.convert import Converted, convert, quantized_state
-from ddqcli.engine.data import Data
-from ddqcli.engine.evaluate import calibrate, evaluate
-from ddqcli.engine.gates import Gates, make_budget, stored_bytes
-from ddqcli.engine.train import StepMetrics, Trainer
-from ddqcli.recipe import Recipe
+from ddqcli.data.load import Data
+from ddqcli.qat.budget import make_budget, stored_bytes
+from ddqcli.qat.convert import convert
+from ddqcli.qat.model import QuantizedModel, quantized_state
+from ddqcli.qat.rules.base import Gates
+from ddqcli.recipe.schema import Recipe
+from ddqcli.training.calibrate import calibrate
+from ddqcli.training.evaluate import evaluate
+from ddqcli.training.trainer import StepMetrics, Trainer
 
 CLASSES = 10
 BATCH = 2
@@ -63,7 +66,10 @@ class Noise:
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.batch = torch.randn(BATCH, 3, size, size, generator=generator), torch.arange(BATCH) % CLASSES
+        self.batch = (
+            torch.randn(BATCH, 3, size, size, generator=generator),
+            torch.arange(BATCH) % CLASSES,
+        )
 
     def __len__(self) -> int:
         return 1
@@ -92,7 +98,9 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
     began = time.monotonic()
     torch.manual_seed(0)
     recipe, noise = Recipe.model_validate({**RECIPE, **sections}), Noise(size)
-    data = Data(noise, noise, F.cross_entropy, lambda out, y: (out.argmax(1) == y).float(), None, "noise")
+    data = Data(
+        noise, noise, F.cross_entropy, lambda out, y: (out.argmax(1) == y).float(), None, "noise"
+    )
     model = build()
     names = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
     converted = convert(model, recipe)
@@ -101,7 +109,9 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
     order = executed(converted)
     calibrate(converted, data, 1, gates.watch)
     inputs = list(converted.activations)
-    assert (order[0], order[-1]) == (inputs[0], inputs[-1]), "the first and last layer executed are not those defined"
+    assert (order[0], order[-1]) == (inputs[0], inputs[-1]), (
+        "the first and last layer executed are not those defined"
+    )
     gates.start()
     metrics: list[StepMetrics] = []
     Trainer(converted, None, data, gates, recipe, 1).run(metrics.append, lambda: None)
@@ -110,7 +120,9 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
     assert gates.cost() <= (budget.limit or 0), "the budget is not kept"
     assert is_used(gates), "the budget is not used"
     state = quantized_state(converted)
-    assert {name: (value.shape, value.dtype) for name, value in state.items()} == names, "the float names have changed"
+    assert {name: (value.shape, value.dtype) for name, value in state.items()} == names, (
+        "the float names have changed"
+    )
     return Row(
         arch, size, budget.weights, len(converted.tensors), len(converted.kept), len(inputs),
         8 * gates.cost() / budget.weights, time.monotonic() - began,
@@ -128,7 +140,7 @@ def is_used(gates: Gates) -> bool:
     return spare <= 0.02 * (gates.budget.limit or 0) or spare < min(rises, default=0)
 
 
-def executed(converted: Converted) -> list[str]:
+def executed(converted: QuantizedModel) -> list[str]:
     """A list that fills with the layers' names in the order in which their inputs are quantized."""
     order: list[str] = []
     for name, quantizer in converted.activations.items():
@@ -137,9 +149,15 @@ def executed(converted: Converted) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--only", nargs="*", default=[""], metavar="NAME", help="architectures whose name contains one of these"
+        "--only",
+        nargs="*",
+        default=[""],
+        metavar="NAME",
+        help="architectures whose name contains one of these",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -165,7 +183,9 @@ def main() -> int:
         rows.append(row)
         gc.collect()
         if options.json:
-            options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+            options.json.write_text(
+                json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8"
+            )
     failed = sum(row.fault is not None for row in rows)
     print(f"{len(rows) - failed} of {len(rows)} ok")
     return 1 if failed or not rows else 0

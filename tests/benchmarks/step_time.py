@@ -24,11 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddqcli.engine.convert import convert, quantizers
-from ddqcli.engine.gates import Budget, Gates
-from ddqcli.engine.train import _optimizers, distillation
-from ddqcli.quant.fusion import can_fuse
-from ddqcli.recipe import Recipe
+from ddqcli.qat.budget import Budget
+from ddqcli.qat.convert import convert
+from ddqcli.qat.model import quantizers
+from ddqcli.qat.rules.base import Gates
+from ddqcli.quant.compiled import can_compile
+from ddqcli.recipe.schema import Recipe
+from ddqcli.training.distillation import distillation
+from ddqcli.training.optimizers import make_optimizers
 
 Step = Callable[[], None]
 
@@ -50,7 +53,17 @@ class Block(nn.Module):
 
 
 def resnet20() -> nn.Module:
-    widths = [(16, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 32), (32, 64), (64, 64), (64, 64)]
+    widths = [
+        (16, 16),
+        (16, 16),
+        (16, 16),
+        (16, 32),
+        (32, 32),
+        (32, 32),
+        (32, 64),
+        (64, 64),
+        (64, 64),
+    ]
     blocks = [Block(cin, cout, 2 if cin != cout else 1) for cin, cout in widths]
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
@@ -70,7 +83,9 @@ def build(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None)
 
 
-def step_of(model: nn.Module, optimizers: list[torch.optim.Optimizer], x: Tensor, y: Tensor) -> Step:
+def step_of(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], x: Tensor, y: Tensor
+) -> Step:
     def step() -> None:
         F.cross_entropy(model(x), y).backward()
         for optimizer in optimizers:
@@ -103,21 +118,21 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
         activation.observing = True
     F.cross_entropy(model.eval()(x), y).backward()
     gates.watch()
-    fuse = can_fuse(x.device)
+    use_compiled = can_compile(x.device)
     for activation in converted.activations.values():
         activation.fit()
     for quantizer in quantizers(converted):
-        quantizer.fuse = fuse
+        quantizer.use_compiled = use_compiled
     gates.start()
     model.train()
-    optimizers = [o for o in _optimizers(converted, recipe.train) if o]
+    optimizers = [o for o in make_optimizers(converted, recipe.train) if o]
     counter = iter(range(1, 10**9))
 
     def step() -> None:
         number = next(counter)
         with torch.no_grad():
             targets = [teacher(x.flip(-1) if mirrored else x) for mirrored in range(views)]
-        with converted.at_once():
+        with converted.batched():
             output = model(x)
             loss = F.cross_entropy(output, y)
             if targets:
@@ -139,10 +154,14 @@ def torch_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) -> 
     def fake_quant(bits: int, signed: bool) -> nn.Module:
         low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
         dtype = torch.qint8 if signed else torch.quint8
-        return FusedMovingAvgObsFakeQuantize(MovingAverageMinMaxObserver, quant_min=low, quant_max=high, dtype=dtype)
+        return FusedMovingAvgObsFakeQuantize(
+            MovingAverageMinMaxObserver, quant_min=low, quant_max=high, dtype=dtype
+        )
 
     for module in [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
-        parametrize.register_parametrization(module, "weight", fake_quant(4, True).to(x.device), unsafe=True)
+        parametrize.register_parametrization(
+            module, "weight", fake_quant(4, True).to(x.device), unsafe=True
+        )
         if act_bits:
             module.act = fake_quant(act_bits, False).to(x.device)
             module.register_forward_pre_hook(lambda m, inputs: (m.act(inputs[0]), *inputs[1:]))
@@ -159,11 +178,21 @@ def brevitas_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) 
 
     def swap(parent: nn.Module) -> None:
         for name, child in parent.named_children():
-            common = {"weight_quant": Weight, "weight_bit_width": 4, "bias": getattr(child, "bias", None) is not None}
+            common = {
+                "weight_quant": Weight,
+                "weight_bit_width": 4,
+                "bias": getattr(child, "bias", None) is not None,
+            }
             if act_bits:
                 common |= {"input_quant": Int8ActPerTensorFloat, "input_bit_width": act_bits}
             if isinstance(child, nn.Conv2d):
-                args = (child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding)
+                args = (
+                    child.in_channels,
+                    child.out_channels,
+                    child.kernel_size,
+                    child.stride,
+                    child.padding,
+                )
                 new = qnn.QuantConv2d(*args, groups=child.groups, **common)
             elif isinstance(child, nn.Linear):
                 new = qnn.QuantLinear(child.in_features, child.out_features, **common)
@@ -188,7 +217,9 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
         "ddq W4": ddq_step(fresh(), x, y),
         "ddq W4/A8": ddq_step(fresh(), x, y, activations={"bits": 8}),
         "ddq W4/A8, distilled": ddq_step(fresh(), x, y, 1, activations={"bits": 8}),
-        "ddq W4/A8, distilled, with mirror images": ddq_step(fresh(), x, y, 2, activations={"bits": 8}),
+        "ddq W4/A8, distilled, with mirror images": ddq_step(
+            fresh(), x, y, 2, activations={"bits": 8}
+        ),
         "ddq W4/A4, learned levels": ddq_step(fresh(), x, y, activations={"bits": 4}),
     }
     try:
@@ -230,19 +261,27 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    x = torch.randn(args.batch, 3, args.size, args.size, device=device).to(memory_format=torch.channels_last)
+    x = torch.randn(args.batch, 3, args.size, args.size, device=device).to(
+        memory_format=torch.channels_last
+    )
     y = torch.randint(0, 10, (args.batch,), device=device)
     model = build(args.model).to(device, memory_format=torch.channels_last)
     seconds = measure(contenders(model, x, y), args.rounds, device)
     rows = {
         name: {
             "ms": round(1000 * statistics.median(times), 2),
-            "ratio": round(statistics.median(t / f for t, f in zip(times, seconds["float"], strict=True)), 3),
+            "ratio": round(
+                statistics.median(t / f for t, f in zip(times, seconds["float"], strict=True)), 3
+            ),
         }
         for name, times in seconds.items()
     }
     if args.json:
-        facts = {**vars(args), "torch": torch.__version__, "processor": platform.processor() or platform.machine()}
+        facts = {
+            **vars(args),
+            "torch": torch.__version__,
+            "processor": platform.processor() or platform.machine(),
+        }
         print(json.dumps({"settings": facts, "rows": rows}, indent=1))
         return
     for name, row in rows.items():

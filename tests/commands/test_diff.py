@@ -13,8 +13,8 @@ from rich.console import Console
 from tiny_project import ddq
 
 from ddqcli.commands.diff import DiffResult, diff, pair
-from ddqcli.engine.runs import Run
 from ddqcli.render.diff import as_csv, as_markdown, show, total_rows
+from ddqcli.runs.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,9 @@ def test_totals_and_accuracy_have_both_sides_values(result: DiffResult) -> None:
     assert result.totals["budget_bytes"]["change"] is None
     assert result.accuracy["quantized"] == {"a": 91.25, "b": 90.0, "change": -1.25}
     assert result.accuracy["drop"]["change"] == 1.25
-    assert result.activations == ({"name": "block1.conv", "bits": {"a": None, "b": 4, "change": None}},)
+    assert result.activations == (
+        {"name": "block1.conv", "bits": {"a": None, "b": 4, "change": None}},
+    )
 
 
 def test_two_of_the_same_do_not_differ(sides: tuple[Path, Path]) -> None:

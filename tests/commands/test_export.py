@@ -14,7 +14,7 @@ from tiny_project import ddq, images
 import ddqcli
 from ddqcli.artifact.decoder import decode
 from ddqcli.commands import export as commands
-from ddqcli.engine.runs import FINAL, Run
+from ddqcli.runs.run import FINAL, Run
 
 RUN = Path("runs/done")
 
@@ -31,13 +31,25 @@ def test_the_file_holds_bit_for_bit_what_was_trained(finished: Path) -> None:
         assert np.array_equal(tensors[name], value.numpy()), name
     assert data["sizes"]["file"] == path.stat().st_size
     assert data["sizes"]["payload"] == ddq("report", "--json").data["totals"]["bytes"]
-    assert data["verified"] == {"tensors": len(expected), "values": sum(v.numel() for v in expected.values())}
+    assert data["verified"] == {
+        "tensors": len(expected),
+        "values": sum(v.numel() for v in expected.values()),
+    }
 
 
 @pytest.mark.parametrize("levels", ["learned", "uniform", "power_of_two"])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_every_kind_of_levels_can_be_exported_at_its_most_bits(project: Path, levels: str, granularity: str) -> None:
-    chosen = ["--set", f"weights.levels={levels}", "--set", f"weights.granularity={granularity}", "--target-bits", "32"]
+def test_every_kind_of_levels_can_be_exported_at_its_most_bits(
+    project: Path, levels: str, granularity: str
+) -> None:
+    chosen = [
+        "--set",
+        f"weights.levels={levels}",
+        "--set",
+        f"weights.granularity={granularity}",
+        "--target-bits",
+        "32",
+    ]
     report = ddq("finetune", "model.pt", *chosen, "--max-steps", "2", "--json", "-q").data
     most = {row["bits"] for row in report["layers"] if row["kind"] != "bias"}
     assert most == ({4} if levels == "power_of_two" else {8})
@@ -99,8 +111,15 @@ def test_shapes_and_dtypes_are_compared_too(
 ) -> None:
     encode = commands.encode_artifact
 
-    def wrong(quantized: object, activations: object, floats: dict[str, np.ndarray], *rest: object) -> object:
-        return encode(quantized, activations, {**floats, "1.running_mean": changed(floats["1.running_mean"])}, *rest)
+    def wrong(
+        quantized: object, activations: object, floats: dict[str, np.ndarray], *rest: object
+    ) -> object:
+        return encode(
+            quantized,
+            activations,
+            {**floats, "1.running_mean": changed(floats["1.running_mean"])},
+            *rest,
+        )
 
     monkeypatch.setattr(commands, "encode_artifact", wrong)
     answer = ddq("export")
@@ -108,7 +127,9 @@ def test_shapes_and_dtypes_are_compared_too(
     assert "would differ from what was trained in 1.running_mean" in answer.err
 
 
-def test_a_file_that_cannot_be_decoded_never_gets_its_name(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_decoded_never_gets_its_name(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ddqcli.commands.export._FINGERPRINTS", "raise SystemExit('no numpy')")
     answer = ddq("export")
     assert answer.code == 4

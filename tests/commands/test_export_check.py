@@ -14,7 +14,7 @@ from tiny_project import RECIPE, ddq
 
 from ddqcli.artifact.format import Artifact, encode_artifact, read_artifact
 from ddqcli.commands.export import _portable
-from ddqcli.recipe import Recipe
+from ddqcli.recipe.schema import Recipe
 
 RUN, FILE = Path("runs/done"), Path("runs/done/model.safetensors")
 
@@ -82,26 +82,41 @@ def test_a_changed_weight_under_a_right_digest_is_exit_code_4(exported: Path) ->
     artifact.quantized["0.weight"] = replace(tensor, indices=indices)
     rewrite(FILE, artifact)
     answer = ddq("export", "--check", FILE)
-    assert (answer.code, answer.err) == (4, f"Error: {FILE} does differ from what was trained in 0.weight.\n")
+    assert (answer.code, answer.err) == (
+        4,
+        f"Error: {FILE} does differ from what was trained in 0.weight.\n",
+    )
 
 
 def test_a_tensor_more_is_exit_code_4(exported: Path) -> None:
     artifact = read_artifact(FILE)
     rewrite(FILE, replace(artifact, floats={**artifact.floats, "more": np.zeros(1, np.float32)}))
     answer = ddq("export", "--check", FILE)
-    assert (answer.code, answer.err) == (4, f"Error: {FILE} does not hold the tensors that were trained.\n")
+    assert (answer.code, answer.err) == (
+        4,
+        f"Error: {FILE} does not hold the tensors that were trained.\n",
+    )
 
 
 def test_a_file_of_another_run_is_exit_code_4_and_says_so(exported: Path) -> None:
-    assert ddq("finetune", "model.pt", "--run-dir", "runs/other", "--quiet", "--set", "train.seed=1").code == 0
+    assert (
+        ddq(
+            "finetune", "model.pt", "--run-dir", "runs/other", "--quiet", "--set", "train.seed=1"
+        ).code
+        == 0
+    )
     answer = ddq("export", "runs/other", "--check", FILE)
     assert answer.code == 4
     assert f"{FILE} does not come from runs/other: its " in answer.err
     assert f"`ddq export RUN --check {FILE}`" in answer.err
-    assert ddq("export", "--check", FILE).code == 0, "the run beside the file comes before the newest"
+    assert ddq("export", "--check", FILE).code == 0, (
+        "the run beside the file comes before the newest"
+    )
 
 
-def test_without_the_architecture_the_bits_are_compared_and_the_rest_is_said_to_be_unchecked(exported: Path) -> None:
+def test_without_the_architecture_the_bits_are_compared_and_the_rest_is_said_to_be_unchecked(
+    exported: Path,
+) -> None:
     Path("net.py").unlink()
     answer = ddq("export", "--check", FILE)
     assert answer.code == 0
@@ -120,7 +135,9 @@ def test_without_the_data_outputs_are_still_compared(exported: Path) -> None:
     assert "accuracy was not compared" in data["behaviour"]["unchecked"][0]
 
 
-def test_without_its_run_a_file_is_at_least_said_to_be_undamaged(exported: Path, tmp_path: Path) -> None:
+def test_without_its_run_a_file_is_at_least_said_to_be_undamaged(
+    exported: Path, tmp_path: Path
+) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     FILE.rename(alone / "model.safetensors")
@@ -128,7 +145,8 @@ def test_without_its_run_a_file_is_at_least_said_to_be_undamaged(exported: Path,
     answer = ddq("export", "--check", "model.safetensors")
     assert answer.code == 2
     assert (
-        "model.safetensors is undamaged, but there is nothing to compare it with: There is no run under" in answer.err
+        "model.safetensors is undamaged, but there is nothing to compare it with: There is no run under"
+        in answer.err
     )
 
 
@@ -140,15 +158,36 @@ def test_what_is_no_file_or_no_ddq_file_is_wrong_use(exported: Path) -> None:
 
 def test_no_path_of_the_machine_travels_in_the_file(exported: Path) -> None:
     said = {
-        "model": {"checkpoint": "/m/a.pt", "arch": "/m/net.py:build", "kwargs": {"weights": "/m/w.pt", "width": 8}},
-        "data": {"source": "CIFAR10:/d/c10", "kwargs": {"roots": ["/d/one", "~/two", {"x": "three/four"}], "n": None}},
+        "model": {
+            "checkpoint": "/m/a.pt",
+            "arch": "/m/net.py:build",
+            "kwargs": {"weights": "/m/w.pt", "width": 8},
+        },
+        "data": {
+            "source": "CIFAR10:/d/c10",
+            "kwargs": {"roots": ["/d/one", "~/two", {"x": "three/four"}], "n": None},
+        },
     }
     assert _portable(Recipe.model_validate(said)) == {
-        "model": {"checkpoint": "a.pt", "arch": "net.py:build", "kwargs": {"weights": "w.pt", "width": 8}},
-        "data": {"source": "CIFAR10:c10", "kwargs": {"roots": ["one", "two", {"x": "three/four"}], "n": None}},
+        "model": {
+            "checkpoint": "a.pt",
+            "arch": "net.py:build",
+            "kwargs": {"weights": "w.pt", "width": 8},
+        },
+        "data": {
+            "source": "CIFAR10:c10",
+            "kwargs": {"roots": ["one", "two", {"x": "three/four"}], "n": None},
+        },
     }
-    for source, name in {"images/": "images", ".": ".", "pkg.mod:make": "pkg.mod:make", "a/b.npz": "b.npz"}.items():
-        assert _portable(Recipe.model_validate({"data": {"source": source}}))["data"] == {"source": name}
+    for source, name in {
+        "images/": "images",
+        ".": ".",
+        "pkg.mod:make": "pkg.mod:make",
+        "a/b.npz": "b.npz",
+    }.items():
+        assert _portable(Recipe.model_validate({"data": {"source": source}}))["data"] == {
+            "source": name
+        }
     assert "name: tiny" in RECIPE
     meta = read_artifact(FILE).meta
     assert meta["recipe"]["name"] == "tiny"

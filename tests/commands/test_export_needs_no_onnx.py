@@ -12,7 +12,7 @@ import sys
 for name in ("onnx", "onnxruntime", "onnxscript"):
     sys.modules[name] = None  # importing it fails as if it were not there
 sys.argv = ["ddq", *sys.argv[1:]]
-from ddqcli.cli import main
+from ddqcli.cli.app import main
 main()
 """
 

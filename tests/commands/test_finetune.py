@@ -20,11 +20,16 @@ import pytest
 import torch
 from tiny_project import STEPS, ddq, exit_code, in_child
 
-from ddqcli.engine import runs
-from ddqcli.engine.train import Trainer
+from ddqcli.runs import files
+from ddqcli.runs import run as runs
+from ddqcli.training.trainer import Trainer
 
 RUN = "runs/a"
-BEGIN, RESUME, EXPORT = f"finetune model.pt --run-dir {RUN} -q", f"finetune --resume --run-dir {RUN}", f"export {RUN}"
+BEGIN, RESUME, EXPORT = (
+    f"finetune model.pt --run-dir {RUN} -q",
+    f"finetune --resume --run-dir {RUN}",
+    f"export {RUN}",
+)
 
 
 def artifact(run: str = RUN) -> bytes:
@@ -62,7 +67,8 @@ def test_a_run_meets_its_budget_and_says_so_in_its_folder_and_its_answer(project
     assert totals["average_bits"] <= 4
     assert set(data["accuracy"]) == {"float", "quantized", "drop"}
     assert all(
-        {"name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error"} == set(r) for r in data["layers"]
+        {"name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error"} == set(r)
+        for r in data["layers"]
     )
     folder = Path(data.pop("run_dir"))
     assert {p.name for p in folder.iterdir()} == {
@@ -98,7 +104,15 @@ def buffered(grows):
 def test_buffers_that_a_forward_pass_makes_are_within_the_budget(project: Path) -> None:
     Path("buffered.py").write_text(BUFFERED)
     torch.save(torch.load("model.pt") | {"9.seen": torch.zeros(0)}, "model.pt")
-    told = ["finetune", "model.pt", "--arch", "buffered.py:buffered", "--target-size", "1800", "--set"]
+    told = [
+        "finetune",
+        "model.pt",
+        "--arch",
+        "buffered.py:buffered",
+        "--target-size",
+        "1800",
+        "--set",
+    ]
     report = ddq(*told, "model.kwargs.grows=once", "--run-dir", "once", "--json", "-q").data
     totals = report["totals"]
     assert 1700 < totals["bytes"] <= 1800
@@ -108,7 +122,10 @@ def test_buffers_that_a_forward_pass_makes_are_within_the_budget(project: Path) 
     assert totals["kept_bytes"] == inputs + sum(value.nbytes for value in final["floats"].values())
     answer = ddq(*told, "model.kwargs.grows=evaluated", "--run-dir", "evaluated", "-q")
     assert answer.code == 1
-    assert "buffers grew while it ran; register those that need not be stored with persistent=False" in answer.err
+    assert (
+        "buffers grew while it ran; register those that need not be stored with persistent=False"
+        in answer.err
+    )
     told[told.index("1800")] = "1000"
     answer = ddq(*told, "model.kwargs.grows=once", "--run-dir", "none", "-q")
     assert answer.code == 2
@@ -120,16 +137,22 @@ def test_padding_is_chosen_by_the_model_unless_the_recipe_says_it(project: Path)
     fill = "crops are padded with"
     chosen = ddq("finetune", "model.pt", "--run-dir", "chosen").err
     assert fill in chosen
-    assert fill not in ddq("finetune", "model.pt", "--set", "data.fill=mean", "--run-dir", "mean").err
+    assert (
+        fill not in ddq("finetune", "model.pt", "--set", "data.fill=mean", "--run-dir", "mean").err
+    )
     assert fill not in ddq("finetune", "model.pt", "--set", "data.pad=0", "--run-dir", "none").err
     ddq("finetune", "model.pt", "--set", "data.fill=black", "--run-dir", "black")
-    levels = {name: torch.load(f"{name}/final.pt")["weights"] for name in ("chosen", "mean", "black")}
+    levels = {
+        name: torch.load(f"{name}/final.pt")["weights"] for name in ("chosen", "mean", "black")
+    }
     same = "black" if f"{fill} black" in chosen else "mean"
     torch.testing.assert_close(levels["chosen"], levels[same], rtol=0, atol=0)
     assert any((levels["mean"][name] != value).any() for name, value in levels["black"].items())
 
 
-def test_whether_images_are_mirrored_is_chosen_by_the_model_unless_the_recipe_says_it(project: Path) -> None:
+def test_whether_images_are_mirrored_is_chosen_by_the_model_unless_the_recipe_says_it(
+    project: Path,
+) -> None:
     chosen = ddq("finetune", "model.pt", "--set", "data.flip=auto", "--run-dir", "auto").err
     found = re.search("images are (not )?mirrored", chosen)
     assert found
@@ -144,7 +167,9 @@ def test_whether_images_are_mirrored_is_chosen_by_the_model_unless_the_recipe_sa
     assert any((levels["true"][name] != value).any() for name, value in levels["false"].items())
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(project: Path, unharmed: bytes) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    project: Path, unharmed: bytes
+) -> None:
     assert exit_code(in_child(BEGIN, EXPORT)) == 0
     assert artifact() == unharmed
     assert exit_code(in_child("finetune model.pt --seed 1 --run-dir runs/b", "export runs/b")) == 0
@@ -198,8 +223,8 @@ def dying_at(moment: int) -> Callable[[], None]:
 
         Trainer._train_step = watched(Trainer._train_step)
         runs.Run.add_metrics = watched(runs.Run.add_metrics, after=True)
-        runs.os.fsync = watched(os.fsync)
-        runs.os.replace = watched(os.replace, after=True)
+        files.os.fsync = watched(os.fsync)
+        files.os.replace = watched(os.replace, after=True)
 
     return before
 
@@ -219,12 +244,22 @@ def test_a_kill_at_any_step_and_in_any_write_loses_nothing(project: Path, unharm
         assert not list(Path(RUN).glob(".*.tmp")), moment
 
 
-def test_processes_that_are_killed_again_and_again_end_with_the_same_bytes(project: Path, unharmed: bytes) -> None:
+def test_processes_that_are_killed_again_and_again_end_with_the_same_bytes(
+    project: Path, unharmed: bytes
+) -> None:
     """Real processes and real kills, two of them; tests/benchmarks/kill_resume.py does twenty."""
-    command = [sys.executable, "-m", "ddqcli", *BEGIN.split(), "--resume"]  # begins where there is nothing to resume
+    command = [
+        sys.executable,
+        "-m",
+        "ddqcli",
+        *BEGIN.split(),
+        "--resume",
+    ]  # begins where there is nothing to resume
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for wanted in ("recipe.yaml", "metrics.jsonl"):
-        process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         while not (Path(RUN) / wanted).exists() and process.poll() is None:
             time.sleep(0.002)
         process.kill()
@@ -246,7 +281,9 @@ def slowly() -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_save_and_leave(project: Path, unharmed: bytes, sent: int, code: int) -> None:
+def test_ctrl_c_and_sigterm_save_and_leave(
+    project: Path, unharmed: bytes, sent: int, code: int
+) -> None:
     child = in_child(BEGIN, before=slowly)
     while not (Path(RUN) / "last.pt").exists():
         time.sleep(0.002)
@@ -256,7 +293,10 @@ def test_ctrl_c_and_sigterm_save_and_leave(project: Path, unharmed: bytes, sent:
     said = Path("child.txt").read_text()
     step = torch.load(Path(RUN) / "last.pt")["step"]
     assert 1 <= step <= STEPS
-    assert said == f"Error: Stopped at step {step} of 12; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
+    assert (
+        said
+        == f"Error: Stopped at step {step} of 12; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
+    )
     assert exit_code(in_child(RESUME, EXPORT)) == 0
     assert artifact() == unharmed
 
@@ -284,13 +324,15 @@ def test_a_signal_before_the_first_step_can_be_resumed_too(project: Path, unharm
     assert artifact() == unharmed
 
 
-def test_a_signal_is_not_taken_for_a_fault_of_what_it_falls_into(project: Path, unharmed: bytes) -> None:
+def test_a_signal_is_not_taken_for_a_fault_of_what_it_falls_into(
+    project: Path, unharmed: bytes
+) -> None:
     def stopped_while_compiling() -> None:
         from ddqcli.commands import finetune
-        from ddqcli.quant import fusion
+        from ddqcli.quant import compiled as fusion
 
         finetune._FUSE_FROM = 0
-        fusion.fused = lambda *_: lambda _: signal.raise_signal(signal.SIGTERM)
+        fusion.compiled = lambda *_: lambda _: signal.raise_signal(signal.SIGTERM)
 
     child = in_child(BEGIN, before=stopped_while_compiling)
     assert exit_code(child) == 143
@@ -310,7 +352,9 @@ def halfway(project: Path) -> Path:
     return project
 
 
-def test_resume_alone_finds_the_newest_unfinished_run_and_its_recipe(halfway: Path, unharmed: bytes) -> None:
+def test_resume_alone_finds_the_newest_unfinished_run_and_its_recipe(
+    halfway: Path, unharmed: bytes
+) -> None:
     Path("ddq.yaml").unlink()
     assert exit_code(in_child("finetune --resume", EXPORT)) == 0
     assert artifact() == unharmed
@@ -318,30 +362,53 @@ def test_resume_alone_finds_the_newest_unfinished_run_and_its_recipe(halfway: Pa
 
 
 def test_the_same_flags_as_before_are_accepted(project: Path) -> None:
-    flags = ["model.pt", "--epochs", "2", "--set", "train.lr=0.02", "--run-dir", RUN, "--arch", "net.py:build"]
-    assert exit_code(in_child(f"finetune {' '.join(flags)}", before=dying_at(20))) == -signal.SIGKILL
+    flags = [
+        "model.pt",
+        "--epochs",
+        "2",
+        "--set",
+        "train.lr=0.02",
+        "--run-dir",
+        RUN,
+        "--arch",
+        "net.py:build",
+    ]
+    assert (
+        exit_code(in_child(f"finetune {' '.join(flags)}", before=dying_at(20))) == -signal.SIGKILL
+    )
     assert ddq("finetune", *flags, "--resume").code == 0
-    assert ddq("finetune", project / "model.pt", *flags[1:], "--resume").code == 0, "the same file by another path"
+    assert ddq("finetune", project / "model.pt", *flags[1:], "--resume").code == 0, (
+        "the same file by another path"
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "differs"),
     [
         (["--set", "train.lr=0.02"], "train.lr: 0.01, now 0.02"),
-        (["model.pt", "--epochs", "4", "--act-bits", "4"], "activations.bits: 8, now 4; train.epochs: 3, now 4"),
+        (
+            ["model.pt", "--epochs", "4", "--act-bits", "4"],
+            "activations.bits: 8, now 4; train.epochs: 3, now 4",
+        ),
         (["other.pt"], "model.checkpoint: 'model.pt', now 'other.pt'"),
         (["--recipe", "other.yaml"], "train.save_every: 3, now 4"),
     ],
 )
-def test_another_recipe_is_refused_saying_what_differs(halfway: Path, flags: list[str], differs: str) -> None:
+def test_another_recipe_is_refused_saying_what_differs(
+    halfway: Path, flags: list[str], differs: str
+) -> None:
     shutil.copy("model.pt", "other.pt")
-    Path("other.yaml").write_text(Path("ddq.yaml").read_text().replace("save_every: 3", "save_every: 4"))
+    Path("other.yaml").write_text(
+        Path("ddq.yaml").read_text().replace("save_every: 3", "save_every: 4")
+    )
     answer = ddq("finetune", *flags, "--resume")
     assert answer.code == 2
     assert f"runs/a was begun with another recipe ({differs}); begin a new run." in answer.err
 
 
-def test_resume_works_from_another_folder(halfway: Path, unharmed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_works_from_another_folder(
+    halfway: Path, unharmed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (halfway / "else").mkdir()
     monkeypatch.chdir(halfway / "else")
     assert exit_code(in_child("finetune --resume --run-dir ../runs/a", "export ../runs/a")) == 0
@@ -368,7 +435,9 @@ def test_resuming_a_finished_run_makes_its_result_again(finished: Path) -> None:
     assert ddq("report", "--json").data == before
 
 
-def test_data_that_vanish_while_resuming_leave_the_run_as_it_was(halfway: Path, unharmed: bytes) -> None:
+def test_data_that_vanish_while_resuming_leave_the_run_as_it_was(
+    halfway: Path, unharmed: bytes
+) -> None:
     Path("images.npz").rename("away.npz")
     assert ddq(*RESUME.split()).code == 2
     Path("away.npz").rename("images.npz")
@@ -413,8 +482,12 @@ def troubled(bad: list[int], kind: str, *flags: str) -> Any:
     return ddq("finetune", "model.pt", "--run-dir", RUN, *settings, *flags)
 
 
-@pytest.mark.parametrize(("kind", "what"), [("loss", "The loss became nan"), ("gradient", "The gradient of 8.")])
-def test_training_that_diverges_goes_back_once_with_a_smaller_step(project: Path, kind: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "what"), [("loss", "The loss became nan"), ("gradient", "The gradient of 8.")]
+)
+def test_training_that_diverges_goes_back_once_with_a_smaller_step(
+    project: Path, kind: str, what: str
+) -> None:
     answer = troubled([5], kind)
     assert answer.code == 0, answer.err
     said = next(line for line in answer.err.splitlines() if what in line)
@@ -443,11 +516,22 @@ def regression():
 def test_outputs_that_are_no_scores_of_classes_are_not_distilled(project: Path) -> None:
     Path("one.py").write_text(LOSS + ONE_OUTPUT)
     torch.save({"1.weight": torch.randn(1, 64) / 64, "1.bias": torch.zeros(1)}, "one.pt")
-    command = ["finetune", "one.pt", "--arch", "one.py:build", "--data", "one.py:regression", "--max-steps", "2"]
+    command = [
+        "finetune",
+        "one.pt",
+        "--arch",
+        "one.py:build",
+        "--data",
+        "one.py:regression",
+        "--max-steps",
+        "2",
+    ]
     assert ddq(*command).code == 0
     answer = ddq(*command, "--set", "train.distill.weight=0.5", "--run-dir", "none")
     assert answer.code == 2
-    assert answer.err.splitlines()[-1].endswith("output is of shape [4, 1]; set train.distill.weight=0.")
+    assert answer.err.splitlines()[-1].endswith(
+        "output is of shape [4, 1]; set train.distill.weight=0."
+    )
     assert not Path("none").exists()
 
 
@@ -460,7 +544,9 @@ def test_training_that_diverges_again_stops_with_a_usable_run_folder(project: Pa
     assert said.endswith("begin a new run with a smaller --set train.lr (now 0.01).")
     state = torch.load(Path(RUN) / "last.pt")
     assert (state["step"], state["lr_scale"]) == (4, 0.1)
-    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+    assert all(
+        value.isfinite().all() for value in state["model"].values() if value.is_floating_point()
+    )
     assert "recipe.yaml" in os.listdir(RUN)
 
 
@@ -470,7 +556,8 @@ def test_a_step_size_far_too_large_names_the_layer_where_it_shows(project: Path)
     first, last = answer.err.splitlines()[-2:]
     assert first.startswith("warning: ")
     assert re.search(
-        r"(first in|of) [0138]\.(weight|bias).* at step [123] of 12|at step [123] of 12, first in [0138]", first
+        r"(first in|of) [0138]\.(weight|bias).* at step [123] of 12|at step [123] of 12, first in [0138]",
+        first,
     )
     assert "begin a new run with a smaller --set train.lr (now 1e+30)" in last
 
@@ -495,7 +582,9 @@ def test_a_network_that_fails_while_training_is_one_sentence(project: Path) -> N
         file.write(
             "\nclass Moody(nn.Sequential):\n    def forward(self, x):\n        assert not self.training, 'no training'\n"
         )
-        file.write("        return super().forward(x)\n\ndef moody():\n    return Moody(*build())\n")
+        file.write(
+            "        return super().forward(x)\n\ndef moody():\n    return Moody(*build())\n"
+        )
     answer = ddq("finetune", "model.pt", "--arch", "net.py:moody")
     assert answer.code == 1
     assert answer.err.splitlines()[-1] == (

@@ -24,7 +24,9 @@ def test_the_table_shows_every_tensor_and_the_totals(finished: Path) -> None:
     data, text = ddq("report", "--json").data, ddq("report").out
     for layer in data["layers"]:
         assert re.search(
-            rf"^{re.escape(layer['name'])} .* {layer['bits']:g} +{layer['levels']} +{layer['bytes']:,} ", text, re.M
+            rf"^{re.escape(layer['name'])} .* {layer['bits']:g} +{layer['levels']} +{layer['bytes']:,} ",
+            text,
+            re.M,
         )
     totals = data["totals"]
     assert f"{totals['float_bytes']:,} -> {totals['bytes']:,} bytes" in text
@@ -35,7 +37,11 @@ def test_sizes_add_up_to_what_the_budget_counts(finished: Path) -> None:
     data = ddq("report", "--json").data
     totals = data["totals"]
     assert sum(layer["bytes"] for layer in data["layers"]) == totals["quantized_bytes"]
-    assert totals["quantized_bytes"] + totals["kept_bytes"] == totals["bytes"] <= totals["budget_bytes"]
+    assert (
+        totals["quantized_bytes"] + totals["kept_bytes"]
+        == totals["bytes"]
+        <= totals["budget_bytes"]
+    )
     assert 8 * totals["quantized_bytes"] / totals["weights"] == totals["average_bits"]
 
 
@@ -43,7 +49,13 @@ def test_csv_and_markdown_hold_the_same_rows_as_json(finished: Path) -> None:
     layers = ddq("report", "--json").data["layers"]
     rows = list(csv.DictReader(io.StringIO(ddq("report", "--csv").out)))
     assert [{**row, "shape": "x".join(map(str, row["shape"]))} for row in layers] == [
-        {**row, **{key: json.loads(row[key]) for key in ("bits", "levels", "bytes", "float_bytes", "error")}}
+        {
+            **row,
+            **{
+                key: json.loads(row[key])
+                for key in ("bits", "levels", "bytes", "float_bytes", "error")
+            },
+        }
         for row in rows
     ]
     lines = ddq("report", "--md").out.splitlines()
@@ -55,7 +67,7 @@ def test_csv_and_markdown_hold_the_same_rows_as_json(finished: Path) -> None:
 
 def test_warnings_are_shown_in_every_format(finished: Path) -> None:
     file = Path(RUN) / "report.json"
-    from ddqcli.engine.runs import Run
+    from ddqcli.runs.run import Run
 
     run = Run(file.parent)
     run.write_report({**run.report(), "warnings": ["it went [wrong]"]})
@@ -96,7 +108,8 @@ def test_a_gate_is_met_at_its_limit_and_unmet_beyond(limits: Limits, unmet: list
 def test_a_gate_on_an_accuracy_that_nobody_measured_is_unmet() -> None:
     unmet = Limits(max_drop=5, min_accuracy=1, max_size="1kB").unmet(a_report(accuracy=False))
     assert unmet == tuple(
-        f"{gate} is unmet: nothing was evaluated in this run." for gate in ("--max-drop", "--min-accuracy")
+        f"{gate} is unmet: nothing was evaluated in this run."
+        for gate in ("--max-drop", "--min-accuracy")
     )
 
 
@@ -110,7 +123,9 @@ NAMES = ["--max-size", "--max-bits", "--max-drop", "--min-accuracy"]
 
 
 @pytest.mark.parametrize("target", [RUN, "small.safetensors"])
-def test_unmet_gates_end_with_3_all_at_once_and_the_report_is_still_there(finished: Path, target: str) -> None:
+def test_unmet_gates_end_with_3_all_at_once_and_the_report_is_still_there(
+    finished: Path, target: str
+) -> None:
     assert ddq("export", "-o", "small.safetensors").code == 0
     plain, gated = ddq("report", target), ddq("report", target, *GATES)
     assert (plain.code, gated.code) == (0, 3)
@@ -128,5 +143,15 @@ def test_unmet_gates_are_errors_in_the_envelope_beside_the_data(finished: Path) 
 
 
 def test_gates_that_are_met_change_nothing(finished: Path) -> None:
-    met = ddq("report", "--max-size", "100%", "--max-bits", "8", "--max-drop", "100", "--min-accuracy", "0")
+    met = ddq(
+        "report",
+        "--max-size",
+        "100%",
+        "--max-bits",
+        "8",
+        "--max-drop",
+        "100",
+        "--min-accuracy",
+        "0",
+    )
     assert met == ddq("report")

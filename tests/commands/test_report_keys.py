@@ -33,9 +33,26 @@ def test_json_keys_are_these(reports: list[dict]) -> None:
             )
         }
         assert data["version"] == 1
-        assert list(data["layers"][0]) == ["name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error"]
+        assert list(data["layers"][0]) == [
+            "name",
+            "kind",
+            "shape",
+            "bits",
+            "levels",
+            "bytes",
+            "float_bytes",
+            "error",
+        ]
         assert list(data["totals"]) == [
-            *("bytes", "float_bytes", "budget_bytes", "average_bits", "quantized_bytes", "kept_bytes", "weights")
+            *(
+                "bytes",
+                "float_bytes",
+                "budget_bytes",
+                "average_bits",
+                "quantized_bytes",
+                "kept_bytes",
+                "weights",
+            )
         ]
         assert set(data["accuracy"]) == {"float", "quantized", "drop"}
         assert set(data["activations"][0]) == {"name", "bits", "levels", "bytes"}
@@ -48,9 +65,13 @@ def test_a_file_reports_what_its_run_does(reports: list[dict]) -> None:
     for of_run in run["layers"]:  # of which the file has three digits
         of_run["error"] = float(f"{of_run['error']:.3g}")
     by_name = [
-        sorted(data.pop(key), key=lambda row: row["name"]) for data in (run, file) for key in ("layers", "activations")
+        sorted(data.pop(key), key=lambda row: row["name"])
+        for data in (run, file)
+        for key in ("layers", "activations")
     ]
     assert by_name[:2] == by_name[2:]
-    assert run.pop("kept_float").keys() == (kept := file.pop("kept_float")).keys()  # why is a matter of the run
+    assert (
+        run.pop("kept_float").keys() == (kept := file.pop("kept_float")).keys()
+    )  # why is a matter of the run
     assert set(kept.values()) == {"stored as float32", "stored as int64"}
     assert run == file

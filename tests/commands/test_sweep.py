@@ -16,8 +16,8 @@ import pytest
 import torch
 from tiny_project import ddq, exit_code, in_child
 
-from ddqcli.engine.evaluate import evaluate
-from ddqcli.engine.train import Trainer
+from ddqcli.training.evaluate import evaluate
+from ddqcli.training.trainer import Trainer
 
 SWEEP = "runs/s"
 BEGIN = f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} -q"
@@ -55,22 +55,37 @@ def report(folder: Path | str) -> dict[str, Any]:
 # ---- what a sweep does
 
 
-def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next_larger(project: Path) -> None:
+def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next_larger(
+    project: Path,
+) -> None:
     """Against ordinary runs: the first of model.pt, the others of a checkpoint made of what the one before trained.
 
     With labels alone and no mirrored images, since a run of such a checkpoint would distil from that, and ask it about them.
     """
     labels_alone = "--set train.distill.weight=0 --set data.flip=false -q"
-    assert exit_code(in_child(f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} {labels_alone}")) == 0
+    assert (
+        exit_code(
+            in_child(f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} {labels_alone}")
+        )
+        == 0
+    )
     swept, checkpoint = Path(SWEEP), Path("model.pt")
     for number, folder in enumerate(FOLDERS):
         alone = f"runs/alone-{folder}"
-        command = f"finetune {checkpoint} --target-bits {folder[0]} --run-dir {alone} {labels_alone}"
+        command = (
+            f"finetune {checkpoint} --target-bits {folder[0]} --run-dir {alone} {labels_alone}"
+        )
         assert exit_code(in_child(command)) == 0, Path("child.txt").read_text()
         here, there = (torch.load(run / "final.pt") for run in (swept / folder, Path(alone)))
         for part in ("trained", "weights", "floats"):
-            assert all(here[part][name].equal(value) for name, value in there[part].items()), (folder, part)
-        assert report(swept / folder)["accuracy"]["quantized"] == report(alone)["accuracy"]["quantized"]
+            assert all(here[part][name].equal(value) for name, value in there[part].items()), (
+                folder,
+                part,
+            )
+        assert (
+            report(swept / folder)["accuracy"]["quantized"]
+            == report(alone)["accuracy"]["quantized"]
+        )
         checkpoint = Path(f"start-{number}.pt")
         torch.save(here["weights"] | here["floats"], checkpoint)
 
@@ -86,7 +101,9 @@ def test_accuracy_is_held_against_the_checkpoint_and_so_is_distillation(
         begin(self, converted, teacher, *rest)
 
     monkeypatch.setattr(Trainer, "__init__", seen)
-    data = ddq("finetune", "--target-bits", "6,4", "--set", "train.distill.weight=0.5", "--json", "-q").data
+    data = ddq(
+        "finetune", "--target-bits", "6,4", "--set", "train.distill.weight=0.5", "--json", "-q"
+    ).data
     given = torch.load("model.pt")
     assert len(teachers) == 2
     assert all(teacher[name].equal(value) for teacher in teachers for name, value in given.items())
@@ -98,21 +115,34 @@ def test_accuracy_is_held_against_the_checkpoint_and_so_is_distillation(
 
 
 def test_sizes_are_ordered_by_what_they_come_to(project: Path) -> None:
-    data = ddq("finetune", "--target-size", "1400,40%, 1.6kB", "--max-steps", "2", "--json", "-q").data
+    data = ddq(
+        "finetune", "--target-size", "1400,40%, 1.6kB", "--max-steps", "2", "--json", "-q"
+    ).data
     assert [row["target"] for row in data["targets"]] == ["40%", "1.6kB", "1400"]
-    assert {path.name for path in Path(data["run_dir"]).iterdir() if path.is_dir()} == {"40-percent", "1.6kB", "1400"}
+    assert {path.name for path in Path(data["run_dir"]).iterdir() if path.is_dir()} == {
+        "40-percent",
+        "1.6kB",
+        "1400",
+    }
     assert all(row["bytes"] <= row["budget_bytes"] for row in data["targets"])
 
 
 def test_one_target_is_an_ordinary_run_however_it_is_given(project: Path) -> None:
-    assert "targets" not in ddq("finetune", "--set", "budget.target_bits=[4]", "--run-dir", "a", "--json", "-q").data
+    assert (
+        "targets"
+        not in ddq(
+            "finetune", "--set", "budget.target_bits=[4]", "--run-dir", "a", "--json", "-q"
+        ).data
+    )
     assert ddq("finetune", "--target-bits", "4", "--run-dir", "b", "-q").code == 0
     assert (Path("a") / "recipe.yaml").read_text() == (Path("b") / "recipe.yaml").read_text()
     assert (Path("a") / "final.pt").read_bytes() == (Path("b") / "final.pt").read_bytes()
 
 
 def test_a_recipe_may_list_its_targets(project: Path) -> None:
-    Path("ddq.yaml").write_text(Path("ddq.yaml").read_text().replace("target_bits: 4", "target_bits: [3, 5]"))
+    Path("ddq.yaml").write_text(
+        Path("ddq.yaml").read_text().replace("target_bits: 4", "target_bits: [3, 5]")
+    )
     data = ddq("finetune", "--dry-run", "--json").data
     assert [row["target"] for row in data["targets"]] == ["5 bits", "3 bits"]
     assert {row["accuracy"] for row in data["targets"]} == {None}
@@ -125,7 +155,10 @@ def test_a_dry_run_warns_of_each_target_that_is_not_met_yet(project: Path) -> No
     paper = ("finetune", "--target-bits", "3,5", "--set", "gates.rule=paper", "--dry-run")
     out = ddq(*paper).out
     for target in ("3 bits", "5 bits"):
-        assert f"warning    {target}: these are the first bits; gates.rule=paper comes down to the budget" in out
+        assert (
+            f"warning    {target}: these are the first bits; gates.rule=paper comes down to the budget"
+            in out
+        )
 
 
 # ---- what it leaves and says
@@ -150,7 +183,9 @@ def test_a_sweep_ends_with_a_table_and_a_picture(swept: Path) -> None:
     assert max(map(len, lines)) <= 80
 
 
-def test_what_all_targets_share_is_looked_at_and_said_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_all_targets_share_is_looked_at_and_said_once(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluated = []
 
     def counted(model: Any, *args: Any, **kwargs: Any) -> float:
@@ -174,7 +209,9 @@ def test_a_recipe_that_was_changed_between_targets_is_refused(project: Path) -> 
     recipe.write_text(re.sub(r"momentum: .*", "momentum: 0.5", recipe.read_text()))
     answer = ddq("finetune", "--resume")
     assert answer.code == 2
-    assert f"{SWEEP}/6-bits was begun with another recipe (train.momentum: 0.9, now 0.5)" in answer.err
+    assert (
+        f"{SWEEP}/6-bits was begun with another recipe (train.momentum: 0.9, now 0.5)" in answer.err
+    )
 
 
 def test_its_json_keys_are_these(swept: Path) -> None:
@@ -182,7 +219,16 @@ def test_its_json_keys_are_these(swept: Path) -> None:
     assert list(data) == ["run_dir", "version", "float", "targets", "source"]
     assert list(data["float"]) == ["bytes", "accuracy"]
     for row in data["targets"]:
-        assert list(row) == ["target", "bytes", "budget_bytes", "average_bits", "accuracy", "drop", "run", "warnings"]
+        assert list(row) == [
+            "target",
+            "bytes",
+            "budget_bytes",
+            "average_bits",
+            "accuracy",
+            "drop",
+            "run",
+            "warnings",
+        ]
     assert data == {"run_dir": SWEEP, **json.loads((swept / "sweep.json").read_text())}
 
 
@@ -192,7 +238,9 @@ def test_its_runs_are_ordinary_ones_and_the_last_is_the_newest(swept: Path) -> N
     assert ddq("export", f"{SWEEP}/6-bits").code == 0
     answer = ddq("report", SWEEP)
     assert answer.code == 2
-    assert answer.err.startswith(f"Error: {SWEEP} holds several runs; name one: {SWEEP}/3-bits, {SWEEP}/4-bits, ")
+    assert answer.err.startswith(
+        f"Error: {SWEEP} holds several runs; name one: {SWEEP}/3-bits, {SWEEP}/4-bits, "
+    )
 
 
 # ---- refusals
@@ -207,7 +255,9 @@ def test_its_runs_are_ordinary_ones_and_the_last_is_the_newest(swept: Path) -> N
         ("4,99", "budget.target_bits = 99.0: input should be less than or equal to 32"),
     ],
 )
-def test_one_bad_target_refuses_all_before_anything_is_made(project: Path, targets: str, said: str) -> None:
+def test_one_bad_target_refuses_all_before_anything_is_made(
+    project: Path, targets: str, said: str
+) -> None:
     answer = ddq("finetune", "model.pt", "--target-bits", targets)
     assert answer.code == 2
     assert said in answer.err
@@ -221,14 +271,18 @@ def test_data_that_are_missing_leave_no_folder(project: Path) -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_before_the_first_target_leaves_no_folder(project: Path, sent: int, code: int) -> None:
+def test_a_signal_before_the_first_target_leaves_no_folder(
+    project: Path, sent: int, code: int
+) -> None:
     def stopped() -> None:
         from ddqcli.commands import sweep
 
         finetune = sweep.finetune
 
         def begun(*args: Any, dry_run: bool = False, **options: Any) -> Any:
-            return finetune(*args, dry_run=True, **options) if dry_run else signal.raise_signal(sent)
+            return (
+                finetune(*args, dry_run=True, **options) if dry_run else signal.raise_signal(sent)
+            )
 
         sweep.finetune = begun
 
@@ -263,7 +317,12 @@ def dying_at(moment: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("moment", "flags"),
-    [(5, ""), (12, f"--run-dir {SWEEP}"), (17, f"--run-dir {SWEEP}/4-bits"), (35, "model.pt --target-bits 6,3,4")],
+    [
+        (5, ""),
+        (12, f"--run-dir {SWEEP}"),
+        (17, f"--run-dir {SWEEP}/4-bits"),
+        (35, "model.pt --target-bits 6,3,4"),
+    ],
 )
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     project: Path, unharmed: Path, moment: int, flags: str
@@ -273,7 +332,9 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     assert len(finished) == moment // 12
     assert exit_code(in_child(f"finetune --resume {flags}")) == 0, Path("child.txt").read_text()
     assert results(SWEEP) == results(unharmed / SWEEP)
-    assert (Path(SWEEP) / "sweep.json").read_bytes() == (unharmed / SWEEP / "sweep.json").read_bytes()
+    assert (Path(SWEEP) / "sweep.json").read_bytes() == (
+        unharmed / SWEEP / "sweep.json"
+    ).read_bytes()
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
@@ -281,7 +342,9 @@ def test_a_target_that_was_damaged_is_made_again(swept: Path, unharmed: Path) ->
     (swept / "6-bits" / "final.pt").write_bytes(b"no model")
     (swept / "4-bits" / "report.json").write_text("{")
     kept = (swept / "3-bits" / "report.json").stat().st_mtime_ns
-    assert exit_code(in_child(f"finetune --resume --run-dir {SWEEP}/4-bits")) == 0, Path("child.txt").read_text()
+    assert exit_code(in_child(f"finetune --resume --run-dir {SWEEP}/4-bits")) == 0, Path(
+        "child.txt"
+    ).read_text()
     assert results(swept) == results(unharmed / SWEEP)
     assert report(swept / "4-bits") == report(unharmed / SWEEP / "4-bits")
     assert (swept / "3-bits" / "report.json").stat().st_mtime_ns == kept
@@ -291,8 +354,13 @@ def test_other_targets_or_data_are_refused_on_resuming(project: Path) -> None:
     assert exit_code(in_child(BEGIN, before=dying_at(12))) == -signal.SIGKILL
     answer = ddq("finetune", "model.pt", "--target-bits", "6,4", "--resume")
     assert answer.code == 2
-    assert "with another recipe (targets: 3 bits, 4 bits, 6 bits, now 4 bits, 6 bits); begin a new run." in answer.err
-    (Path(SWEEP) / "4-bits" / "last.pt").unlink()  # so that the finished target alone knows the checkpoint
+    assert (
+        "with another recipe (targets: 3 bits, 4 bits, 6 bits, now 4 bits, 6 bits); begin a new run."
+        in answer.err
+    )
+    (
+        Path(SWEEP) / "4-bits" / "last.pt"
+    ).unlink()  # so that the finished target alone knows the checkpoint
     other = torch.load("model.pt")
     other["8.bias"] += 1
     torch.save(other, "model.pt")

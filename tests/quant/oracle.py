@@ -36,7 +36,9 @@ def nearest(x: Tensor, values: Tensor) -> Tensor:
     a, b = values.double()[None], x.double().reshape(-1, 1)
     difference = a - b
     part = difference - a
-    lost = (a - (difference - part)) + (-b - part)  # what rounding took from the difference (Knuth's TwoSum)
+    lost = (a - (difference - part)) + (
+        -b - part
+    )  # what rounding took from the difference (Knuth's TwoSum)
     lost = lost * difference.sign()
     first = difference.abs() == difference.abs().min(1, keepdim=True).values
     lost = torch.where(first, lost, torch.inf)
@@ -56,7 +58,9 @@ def quantize(x: Tensor, levels: Tensor, bits: int, scale: float, zero_point: flo
     return (one_hot(nearest(x, values), len(values)) @ values).view(x.shape)
 
 
-def quantize_groups(x: Tensor, levels: Tensor, bits: tuple[int, ...], scale: Tensor, zero: Tensor, axis: int) -> Tensor:
+def quantize_groups(
+    x: Tensor, levels: Tensor, bits: tuple[int, ...], scale: Tensor, zero: Tensor, axis: int
+) -> Tensor:
     """Eqn (3) slice by slice along `axis`, each with its own levels, gates and grid."""
     slices = x.unbind(axis) if len(bits) > 1 else [x]
     groups = zip(slices, levels, bits, scale.tolist(), zero.tolist(), strict=True)
@@ -68,7 +72,9 @@ def edge_cases(scale: float, zero_point: float) -> Tensor:
     """Every point where a decision can lie (the grid's half-steps), one ulp on either side, denormals, and far outside."""
     points = ((torch.arange(-3, 514, dtype=torch.float64) / 2 - zero_point) * scale).float()
     inf = torch.tensor(torch.inf)
-    far = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, 1e30, -1e30, 3.4028234e38, -3.4028234e38])
+    far = torch.tensor(
+        [0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, 1e30, -1e30, 3.4028234e38, -3.4028234e38]
+    )
     return flushed(torch.cat([points, points.nextafter(inf), points.nextafter(-inf), far]), scale)
 
 

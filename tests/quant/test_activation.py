@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ddqcli.errors import DDQError
 from ddqcli.quant.activation import ActivationQuantizer
-from ddqcli.quant.functional import representable
-from ddqcli.quant.fusion import can_fuse
+from ddqcli.quant.compiled import can_compile
+from ddqcli.quant.grid import representable_scale
 
 few = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -52,7 +52,7 @@ def decisions(scale: float, low: int, high: int) -> Tensor:
 
 @pytest.fixture(scope="session")
 def compiler() -> None:
-    if not can_fuse(torch.device("cpu")):
+    if not can_compile(torch.device("cpu")):
         pytest.skip("torch.compile finds no compiler here")
 
 
@@ -65,13 +65,21 @@ def brute_force(x: Tensor, scale: float, low: int, high: int) -> Tensor:
 
 
 @few
-@given(st.integers(1, 8), st.floats(-60, 60), st.floats(0, 1), seeds, st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.integers(1, 8),
+    st.floats(-60, 60),
+    st.floats(0, 1),
+    seeds,
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_a_learned_step_rounds_half_to_even_and_clamps(bits, log2_scale, share, seed, dtype):
     low = round(share * (2**bits - 1))
     quantizer = uniform(bits, log2_scale, low)
     scale, high = float(quantizer.scale().detach()), 2**bits - 1 - low
     assert 2.0**log2_scale * (1 - 1e-5) <= scale <= 2.0**log2_scale * (1 + 2.0**-10)
-    x = torch.cat([decisions(scale, -low, high), normal(100, seed=seed) * 2**bits * scale]).to(dtype)
+    x = torch.cat([decisions(scale, -low, high), normal(100, seed=seed) * 2**bits * scale]).to(
+        dtype
+    )
     assert oracle.same_bits(quantizer(x), brute_force(x, scale, -low, high).float().to(dtype))
 
 
@@ -109,8 +117,10 @@ def test_the_steps_gradient_is_the_finite_difference_where_codes_are_clipped():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fused_is_eager_bit_for_bit(low, dtype):
     eager, fused = (uniform(8, -3.3, low) for _ in range(2))
-    fused.fuse = True
-    x = torch.cat([decisions(float(eager.scale().detach()), -low, 255 - low), normal(500) * 20]).to(dtype)
+    fused.use_compiled = True
+    x = torch.cat([decisions(float(eager.scale().detach()), -low, 255 - low), normal(500) * 20]).to(
+        dtype
+    )
     bad = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
     assert bool(fused(bad).isnan().all())
     grad = normal(len(x), seed=1).to(dtype)
@@ -145,7 +155,9 @@ def test_learned_levels_are_eqn_3(bits, signed):
 
 
 def test_levels_are_learned_up_to_4_bits_unless_told_otherwise():
-    assert [ActivationQuantizer(b).learned is not None for b in range(1, 9)] == [True] * 4 + [False] * 4
+    assert [ActivationQuantizer(b).learned is not None for b in range(1, 9)] == [True] * 4 + [
+        False
+    ] * 4
     assert ActivationQuantizer(6, "learned").learned is not None
     assert ActivationQuantizer(2, "uniform").learned is None
 
@@ -166,7 +178,9 @@ def test_the_table_says_what_forward_returns(levels, bits, signed):
     values = ((table["levels"].double() - table["zero_point"]) * table["scale"]).float()
     assert oracle.same_bits(quantizer(values), values)  # every level is its own nearest
     expected = values[oracle.nearest(x, values)]
-    different = quantizer(x) != expected  # a learned step rounds ties to even, levels take the upper one
+    different = (
+        quantizer(x) != expected
+    )  # a learned step rounds ties to even, levels take the upper one
     assert not (different & ((quantizer(x) - x).abs() != (expected - x).abs())).any()
     assert bool(torch.isin(quantizer(x).detach().view(torch.int32), values.view(torch.int32)).all())
 
@@ -182,8 +196,12 @@ def test_the_fitted_step_comes_close_to_the_best_one(bits, shape):
         return float((brute_force(x, scale, -low, 2**bits - 1 - low) - x.double()).square().sum())
 
     reach = float(x.max() - x.min())
-    lows = {"relu": [0], "negative": [2**bits - 1]}.get(shape, range(0, 2**bits, max(1, 2**bits // 16)))
-    least = min(error(s, low) for s in np.linspace(0.1, 1, 40) * reach / (2**bits - 1) for low in lows)
+    lows = {"relu": [0], "negative": [2**bits - 1]}.get(
+        shape, range(0, 2**bits, max(1, 2**bits // 16))
+    )
+    least = min(
+        error(s, low) for s in np.linspace(0.1, 1, 40) * reach / (2**bits - 1) for low in lows
+    )
     found = float((quantizer(x).detach().double() - x.double()).square().sum())
     assert found <= 1.2 * least  # it keeps the share of the range that lies below 0
     if shape == "relu":
@@ -273,4 +291,4 @@ def test_constant_and_empty_batches(levels, value):
 def test_scales_have_twelve_significant_bits_wherever_training_takes_them():
     for log2_scale in np.linspace(-20, 20, 101):
         scale = uniform(8, float(log2_scale)).scale().detach()
-        assert torch.equal(scale, representable(scale))
+        assert torch.equal(scale, representable_scale(scale))

@@ -15,8 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddqcli.errors import DDQError
-from ddqcli.quant.fit import Distribution, lloyd_max
-from ddqcli.quant.quantizer import MOST_BITS, DDQuantizer, error_curve, fitting_grid, spread_runs
+from ddqcli.quant.error_curve import squared_error_by_bits
+from ddqcli.quant.grid import fit_grid
+from ddqcli.quant.histogram import Histogram
+from ddqcli.quant.level_kinds import MAX_BITS_BY_KIND
+from ddqcli.quant.levels import spread_levels
+from ddqcli.quant.lloyd_max import lloyd_max
+from ddqcli.quant.quantizer import DDQuantizer
 
 few = settings(deadline=None, derandomize=True, max_examples=50)
 seeds = st.integers(0, 2**32 - 1)
@@ -57,7 +62,8 @@ def power_of_two_levels(bits: int, c: Fraction) -> list[Fraction]:
 
 @pytest.mark.parametrize("log2_clip", [-9.3, 0.0, 3.77])
 @pytest.mark.parametrize(
-    ("kind", "bits"), [("uniform", s) for s in range(1, 8)] + [("power_of_two", s) for s in range(1, 5)]
+    ("kind", "bits"),
+    [("uniform", s) for s in range(1, 8)] + [("power_of_two", s) for s in range(1, 5)],
 )
 def test_fixed_levels_are_those_of_eqn_1_and_eqn_2_exactly(kind, bits, log2_clip):
     for max_bits in {bits, 8}:
@@ -66,7 +72,9 @@ def test_fixed_levels_are_those_of_eqn_1_and_eqn_2_exactly(kind, bits, log2_clip
         torch.nn.init.constant_(quantizer.log2_clip, log2_clip)
         top = Fraction(float(values_in_force(quantizer).max()))
         c = top if kind == "uniform" else 2 * top
-        assert 2**log2_clip * (1 - 1e-6) <= c <= 2**log2_clip * (1 + 2**-10)  # c, rounded up to 12 significant bits
+        assert (
+            2**log2_clip * (1 - 1e-6) <= c <= 2**log2_clip * (1 + 2**-10)
+        )  # c, rounded up to 12 significant bits
         levels = uniform_levels(bits, c) if kind == "uniform" else power_of_two_levels(bits, c)
         thresholds = torch.tensor([float(a + b) / 2 for a, b in itertools.pairwise(levels)])
         x = torch.cat([thresholds[::5], normal(60) * float(c), torch.tensor([1e30, -1e30])])
@@ -101,7 +109,9 @@ def test_the_clipping_threshold_gets_the_derivative_of_eqn_1_and_eqn_2(kind):
 
     def held(log2_clip: float) -> float:
         levels = uniform_levels if kind == "uniform" else power_of_two_levels
-        values = torch.tensor([float(v) for v in levels(4, Fraction(2.0**log2_clip))], dtype=torch.float64)
+        values = torch.tensor(
+            [float(v) for v in levels(4, Fraction(2.0**log2_clip))], dtype=torch.float64
+        )
         line = x.double() * inside * 2.0**log2_clip  # x goes along with the levels at either side
         return float(grad.double() @ (values[oracle.nearest(x, values / 2.0**log2_clip)] - line))
 
@@ -152,7 +162,9 @@ def test_indices_select_what_forward_returns(seed, bits, kind, axis, dtype):
     for g, part, index, out in zip(groups, slices, chosen, outputs, strict=True):
         values = values_in_force(quantizer, g)
         assert oracle.same_bits(values[index.long()].to(dtype), out)
-        expected = values[oracle.nearest(part.double(), values)]  # among equal levels any index will do
+        expected = values[
+            oracle.nearest(part.double(), values)
+        ]  # among equal levels any index will do
         assert torch.equal(values[index.long()], expected)
 
 
@@ -177,7 +189,7 @@ def test_values_without_a_nearest_level_are_refused_by_a_sentence(bad):
 def test_spread_runs_keeps_the_fitted_levels_as_the_means_of_runs(fitted, doublings):
     fitted = np.sort(np.resize(fitted, 2 ** (len(fitted) - 1).bit_length()))
     run = 2**doublings
-    spread = spread_runs(fitted, len(fitted) * run)
+    spread = spread_levels(fitted, len(fitted) * run)
     np.testing.assert_allclose(spread.reshape(-1, run).mean(1), fitted, atol=1e-9)
     assert (np.diff(spread) >= -1e-9).all()
     assert spread.min() >= -1e-9
@@ -192,7 +204,7 @@ def test_refit_leaves_lloyd_max_levels_at_its_bits_and_sensible_ones_at_others(s
     quantizer = DDQuantizer.from_tensor(x, 8)
     quantizer.refit(x, s)
     assert quantizer.bits == (s,)
-    fitted = lloyd_max(Distribution.of(x.numpy()), 2**s)
+    fitted = lloyd_max(Histogram.of(x.numpy()), 2**s)
     scale = float(quantizer.scale)
     np.testing.assert_allclose(values_in_force(quantizer), fitted, atol=scale * 0.501)
     for other in {max(1, s - 1), s + 1}:  # a gate may close or open before the next refit
@@ -229,7 +241,7 @@ def test_channels_are_fitted_as_tensors_of_their_own(kind, axis):
 )
 def test_the_fitting_grid_holds_zero_and_the_whole_range(a, b):
     low, high = min(a, b), max(a, b)
-    scale, zero_point = fitting_grid(Distribution.of(np.array([low, high])))
+    scale, zero_point = fit_grid(Histogram.of(np.array([low, high])))
     assert isinstance(zero_point, int)
     assert 0 <= zero_point <= 255
     assert -zero_point * scale <= low + scale / 2
@@ -268,7 +280,9 @@ def test_the_error_curve_tells_what_a_refit_leaves(kind, sparse):
     x = normal(20_000)
     if sparse:
         x[2000:] = 0
-    curve = error_curve(Distribution.of(x.numpy()), range(1, MOST_BITS[kind] + 1), kind)
+    curve = squared_error_by_bits(
+        Histogram.of(x.numpy()), range(1, MAX_BITS_BY_KIND[kind] + 1), kind
+    )
     for s in curve:
         quantizer = DDQuantizer.from_tensor(x, s, kind=kind)
         assert curve[s] == pytest.approx(squared_error(quantizer, x), rel=0.05)
@@ -295,13 +309,17 @@ def test_gradient_correction_draws_the_outer_level_to_the_weights_beyond_it():
 
 
 @few
-@given(st.lists(st.integers(1, 6), min_size=4, max_size=4), st.sampled_from([1.0, 1e-8, 0.0]), st.booleans())
+@given(
+    st.lists(st.integers(1, 6), min_size=4, max_size=4),
+    st.sampled_from([1.0, 1e-8, 0.0]),
+    st.booleans(),
+)
 def test_gates_read_back_give_the_bits_that_were_set(bits, logit, opened_before):
     x = normal(4, 20)
     quantizer = DDQuantizer.from_tensor(x, 6, channel_axis=0)
     quantizer.gate_logits.data.fill_(logit if opened_before else -logit)
     quantizer.refit(x, tuple(bits))
-    quantizer.read_gates()
+    quantizer.update_bits()
     assert quantizer.bits == tuple(bits)
 
 
@@ -310,7 +328,7 @@ def test_gates_read_back_give_the_bits_that_were_set(bits, logit, opened_before)
 def test_bits_are_the_number_of_open_gates_and_at_least_one(logits):
     quantizer = DDQuantizer(1, 5)
     quantizer.gate_logits.data[0] = torch.tensor(logits)
-    quantizer.read_gates()
+    quantizer.update_bits()
     assert quantizer.bits == (max(1, sum(g >= 0 for g in logits)),)
 
 
@@ -321,7 +339,7 @@ def test_a_saved_quantizer_returns_as_it_was(kind):
     quantizer.refit(x, (1, 2, 4))
     other = DDQuantizer(3, 4, kind=kind)
     other.load_state_dict(quantizer.state_dict())
-    other.read_gates()
+    other.update_bits()
     assert other.bits == (1, 2, 4)
     assert torch.equal(other(x), quantizer(x))
 
@@ -331,4 +349,6 @@ def test_only_what_the_kind_learns_is_trained(kind, learned):
     quantizer = DDQuantizer.from_tensor(normal(50), 4, kind=kind)
     assert {name for name, p in quantizer.named_parameters() if p.requires_grad} == learned
     quantizer(normal(50)).square().sum().backward()
-    assert {name for name, p in quantizer.named_parameters() if p.grad is not None and p.grad.any()} == learned
+    assert {
+        name for name, p in quantizer.named_parameters() if p.grad is not None and p.grad.any()
+    } == learned

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ddqcli.commands.inspect import InspectResult, LayerRow
+from ddqcli.inspection.weights import InspectResult, LayerRow
 from ddqcli.render.inspect import show, spark
 
 NAMES = [f"features.denseblock{k // 6 + 1}.denselayer{k % 6 + 1}.conv1.weight" for k in range(12)]
 
 
 def row(name: str, word: str = "heavy-tailed") -> LayerRow:
-    error = {bits: {"uniform": 0.5 / bits, "power_of_two": 0.4 / bits, "best": 0.1 / 4**bits} for bits in (2, 3, 4, 8)}
+    error = {
+        bits: {"uniform": 0.5 / bits, "power_of_two": 0.4 / bits, "best": 0.1 / 4**bits}
+        for bits in (2, 3, 4, 8)
+    }
     return LayerRow(
         name, "depthwise", (32, 1, 3, 3), "float32", 288, 1152, -1.5, 2.25, 0.001, 0.125, 2.5, word, error,
         tuple([1] + [0] * 63 + [100] + [5] * 63), (0.0,) * 16,
@@ -36,9 +39,17 @@ def result(names: list[str] = NAMES, **kwargs: object) -> InspectResult:
     )
 
 
-def shown(width: int, found: InspectResult | None = None, *, terminal: bool = False, encoding: str = "utf-8") -> str:
+def shown(
+    width: int,
+    found: InspectResult | None = None,
+    *,
+    terminal: bool = False,
+    encoding: str = "utf-8",
+) -> str:
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    console = Console(file=buffer, width=width, force_terminal=terminal, no_color=True, legacy_windows=False)
+    console = Console(
+        file=buffer, width=width, force_terminal=terminal, no_color=True, legacy_windows=False
+    )
     show(found or result(), console)
     buffer.flush()
     return buffer.buffer.getvalue().decode(encoding)
@@ -47,7 +58,9 @@ def shown(width: int, found: InspectResult | None = None, *, terminal: bool = Fa
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("width", [80, 100, 120, 160, 200])
 def test_each_layer_has_one_line_that_fits(width, terminal):
-    lines = shown(width, terminal=terminal).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    lines = (
+        shown(width, terminal=terminal).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    )
     rows = [line for line in lines if "dw conv" in line]
     assert len(rows) == len(NAMES)
     assert all(len(line) <= width for line in rows)
@@ -65,7 +78,18 @@ def test_80_columns_show_the_4_bit_errors_and_say_there_is_more():
 def test_a_wide_console_shows_every_column():
     text = shown(210)
     header = text[: text.index(NAMES[0].removesuffix(".weight"))]
-    for word in ("kind", "shape", "params", "bytes", "min", "max", "std", "histogram", "distribution", "tail"):
+    for word in (
+        "kind",
+        "shape",
+        "params",
+        "bytes",
+        "min",
+        "max",
+        "std",
+        "histogram",
+        "distribution",
+        "tail",
+    ):
         assert word in header
     for bits in (2, 3, 4, 8):
         assert header.count(f"{bits} bit") == 3
@@ -86,7 +110,12 @@ def test_a_console_without_unicode_gets_ascii():
 
 
 def test_totals_tied_tensors_pictures_and_the_next_step_are_told():
-    text = shown(120, result(tied={"head": "embed", "x": "y"}, pictures=(Path("out/index.html"), Path("out/a.png"))))
+    text = shown(
+        120,
+        result(
+            tied={"head": "embed", "x": "y"}, pictures=(Path("out/index.html"), Path("out/a.png"))
+        ),
+    )
     flat = " ".join(text.split())
     assert "5.00 kB" in flat
     assert "biases, norms and counters (4 tensors, 99 values, 396 B)" in flat

@@ -1,0 +1,1 @@
+"""Reading the files in which others keep weights, and building their networks."""

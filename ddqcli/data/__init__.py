@@ -1,0 +1,1 @@
+"""Training and evaluation data as batches on the device."""

@@ -1,0 +1,1 @@
+"""What is known of weights, runs and files: rows, then figures of them, then pages."""

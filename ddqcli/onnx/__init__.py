@@ -1,0 +1,1 @@
+"""Exported models as ONNX graphs in integers, and their check in onnxruntime."""

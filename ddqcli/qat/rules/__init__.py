@@ -1,0 +1,1 @@
+"""How bits are decided, one rule a module."""

@@ -1,0 +1,60 @@
+"""Files written whole or not at all, and locks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from ddqcli.errors import DDQError, UsageError
+
+_WRONG_PLACES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place.
+
+    Raises UsageError for a place that cannot be written to, DDQError if the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Take the file's lock, which ends with the process, however that ends; False if another process has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # no POSIX system, or a file system without locks
+        pass
+    return True
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = (
+            error.__context__ if isinstance(error, RuntimeError) else error
+        )  # torch.save hides it behind its own
+        if not isinstance(cause, OSError):
+            raise
+        kind = UsageError if isinstance(cause, _WRONG_PLACES) else DDQError
+        raise kind(
+            f"{path} cannot be written: {cause.strerror}; what was there before is kept."
+        ) from error

@@ -1,0 +1,1 @@
+"""Algorithm 1: calibration, the training loop, evaluation."""

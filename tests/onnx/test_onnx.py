@@ -1,0 +1,374 @@
+"""The ONNX file: its whole numbers are the file's, and onnxruntime answers as torch, with and without optimisations."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from quantized_net import Quantized, quantize, shake
+from torch import Tensor, nn
+from torchvision import models as zoo
+
+import ddqcli
+from ddqcli.errors import UsageError, VerificationError
+from ddqcli.onnx import integer_graph as qdq
+from ddqcli.onnx.export import require_onnx, write_onnx
+from ddqcli.onnx.runtime import compare, session
+
+EXACT = 2e-6  # float32 sums in another order
+
+
+def written(
+    model: nn.Module, x: Tensor, folder: Path, **options: object
+) -> tuple[Path, nn.Module, Quantized]:
+    """The model quantized and loaded again, and its ONNX file."""
+    made = quantize(model, x, folder / "model.safetensors", **options)  # type: ignore[arg-type]
+    loaded = ddqcli.load(made.path, model)
+    write_onnx(folder / "model.onnx", loaded, made.weights, x, {"source": "0123"})
+    return folder / "model.onnx", loaded, made
+
+
+def both(path: Path, x: Tensor) -> list[Tensor]:
+    """What onnxruntime answers with its optimisations and without."""
+    feed = {"input": x.numpy()}
+    return [
+        torch.from_numpy(session(path, optimised=on).run(None, feed)[0]) for on in (True, False)
+    ]
+
+
+def torch_answer(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def kernels(path: Path) -> Counter[str]:
+    """What onnxruntime runs of a file, once it has optimised it."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".run.onnx"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def uneven(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights whose range is not symmetrical, so that a zero point is needed."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3 + 0.1)
+    return shake(model, seed)
+
+
+# ---- one layer: exact
+
+
+GEOMETRIES = {
+    "3x3": dict(kernel_size=3, padding=1),
+    "3x3, stride 2": dict(kernel_size=3, stride=2, padding=1),
+    "uneven everything": dict(kernel_size=(3, 5), stride=(2, 1), padding=(0, 3), dilation=(1, 2)),
+    "1x1": dict(kernel_size=1),
+    "1x1, stride 2": dict(kernel_size=1, stride=2),
+    "same": dict(kernel_size=4, padding="same"),
+    "grouped": dict(kernel_size=3, groups=2),
+    "depthwise": dict(kernel_size=3, padding=1, groups=16, out_channels=16),
+    "reflected": dict(kernel_size=3, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["", "a factor of 0"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_convolution_with_a_float_result_is_exact_but_for_its_rounded_shift(
+    geometry: str, dead: bool, tmp_path: Path
+) -> None:
+    layer = nn.Conv2d(**{"in_channels": 16, "out_channels": 24, **GEOMETRIES[geometry]})  # type: ignore[arg-type]
+    model = uneven(nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels)))
+    with torch.no_grad():
+        model[1].weight[:2] = torch.tensor([-1.5, 0.0 if dead else 1.0])  # type: ignore[index]
+    x = torch.randn(3, 16, 9, 11)
+    path, loaded, made = written(
+        model, x, tmp_path, granularity="channel" if geometry == "3x3" else "layer"
+    )
+    gathered = geometry not in ("grouped", "depthwise", "reflected", "same")
+    rounded = (
+        gathered and not dead
+    )  # a channel whose products count for nothing has no unit to round its shift to
+    factor = model[1].weight / torch.sqrt(model[1].running_var + model[1].eps)  # type: ignore[operator]
+    unit = (
+        torch.from_numpy(made.weights["0.weight"].scale) * factor * loaded[0].input_quantizer.scale
+    )  # type: ignore[index]
+    expected = torch_answer(loaded, x)
+    slack = EXACT * expected.abs().max() + (rounded * 0.5001 * unit.detach().abs())[:, None, None]
+    for found in both(path, x):
+        assert bool(((found - expected).abs() <= slack).all())
+    assert kernels(path)["QGemm"] == rounded
+    assert kernels(path)["MatMulIntegerToFloat"] == (gathered and dead)
+
+
+@pytest.mark.parametrize("act_bits", [None, 1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_inputs_of_every_width_are_exact(
+    act_bits: int | None, signed: bool, tmp_path: Path
+) -> None:
+    model = uneven(nn.Sequential(nn.Linear(20, 30)))
+    x = torch.randn(7, 20)
+    x = x if signed else x.relu()
+    path, loaded, made = written(model, x, tmp_path, act_bits=act_bits)
+    scale = loaded[0].input_quantizer.scale if act_bits else torch.tensor(0.1)  # type: ignore[index]
+    x = torch.cat(
+        [x, 50 * x, torch.arange(-280, 280).reshape(28, 20) / 2 * scale]
+    )  # beyond the range, and all ties
+    expected = torch_answer(loaded, x)
+    assert torch.equal(expected, torch_answer(made.model, x))
+    for found in both(path, x):
+        assert distance(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (2, 5, 20), (2, 3, 4, 20)])
+def test_linear_layers_run_in_whole_numbers(shape: tuple[int, ...], tmp_path: Path) -> None:
+    for bias in (True, False):
+        model = uneven(nn.Sequential(nn.Linear(20, 30, bias=bias)))
+        x = torch.randn(shape)
+        path, loaded, _ = written(model, x, tmp_path)
+        assert kernels(path)["MatMulIntegerToFloat"] == 1
+        for found in both(path, x):
+            assert distance(found, torch_answer(loaded, x)) < EXACT
+
+
+# ---- from whole numbers to whole numbers
+
+
+@pytest.mark.parametrize(
+    ("between", "most"),
+    [
+        (nn.ReLU(), 1e9),
+        (nn.ReLU6(), 1e9),
+        (nn.Hardtanh(-0.3, 0.4), 1e9),
+        (nn.Identity(), 1e9),
+        (nn.ReLU6(), 3.0),
+    ],
+    ids=["relu", "relu6", "hardtanh", "nothing", "relu6 above the range"],
+)
+def test_activations_become_part_of_the_quantizer(
+    between: nn.Module, most: float, tmp_path: Path
+) -> None:
+    model = uneven(
+        nn.Sequential(
+            nn.Conv2d(16, 16, 3, bias=False),
+            nn.BatchNorm2d(16),
+            between,
+            nn.Conv2d(16, 20, 1),
+            nn.Flatten(),
+        )
+    )
+    x = 4 * torch.randn(2, 16, 8, 8)
+    calibration = x if most > 100 else x / 8  # then the second layer's range ends below 6
+    path, loaded, _ = written(model, calibration, tmp_path)
+    runs = kernels(path)
+    assert runs["QLinearConv"] == 1
+    assert not runs.keys() & {"Conv", "Relu", "BatchNormalization", "FusedConv"}
+    expected = torch_answer(loaded, x)
+    step = float(loaded[3].input_quantizer.scale * loaded[3].weight.detach().abs().max())  # type: ignore[index]
+    for found in both(path, x):
+        assert float((found - expected).abs().max()) <= 3.1 * step, (
+            "a rounded shift may move a value to the next level"
+        )
+        assert float(((found - expected).abs() < 0.02 * step).float().mean()) > 0.9
+
+
+def test_three_channels_and_depthwise_run_in_whole_numbers(tmp_path: Path) -> None:
+    model = uneven(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU()
+        ),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 11, 11)
+    path, loaded, _ = written(model, x, tmp_path)
+    assert kernels(path)["QLinearConv"] == 2
+    expected = torch_answer(loaded, x)
+    for found in both(path, x):
+        assert (
+            float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+            < 0.01
+        )
+
+
+def test_a_shift_that_no_int32_holds_stays_float(tmp_path: Path) -> None:
+    model = uneven(
+        nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    )
+    with torch.no_grad():
+        model[1].weight.mul_(1e-9)  # type: ignore[union-attr]
+        model[1].bias.fill_(1.0)  # type: ignore[union-attr]
+    x = torch.randn(2, 16, 6, 6)
+    path, loaded, _ = written(model, x, tmp_path)
+    assert "QLinearConv" not in kernels(path)
+    for found in both(path, x):
+        assert distance(found, torch_answer(loaded, x)) < 1e-5
+
+
+# ---- whole networks
+
+
+class Shared(nn.Module):
+    """A layer called twice, a tied embedding, attention, a result that is used twice, a norm with its own user."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 16)
+        self.twice = nn.Linear(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.conv = nn.Conv2d(16, 16, 1)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 9)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens.long())
+        x = self.twice(self.twice(x).relu())
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        y = self.conv(x.transpose(1, 2)[..., None])
+        y = (self.norm(y) + y).squeeze(-1).transpose(1, 2)
+        return self.head(y)
+
+
+def test_shared_tensors_attention_and_embeddings(tmp_path: Path) -> None:
+    model = uneven(Shared())
+    tokens = (torch.arange(21.0) % 9).view(3, 7)
+    path, loaded, _ = written(model, tokens, tmp_path, act_bits=2)
+    for found in both(path, tokens):
+        assert distance(found, torch_answer(loaded, tokens)) < 0.01, (
+            "the convolution's shift is rounded"
+        )
+    names = {tensor.name for tensor in onnx.load(path).graph.initializer}
+    assert not names & {"head.weight", "embed.weight"}, (
+        "the embedding is quantized, by whichever name"
+    )
+
+
+def test_resnet18_answers_alike_at_any_batch_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = shake(zoo.resnet18(num_classes=9)), torch.randn(5, 3, 32, 32)
+    path, loaded, _ = written(model, x, tmp_path, act_bits=2)
+    for count in (1, 5):
+        for found in both(path, x[:count]):
+            away = (found - torch_answer(loaded, x[:count])).abs().amax(1) / 5
+            assert float(away.median()) < 1e-4, (
+                "a typical sample is the same; one on an edge may go its own way"
+            )
+    runs = kernels(path)
+    assert runs["QGemm"] == 19  # all convolutions but the first
+    assert runs["MatMulIntegerToFloat"] == 1  # the last layer
+    assert runs["Conv"] + runs["FusedConv"] == 1
+
+
+def test_the_whole_numbers_are_those_of_the_file(tmp_path: Path) -> None:
+    model = uneven(
+        nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 17, 1))
+    )
+    path, _, made = written(model, torch.randn(2, 16, 6, 6), tmp_path)
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    for name, layout in (("0.weight", (0, 1, 2, 3)), ("3.weight", (1, 0))):
+        tensor = made.weights[name]
+        level = tensor.integers().astype(int) - int(tensor.zero_point[0])
+        integers, zero_point = stored[f"{name}.integers"], stored[f"{name}.zero_point"]
+        assert integers.dtype == np.int8
+        centred = integers.astype(int) - zero_point.astype(int).reshape(
+            (-1, 1, 1, 1) if len(layout) == 4 else (1, -1)
+        )
+        assert np.array_equal(centred, level.reshape(level.shape[: len(layout)]).transpose(layout))
+    assert not [
+        name for name, array in stored.items() if array.dtype == np.float32 and array.ndim > 1
+    ]
+
+
+def test_the_file_is_the_same_each_time_and_tells_nothing_of_the_machine(tmp_path: Path) -> None:
+    model, x = (
+        uneven(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))),
+        torch.randn(2, 3, 6, 6),
+    )
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        written(uneven(model), x, folder)
+    raw = (first / "model.onnx").read_bytes()
+    assert raw == (second / "model.onnx").read_bytes()
+    assert not [word for word in (b"/tmp", b".py", b"nn.modules", b"quantized_net") if word in raw]
+    proto = onnx.load(first / "model.onnx")
+    assert [
+        i.type.tensor_type.shape.dim[0].dim_param
+        for i in (proto.graph.input[0], proto.graph.output[0])
+    ] == ["batch"] * 2
+    assert {prop.key: prop.value for prop in proto.metadata_props} == {"source": "0123"}
+
+
+# ---- what is refused, and what is noticed
+
+
+class Deciding(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+@pytest.mark.parametrize("layer", [Deciding, Unknown])
+def test_what_onnx_cannot_express_is_refused_by_the_layers_name(
+    layer: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    model = uneven(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), layer())))
+    with pytest.raises(
+        UsageError, match=r"^The model of the layer 1\.1 cannot be exported to ONNX: "
+    ) as error:
+        written(model, torch.randn(2, 4), tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_without_the_extra_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name)
+    )
+    with pytest.raises(UsageError, match=r"pip install 'ddqcli\[onnx\]'"):
+        require_onnx()
+
+
+def test_a_comparison_sees_a_wrong_layer_and_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = (
+        uneven(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))),
+        torch.randn(40, 8),
+    )
+    path, loaded, _ = written(model, x, tmp_path)
+    batches = [(x[:20], torch.zeros(20)), (x[20:], torch.zeros(20))]
+    right = compare(
+        path, loaded, batches, lambda out, y: (out.argmax(1) == y).float(), optimised=True
+    )
+    assert right.samples == 40
+    assert right.outputs < EXACT
+    hits = float((torch_answer(loaded, x).argmax(1) == 0).float().mean())
+    assert right.accuracy == right.torch_accuracy == pytest.approx(100 * hits)
+    assert compare(path, loaded, batches, None, optimised=False, most=20).samples == 20
+    int8 = qdq._int8
+    monkeypatch.setattr(qdq, "_int8", lambda tensor: (int8(tensor)[0] // 2, int8(tensor)[1]))
+    path, loaded, _ = written(model, x, tmp_path)
+    assert compare(path, loaded, batches, None, optimised=True).outputs > 0.1
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(VerificationError, match="onnxruntime cannot load"):
+        session(path, optimised=True)
