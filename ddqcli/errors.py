@@ -1,14 +1,14 @@
-"""Every error a user can cause, each with its exit code; the message names the thing and the remedy.
+"""Exceptions that users see, each with its exit code. Messages name the cause and the remedy.
 
-Exit codes: 0 done; 1 failed while running; 2 wrong use, recipe, model, data or budget; 3 a gate is unmet;
-4 a verification differs; 130 on Ctrl-C; 143 on SIGTERM.
+Exit codes: 0 success; 1 runtime failure; 2 wrong usage, recipe, model, data or budget; 3 limit
+exceeded; 4 verification mismatch; 130 Ctrl-C; 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 
 class DDQError(Exception):
-    """The work failed while running (exit code 1)."""
+    """A command failed while running (exit code 1). Base class of every error reported to users."""
 
     exit_code = 1
 
@@ -20,43 +20,43 @@ class UsageError(DDQError):
 
 
 class RecipeError(UsageError):
-    """The recipe is faulty; `faults` holds one line for each fault."""
+    """The recipe is invalid (exit code 2); `faults` holds one line per fault."""
 
     def __init__(self, source: str, faults: list[str]) -> None:
         self.faults = faults
-        super().__init__(
-            "\n".join([f"{source} has {len(faults)} fault{'s' * (len(faults) > 1)}:", *faults])
-        )
+        plural = "s" * (len(faults) > 1)
+        super().__init__("\n".join([f"{source} has {len(faults)} fault{plural}:", *faults]))
 
 
 class CheckpointError(UsageError):
-    """The checkpoint cannot be read or does not fit the architecture."""
+    """The checkpoint cannot be read or does not fit the architecture (exit code 2)."""
 
 
 class DataError(UsageError):
-    """The data cannot be found, read or used."""
+    """The data cannot be found, read or used for training (exit code 2)."""
 
 
 class BudgetError(UsageError):
-    """The budget cannot be met with the bits on offer."""
+    """No allowed bit-widths meet the budget (exit code 2)."""
 
 
 class LimitExceeded(DDQError):
-    """A condition put to a finished run does not hold (exit code 3)."""
+    """A run or an exported file exceeds a limit of `ddq report` (exit code 3)."""
 
     exit_code = 3
 
 
 class VerificationError(DDQError):
-    """A file does not hold what it should (exit code 4)."""
+    """A file differs from the model it should hold (exit code 4)."""
 
     exit_code = 4
 
 
 class Interrupted(BaseException):
-    """A signal ended the run; what was reached is kept (exit code 128 + signal: 130 on Ctrl-C, 143 on SIGTERM).
+    """A signal stopped the command (exit code 128 + signal: 130 on Ctrl-C, 143 on SIGTERM).
 
-    No Exception, so that nobody takes it for a failure of what it fell into: a damaged image, a missing compiler.
+    Derives from BaseException so that `except Exception` around a damaged image or a missing
+    compiler does not swallow it.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -1,1 +1,1 @@
-"""The command line: options in, exit codes out."""
+"""The `ddq` command line: options in, result on stdout, exit code out."""

@@ -1,15 +1,16 @@
-"""Matplotlib figures made from plain arrays, and their files."""
+"""Matplotlib figures from plain arrays, and their files."""
 
-from ddqcli.plots.layers import Layer, channels_figure, layer_figure, overview_figures
-from ddqcli.plots.style import for_page, save, svg_of
-from ddqcli.plots.training import (
-    bits_by_layer_figure,
-    bits_over_time_figure,
+from ddqcli.plots.bits import bits_by_layer_figure, bits_over_time_figure
+from ddqcli.plots.channels import channels_figure
+from ddqcli.plots.files import for_page, save, svg_of
+from ddqcli.plots.histogram import Layer, layer_figure
+from ddqcli.plots.over_time import (
     error_over_time_figure,
     levels_over_time_figure,
     loss_over_time_figure,
-    size_against_accuracy_figure,
 )
+from ddqcli.plots.overview import overview_figures
+from ddqcli.plots.size_accuracy import size_against_accuracy_figure
 
 __all__ = [
     "Layer",

@@ -1,4 +1,4 @@
-"""The two consoles, and the JSON envelope: results on stdout, everything else on stderr."""
+"""Consoles and the JSON envelope: results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -10,31 +10,40 @@ from rich.console import Console
 
 ENVELOPE_VERSION = 1
 
-_PIPE_WIDTH = 160  # where nobody tells a width: no name is cut short
+_PIPE_WIDTH = 160  # columns if stdout is not a terminal, so that layer names stay whole
 
 
-class _Result(Console):
-    """Stdout: who reads no further is for the command line to answer."""
+class _ResultConsole(Console):
+    """Console for stdout that raises BrokenPipeError, which the command line handles."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
-class _Notes(Console):
-    """Stderr: work goes on though nobody reads of it."""
+class _NotesConsole(Console):
+    """Console for stderr that goes quiet when its reader leaves; the work continues."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
-out = _Result(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-err = _Notes(stderr=True, highlight=False, emoji=False)
+out = _ResultConsole(
+    highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH
+)
+err = _NotesConsole(stderr=True, highlight=False, emoji=False)
 
 
-def envelope(
-    command: str, data: Any = None, *, exit_code: int = 0, errors: list[str] | None = None
+def json_envelope(
+    command: str | None,
+    data: Any = None,
+    *,
+    exit_code: int = 0,
+    errors: list[str] | None = None,
 ) -> str:
-    """The one JSON object that `--json` prints, on success and on failure."""
+    """Return the JSON object that `--json` prints, on success and on failure.
+
+    `command` is None if the error lies before the command's name.
+    """
     return json.dumps(
         {
             "version": ENVELOPE_VERSION,
@@ -48,6 +57,6 @@ def envelope(
     )
 
 
-def plain(text: str) -> None:
-    """Text on stdout as it is: no wrapping, no colour, no markup."""
+def print_plain(text: str) -> None:
+    """Print text to stdout unchanged: no wrapping, color or markup."""
     sys.stdout.write(text + "\n")

@@ -1,33 +1,31 @@
-"""Progress on stderr: a bar with time left on a terminal, one heartbeat line every few seconds elsewhere."""
+"""Progress on stderr: a bar on a terminal, a heartbeat line every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ddqcli.render.console import err
 
-_HEARTBEAT = 10.0  # seconds
+if TYPE_CHECKING:
+    from ddqcli.training.trainer import StepMetrics
+
+HEARTBEAT_SECONDS = 10.0
 
 
-class Live:
-    """Shows notes, passes over data, and training steps; a listener for `commands.finetune.finetune`."""
+class ProgressReporter:
+    """Print notes, passes over data and training steps; a listener for `finetune` and `sweep`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.bar = None if quiet or not sys.stderr.isatty() else Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(), TextColumn("{task.fields[detail]}"), console=err, transient=True,
-        )  # fmt: skip
-        self.task: Any = None
-        self.what = ""
-        self.last = time.monotonic()
+        self.bar = _ProgressBar() if sys.stderr.isatty() and not quiet else None
+        self.last_heartbeat = time.monotonic()
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> ProgressReporter:
         if self.bar:
             self.bar.start()
         return self
@@ -42,40 +40,56 @@ class Live:
             self.bar.stop()
 
     def note(self, text: str) -> None:
+        """Print a line, unless quiet."""
         if not self.quiet:
             err.print(text, markup=False, soft_wrap=not sys.stderr.isatty())
 
     def progress(self, what: str, done: int, total: int) -> None:
-        self._show(what, done, total, "")
-
-    def step(self, metrics: Any) -> None:
-        detail = f"loss {metrics.loss:.3f}, {metrics.train_accuracy:.1f} %, {metrics.average_bits:.2f} bits"
-        if self._show("train", metrics.step, metrics.steps, detail) and not self.bar:
-            self.note(
-                f"train {metrics.step}/{metrics.steps}: {detail}, {_clock(metrics.remaining)} left"
-            )
-
-    def _show(self, what: str, done: int, total: int, detail: str) -> bool:
-        """Update the bar; True where a heartbeat is due."""
+        """Show on the bar that `done` of `total` items are processed."""
         if self.bar:
-            if what != self.what or self.task is None:
-                if self.task is not None:
-                    self.bar.remove_task(self.task)
-                self.task, self.what = self.bar.add_task(what, total=total, detail=detail), what
-            self.bar.update(self.task, completed=done, total=total, detail=detail)
+            self.bar.show(what, done, total)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Show a training step, on the bar or as a heartbeat line; the last step always."""
+        detail = (
+            f"loss {metrics.loss:.3f}, {metrics.train_accuracy:.1f} %, "
+            f"{metrics.average_bits:.2f} bits"
+        )
         now = time.monotonic()
-        if self.quiet or (now - self.last < _HEARTBEAT and done < total):
-            return False
-        if what == "train" or now - self.last >= _HEARTBEAT:
-            self.last = now
-            return True
-        return False
+        if self.bar:
+            self.bar.show("train", metrics.step, metrics.steps, detail)
+        elif now - self.last_heartbeat >= HEARTBEAT_SECONDS or metrics.step >= metrics.steps:
+            self.last_heartbeat = now
+            left = _clock(metrics.remaining)
+            self.note(f"train {metrics.step}/{metrics.steps}: {detail}, {left} left")
+
+
+class _ProgressBar(Progress):
+    """Progress bar with the time left that shows one task at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=err,
+            transient=True,
+        )
+        self.current: tuple[str, TaskID] | None = None
+
+    def show(self, what: str, done: int, total: int, detail: str = "") -> None:
+        """Update the task, or replace the one shown if its description differs."""
+        if self.current is None or self.current[0] != what:
+            if self.current is not None:
+                self.remove_task(self.current[1])
+            self.current = what, self.add_task(what, total=total, detail=detail)
+        self.update(self.current[1], completed=done, total=total, detail=detail)
 
 
 def _clock(seconds: float) -> str:
+    """Format a duration as m:ss or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-        if minutes >= 60
-        else f"{minutes}:{seconds:02d}"
-    )
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,4 +1,4 @@
-"""Figures: the numbers drawn, nothing overlapping with few and many layers, and the same bytes each time."""
+"""Figures: exact numbers, no overlapping text with few or many layers, the same bytes each time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from ddqcli import plots
-from ddqcli.plots.layers import PER_SHEET, _coarser
+from ddqcli.plots.histogram import merge_bins
+from ddqcli.plots.overview import PER_SHEET
 from ddqcli.plots.style import INK, PAPER, settings
 
 KINDS = ("conv", "depthwise", "linear", "embedding")
@@ -103,7 +104,7 @@ FIGURES = (
 
 
 def texts(figure: Figure) -> list[tuple[str, object]]:
-    """All texts that are drawn, with their boxes in pixels."""
+    """Return all drawn texts with their bounding boxes in pixels."""
     with settings():
         figure.draw_without_rendering()
         drawn = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
@@ -122,7 +123,7 @@ def texts(figure: Figure) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("kind", FIGURES)
 @pytest.mark.parametrize("n", [1, 5, 45])
-def test_no_text_overlaps_another_or_leaves_the_picture(kind, n):
+def test_no_text_overlaps_another_or_leaves_the_figure(kind, n):
     for figure in make(kind, n)[:2]:
         drawn, extents = zip(*texts(figure), strict=True)
         x0, y0, x1, y1 = np.array([box.extents for box in extents]).T
@@ -136,7 +137,7 @@ def test_no_text_overlaps_another_or_leaves_the_picture(kind, n):
 
 
 @pytest.mark.parametrize("kind", FIGURES)
-def test_files_are_pictures_and_the_same_each_time(kind, tmp_path):
+def test_files_are_valid_and_have_the_same_bytes_each_time(kind, tmp_path):
     first = plots.save(make(kind, 5)[0], tmp_path / "first")
     second = plots.save(make(kind, 5)[0], tmp_path / "second.1")
     assert [p.name for p in second] == ["second.1.png", "second.1.svg"]
@@ -148,7 +149,7 @@ def test_files_are_pictures_and_the_same_each_time(kind, tmp_path):
     assert "<dc:date>" not in svg
 
 
-def test_the_histogram_drawn_holds_all_weights_and_all_levels():
+def test_the_histogram_shows_all_weights_and_all_levels():
     drawn = layer(0)
     axes = plots.layer_figure(drawn).axes[0]
     filled = axes.patches[0]
@@ -163,33 +164,33 @@ def test_heavy_tails_are_drawn_on_a_log_axis():
     assert plots.layer_figure(layer(1)).axes[0].get_yscale() == "log"
 
 
-def test_bins_are_merged_to_suit_the_number_of_weights():
+def test_fewer_weights_get_fewer_bins():
     for total in (1, 30, 1000, 10**6):
         counts = np.random.default_rng(0).multinomial(total, np.ones(128) / 128)
-        coarser = _coarser(counts, 96)
-        assert coarser.sum() == total
-        assert 128 % len(coarser) == 0
-        assert len(coarser) <= min(96, max(16, 2.8 * total ** (1 / 3)))
+        merged = merge_bins(counts, 96)
+        assert merged.sum() == total
+        assert 128 % len(merged) == 0
+        assert len(merged) <= min(96, max(16, 2.8 * total ** (1 / 3)))
 
 
-def test_an_overview_has_one_panel_a_layer():
+def test_an_overview_has_one_panel_per_layer():
     for n in (1, 5, 45):
         sheets = [figure.axes[0] for figure in plots.overview_figures([layer(k) for k in range(n)])]
         assert sum(len(sheet.patches) for sheet in sheets) == n
         assert max(len(sheet.patches) for sheet in sheets) <= PER_SHEET[0] * PER_SHEET[1]
 
 
-def test_a_panel_is_as_wide_as_the_weights_reach_and_as_high_as_most_of_them():
+def test_a_panel_fits_the_weight_range_and_the_largest_count():
     low, drawn = 0.28 + 0.1, layer(0)  # panels of one sheet start at the bottom margin
     heights, edges, baseline = plots.overview_figures([drawn])[0].axes[0].patches[0].get_data()
     assert baseline == pytest.approx(low)
     assert heights.max() == pytest.approx(low + 0.68)
-    counts = _coarser(np.array(drawn.counts, float), 48)
+    counts = merge_bins(np.array(drawn.counts, float), 48)
     np.testing.assert_allclose((heights - baseline) / 0.68, counts / counts.max(), atol=1e-12)
     assert 0.15 < edges[0] < edges[-1] < 0.15 + 2.15 - 0.2
 
 
-def test_a_learned_layers_levels_are_on_its_sheet_and_a_checkpoints_are_not():
+def test_overview_sheets_show_learned_levels_only():
     def lines(drawn: plots.Layer) -> list[int]:
         return [
             len(c.get_segments()) for c in plots.overview_figures([drawn])[0].axes[0].collections
@@ -214,13 +215,13 @@ def test_counts_at_levels_are_drawn_where_the_levels_are():
     ]
 
 
-def test_the_loss_drawn_is_the_loss():
+def test_the_loss_figure_shows_the_given_numbers():
     figure = plots.loss_over_time_figure([10, 20, 30], [1.0, 0.5, 0.25], [10, 50, 90])
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[10, 1.0], [20, 0.5], [30, 0.25]]
     assert figure.axes[1].lines[0].get_ydata().tolist() == [10, 50, 90]
 
 
-def test_bars_are_as_high_as_the_bits_and_depthwise_ones_are_hatched():
+def test_bars_have_the_height_of_the_bits_and_depthwise_bars_are_hatched():
     figure = plots.bits_by_layer_figure(["a", "b", "c"], ["conv", "depthwise", "conv"], [2, 8, 3.5])
     bars = figure.axes[0].patches
     assert [bar.get_height() for bar in bars] == [2, 8, 3.5]
@@ -236,7 +237,7 @@ def test_bits_over_time_are_drawn_as_given():
     assert figure.axes[0].get_ylim()[1] > 8
 
 
-def test_stored_bits_and_targets_above_eight_are_within_the_axes():
+def test_the_axes_include_stored_bits_and_targets_above_eight():
     names, steps, bits = time_series(7)
     figure = plots.bits_over_time_figure(steps, names, bits, bits.mean(1) + 12)
     assert figure.axes[0].get_ylim()[1] > bits.mean(1).max() + 12
@@ -245,7 +246,7 @@ def test_stored_bits_and_targets_above_eight_are_within_the_axes():
     )
 
 
-def test_the_largest_errors_are_named_and_the_others_counted():
+def test_the_legend_names_the_largest_errors_and_counts_the_others():
     errors = {f"layer{k}": [0.1, 0.01 * (k + 1)] for k in range(9)}
     figure = plots.error_over_time_figure([0, 10], errors, named=3)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -257,7 +258,7 @@ def test_an_error_of_zero_can_be_drawn():
     assert b"<svg" in plots.svg_of(figure).encode()
 
 
-def test_levels_may_change_their_number():
+def test_the_number_of_levels_may_change_over_time():
     figure = make("levels", 5)[0]
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
     assert len(lines) == 16 + 8
@@ -266,10 +267,10 @@ def test_levels_may_change_their_number():
 def test_a_sweep_shows_every_point():
     figure = make("sweep", 1)[0]
     assert [text.get_text() for text in figure.axes[0].texts] == ["2 bits", "4 bits", "2 bits"]
-    found = {
+    points = {
         tuple(point) for line in figure.axes[0].lines for point in np.round(line.get_xydata(), 6)
     }
-    assert {(80.0, 86.0), (150.0, 91.0), (80.0, 70.0), (1100.0, 92.0)} <= found
+    assert {(80.0, 86.0), (150.0, 91.0), (80.0, 70.0), (1100.0, 92.0)} <= points
 
 
 def test_a_constant_layer_and_odd_names_can_be_drawn(tmp_path):
@@ -280,7 +281,7 @@ def test_a_constant_layer_and_odd_names_can_be_drawn(tmp_path):
     assert "a$b_{c}&lt;&amp;&gt;\\frac" in (tmp_path / "constant.svg").read_text(encoding="utf-8")
 
 
-def test_a_picture_for_a_page_takes_the_pages_colours():
+def test_an_svg_element_takes_the_colors_of_the_page():
     svg = plots.svg_of(plots.layer_figure(layer(0)))
     element = plots.for_page(svg)
     assert INK in svg and PAPER in svg  # noqa: PT018
@@ -291,15 +292,15 @@ def test_a_picture_for_a_page_takes_the_pages_colours():
     assert "http" not in element
     root = ET.fromstring(element.replace("xlink:href", "href"))
     used = {
-        found.split("#")[1].rstrip(")")
+        value.split("#")[1].rstrip(")")
         for e in root.iter()
-        for found in e.attrib.values()
-        if "#m" in found
+        for value in e.attrib.values()
+        if "#m" in value
     }
     assert used <= {e.attrib.get("id") for e in root.iter()}
 
 
-def test_the_users_own_matplotlib_settings_change_nothing():
+def test_the_users_matplotlib_settings_have_no_effect():
     mine = plots.svg_of(plots.layer_figure(layer(0)))
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
         assert plots.svg_of(plots.layer_figure(layer(0))) == mine

@@ -1,0 +1,94 @@
+"""Turn every exception into one message on stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ddqcli.errors import DDQError, Interrupted
+
+# ClickException of Typer's parser, which moved between Typer versions.
+_ParserError: Any = typer.BadParameter.__base__
+
+
+class ErrorHandlingGroup(TyperGroup):
+    """Command group whose `main` reports any error, of the parser or of a command, and exits."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        """Run a command and exit; `--debug` may stand anywhere, so it can end a failed line."""
+        all_args = list(sys.argv[1:] if args is None else args)
+        args = [arg for arg in all_args if arg != "--debug"]
+        try:
+            code = super().main(args, "ddq", complete_var, False, windows_expand_args, **extra)
+            sys.stdout.flush()
+        except (BrokenPipeError, SystemExit) as stop:
+            if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):
+                raise
+            discard_stdout()  # the reader closed the pipe, as `head` does
+            code = 0
+        except (Exception, Interrupted) as error:
+            if "--debug" in all_args:
+                traceback.print_exc()
+            command = next((arg for arg in args if arg in self.commands), None)
+            code = _report_error(error, command, as_json="--json" in args)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_error(error: Exception | Interrupted, command: str | None, as_json: bool) -> int:
+    """Print the error to stderr, and with `as_json` an envelope to stdout; return the exit code."""
+    message, code = _message_and_code(error, command)
+    if isinstance(error, OSError) and error.filename is None:
+        discard_stdout()  # it cannot be written to
+    if as_json:
+        from ddqcli.render.console import json_envelope, print_plain
+
+        try:
+            print_plain(json_envelope(command, exit_code=code, errors=[message]))
+            sys.stdout.flush()
+        except OSError:
+            discard_stdout()
+    print_error(message)
+    return code
+
+
+def _message_and_code(error: Exception | Interrupted, command: str | None) -> tuple[str, int]:
+    if isinstance(error, DDQError | Interrupted):
+        return str(error), error.exit_code
+    if isinstance(error, _ParserError):
+        message: str = error.format_message()
+        if message.startswith("Usage:"):  # `ddq` without arguments
+            return message, 2
+        end = "" if message.endswith(("?", ".")) else "."
+        help_command = f"ddq {command} --help" if command else "ddq --help"
+        return f"{message}{end} `{help_command}` lists the options.", 2
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'Standard output'}: {error.strerror}.", 1
+    detail = " ".join(str(error).split())[:300]
+    name = f"{type(error).__name__}: {detail}" if detail else type(error).__name__
+    return f"{name}; `ddq --debug ...` shows the traceback.", 1
+
+
+def print_error(message: str) -> None:
+    """Print a message to stderr, prefixed with "Error: " unless it is a usage text."""
+    with suppress(OSError):
+        sys.stderr.write(f"{message}\n" if message.startswith("Usage:") else f"Error: {message}\n")
+
+
+def discard_stdout() -> None:
+    """Send stdout to /dev/null, also what Python flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,89 @@
+"""`ddq export`: its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ddqcli.cli.options import Json, Quiet, examples
+from ddqcli.cli.run_command import run_command
+
+if TYPE_CHECKING:
+    from ddqcli.commands.export import ExportResult
+    from ddqcli.commands.export_onnx import OnnxResult
+
+EXAMPLES = examples(
+    "ddq export",
+    "ddq export runs/20260131-142310-model -o small.safetensors --half",
+    "ddq export --format onnx",
+    "ddq export --check small.safetensors",
+)
+
+
+def export(
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN", help="Run folder; default: newest run.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Output file.  [default: model.safetensors or model.onnx in the run folder]",
+            show_default=False,
+        ),
+    ] = None,
+    file_format: Annotated[
+        Literal["ddq", "onnx"],
+        typer.Option("--format", help="ddq: smallest file; onnx: int8 graph for onnxruntime."),
+    ] = "ddq",
+    half: Annotated[
+        bool,
+        typer.Option("--half", help="Store float tensors as float16 and report the difference."),
+    ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Verify an exported file of the run; write nothing.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a run's model as one verified file.
+
+    Reads the file back and compares it with the trained model: every bit, the outputs and the
+    accuracy. A mismatch ends with exit code 4.
+    """
+
+    def work() -> ExportResult | OnnxResult:
+        from ddqcli.commands import export as ddq
+        from ddqcli.commands import export_onnx as onnx
+        from ddqcli.errors import UsageError
+        from ddqcli.render.progress import ProgressReporter
+
+        use_onnx = file_format == "onnx" or (check is not None and check.suffix == ".onnx")
+        if check is not None and (out or half):
+            raise UsageError("--check writes nothing; omit --out and --half.")
+        if use_onnx and half:
+            raise UsageError("--half applies to the ddq format; an ONNX file keeps float32.")
+        with ProgressReporter(quiet=quiet) as reporter:
+            if check is not None:
+                verify = onnx.check_onnx if use_onnx else ddq.check
+                return verify(check, run, on_progress=reporter.progress)
+            if use_onnx:
+                return onnx.export_onnx(run, out, on_progress=reporter.progress)
+            return ddq.export(run, out, half=half, on_progress=reporter.progress)
+
+    run_command("export", work, _show, as_json)
+
+
+def _show(result: ExportResult | OnnxResult) -> None:
+    from ddqcli.render import console, export
+
+    export.exported(result.data(), console.out)

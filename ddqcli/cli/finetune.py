@@ -1,0 +1,207 @@
+"""`ddq finetune`: its options, and the recipe that they and the recipe file give."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ddqcli.cli.error_handling import discard_stdout
+from ddqcli.cli.options import AllowPickle, Json, Quiet, examples
+from ddqcli.cli.run_command import run_command
+
+if TYPE_CHECKING:
+    from ddqcli.commands.finetune import FinetuneResult
+    from ddqcli.recipe.schema import Recipe
+
+EXAMPLES = examples(
+    "ddq finetune model.pt --target-bits 4 --max-bits 8",
+    "ddq finetune model.pt --arch net.py:build --data images/ --target-size 150kB",
+    "ddq finetune model.pt --target-bits 3,4,6 --max-bits 8",
+)
+
+
+def finetune(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint: state dict in .pt, .pth, .th or .safetensors.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Recipe (YAML).  [default: ./ddq.yaml, or ddq.yaml beside MODEL]"),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="torchvision name, package.module:factory or file.py:factory."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Image folder, .npz, torchvision DATASET:ROOT or module:factory."),
+    ] = None,
+    target_bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F[,F...]",
+            help="Budget: average stored bits per quantized weight; one run per value.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE[,SIZE...]",
+            help="Budget: size of all tensors, e.g. 150kB, 1.8MB or 12%; one run per value.",
+        ),
+    ] = None,
+    max_bits: Annotated[
+        int | None, typer.Option(help="Maximum bits of a weight tensor.  [1-8]")
+    ] = None,
+    min_bits: Annotated[
+        int | None, typer.Option(help="Minimum bits of a weight tensor.  [1-8]")
+    ] = None,
+    act_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of layer inputs; the first and last layer keep 8.  [1-8; default: float]"
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed; the same seed gives the same bytes.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Run folder.  [default: runs/<time>-<name>]", show_default=False),
+    ] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set any recipe field, e.g. train.lr=0.02; may be repeated.",
+        ),
+    ] = None,
+    allow_pickle: AllowPickle = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the newest unfinished run, or the one in --run-dir; with MODEL, start "
+            "one if there is none.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check model, recipe and budget; do not train."),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Finetune a model under a memory budget.
+
+    Learns each layer's quantization levels; DDQ's gates decide each layer's bit-width. The run
+    folder receives the quantized model, the metrics and the report.
+    """
+    flags = {
+        "model.arch": arch,
+        "model.pickle": allow_pickle or None,
+        "data.source": data,
+        "budget.target_bits": target_bits and [_number(text) for text in target_bits.split(",")],
+        "budget.target_size": target_size and [text.strip() for text in target_size.split(",")],
+        "weights.max_bits": max_bits,
+        "weights.min_bits": min_bits,
+        "activations.bits": act_bits,
+        "train.epochs": epochs,
+        "train.max_steps": max_steps,
+        "train.seed": seed,
+    }
+
+    def work() -> FinetuneResult:
+        from ddqcli.errors import UsageError
+        from ddqcli.recipe.file import find_recipe, load_recipes, with_assignments
+        from ddqcli.runs.run import Run
+
+        if target_bits is not None and target_size is not None:
+            raise UsageError("--target-bits and --target-size are both given; give one.")
+        fields = with_assignments(
+            {key: value for key, value in flags.items() if value is not None}, assign or ()
+        )
+        run = Run.unfinished(run_dir, or_none=model is not None) if resume else None
+        path = run.recipe_path if run and not (model or recipe) else recipe or find_recipe(model)
+        recipes = load_recipes(path, fields)
+        if recipes[0].model.pickle and not recipe and not fields.get("model.pickle"):
+            raise UsageError(
+                f"{path} has model.pickle: true, which may run code from the checkpoint; give "
+                "--allow-pickle, or name the recipe with --recipe."
+            )
+        checkpoint = _checkpoint(model, recipes[0])
+        if run:
+            run.check_same([each.of(checkpoint) for each in recipes])
+        from ddqcli.render.progress import ProgressReporter
+
+        is_main_process = os.environ.get("RANK", "0") == "0"  # set by torchrun
+        if not is_main_process:
+            discard_stdout()
+        with ProgressReporter(quiet=quiet or not is_main_process) as reporter:
+            if path:
+                reporter.note(f"recipe: {path}")
+            if len(recipes) > 1:
+                from ddqcli.commands.sweep import sweep
+
+                return sweep(
+                    checkpoint,
+                    recipes,
+                    run=run,
+                    run_dir=run_dir,
+                    dry_run=dry_run,
+                    listener=reporter,
+                )
+            from ddqcli.commands.finetune import finetune as command
+
+            return command(
+                checkpoint,
+                recipes[0],
+                run=run,
+                run_dir=run_dir,
+                dry_run=dry_run,
+                listener=reporter,
+            )
+
+    run_command("finetune", work, _show, as_json)
+
+
+def _number(text: str) -> float | str:
+    """Convert to a number if possible; the recipe reports any other text as a fault."""
+    with suppress(ValueError):
+        return float(text)
+    return text
+
+
+def _checkpoint(model: Path | None, recipe: Recipe) -> Path:
+    """Return the checkpoint of the command line, else of the recipe. Raises UsageError."""
+    from ddqcli.errors import UsageError
+
+    if model is not None:
+        return model
+    if recipe.model.checkpoint:
+        return Path(recipe.model.checkpoint)
+    raise UsageError(
+        "No model is given; run `ddq finetune MODEL`, or set model.checkpoint in the recipe."
+    )
+
+
+def _show(result: FinetuneResult) -> None:
+    from ddqcli.render import console, report, sweep
+
+    data: dict[str, Any] = result.data()
+    if "targets" in data:
+        sweep.swept(data, console.out)
+    else:
+        report.finetuned(data, console.out)

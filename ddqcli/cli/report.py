@@ -1,0 +1,116 @@
+"""`ddq report`: its options."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ddqcli.cli.options import Json, examples
+from ddqcli.cli.run_command import run_command
+
+if TYPE_CHECKING:
+    from ddqcli.commands.diff import DiffResult
+    from ddqcli.commands.report import ReportResult
+
+EXAMPLES = examples(
+    "ddq report",
+    "ddq report model.safetensors --md >> $GITHUB_STEP_SUMMARY",
+    "ddq report --max-size 20kB --max-drop 0.5",
+    "ddq report --html report.html",
+    "ddq report --diff model.safetensors runs/20260131-142310-model",
+)
+
+
+def report(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN_OR_FILE",
+            help="Run folder or exported file; default: newest run.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the layers as CSV.")] = False,
+    as_md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write an HTML page with figures: FILE.html, or index.html in a folder.",
+            show_default=False,
+        ),
+    ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Compare two runs or exported files.", show_default=False),
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Limit: maximum size of all tensors, e.g. 150kB or 12%."),
+    ] = None,
+    max_bits: Annotated[
+        float | None, typer.Option(help="Limit: maximum stored bits per quantized weight.")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Limit: maximum accuracy drop, percentage points.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Limit: minimum accuracy, percent.")
+    ] = None,
+) -> None:
+    """Show the bits, size and error of each tensor.
+
+    Prints each tensor's bits, levels, bytes and quantization error, and the totals. An exceeded
+    limit ends with exit code 3.
+    """
+
+    def work() -> ReportResult | DiffResult:
+        from ddqcli.commands.report import Limits
+        from ddqcli.commands.report import report as command
+        from ddqcli.errors import UsageError
+
+        if as_json + as_csv + as_md > 1:
+            raise UsageError("--json, --csv and --md exclude each other; give one.")
+        limits = Limits(max_size, max_bits, max_drop, min_accuracy)
+        if diff:
+            if target or html or limits != Limits():
+                raise UsageError(
+                    "--diff compares A and B; omit RUN_OR_FILE, --html and all limits."
+                )
+            from ddqcli.commands.diff import diff as compare
+
+            return compare(*diff)
+        result = command(target, limits)
+        if html:
+            from ddqcli.inspection.report_page import write_page
+
+            result = replace(result, page=write_page(result.source, result.report, html))
+        return result
+
+    def show(result: ReportResult | DiffResult) -> None:
+        from ddqcli.commands.report import ReportResult
+        from ddqcli.render import console
+        from ddqcli.render import diff as diff_tables
+        from ddqcli.render import report as tables
+
+        if isinstance(result, ReportResult):
+            if as_csv:
+                console.print_plain(tables.as_csv(result.report))
+            elif as_md:
+                console.print_plain(tables.as_markdown(result.report))
+            else:
+                tables.table(result.report, console.out)
+                if result.page:
+                    line = f"page       {result.page}"
+                    console.out.print(line, markup=False, soft_wrap=True)
+        elif as_csv:
+            console.print_plain(diff_tables.as_csv(result))
+        elif as_md:
+            console.print_plain(diff_tables.as_markdown(result))
+        else:
+            diff_tables.show(result, console.out)
+
+    run_command("report", work, show, as_json)

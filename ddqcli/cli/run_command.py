@@ -1,0 +1,61 @@
+"""Run one command and print its result: text, or one JSON envelope with `--json`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import typer
+
+from ddqcli.cli.error_handling import discard_stdout, print_error
+from ddqcli.errors import Interrupted, LimitExceeded
+
+
+class Result(Protocol):
+    """Result of a command: `data()` goes into the envelope; `unmet`, if any, lists limits."""
+
+    def data(self) -> dict[str, Any]:
+        """Return the result as JSON-serializable values."""
+
+
+R = TypeVar("R", bound=Result)
+
+
+def run_command(
+    command: str, work: Callable[[], R], show: Callable[[R], None], as_json: bool
+) -> None:
+    """Call `work` and print its result with `show`, or as JSON.
+
+    Raises Interrupted on Ctrl-C and SIGTERM, and exits with LimitExceeded's code if the result
+    exceeds a limit; the result is printed first.
+    """
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    try:
+        result = work()
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted", signal.SIGINT) from None
+    exceeded = list(getattr(result, "unmet", ()))
+    try:
+        if as_json:
+            _print_json(command, result, exceeded)
+        else:
+            show(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader left; an exceeded limit still fails the command
+        discard_stdout()
+    if exceeded:
+        print_error("\n".join(exceeded))
+        raise typer.Exit(LimitExceeded.exit_code)
+
+
+def _print_json(command: str, result: Result, exceeded: list[str]) -> None:
+    from ddqcli.render.console import json_envelope, print_plain
+
+    code = LimitExceeded.exit_code if exceeded else 0
+    print_plain(json_envelope(command, result.data(), exit_code=code, errors=exceeded))
+
+
+def _raise_interrupted(number: int, frame: object) -> NoReturn:
+    raise Interrupted("Terminated", number)

@@ -1,0 +1,68 @@
+"""Size against accuracy: the result of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
+from matplotlib.ticker import LogLocator
+
+from ddqcli.plots.layout import add_axes, add_legend, add_title, new_figure
+from ddqcli.plots.style import CYCLE, GRAY, INK, PAPER, settings
+
+Point = tuple[float, float, str]  # size, accuracy, label
+
+
+def size_against_accuracy_figure(
+    series: Mapping[str, Sequence[Point]], stored: tuple[float, float] | None = None
+) -> Figure:
+    """Draw the accuracy of each series over the size of all tensors.
+
+    Each point is (bytes, accuracy as a share, label). `stored` is the float model's size and
+    accuracy.
+    """
+    with settings():
+        figure = new_figure(6.4, 4.0)
+        axes = add_axes(figure, 0.75, 0.8, 5.4, 2.75)
+        smallest = min(point[0] for points in series.values() for point in points)
+        factor, unit = (1e6, "MB") if smallest >= 1e6 else (1e3, "kB")
+        if stored:
+            size, accuracy = stored[0] / factor, 100 * stored[1]
+            axes.axhline(accuracy, color=GRAY, lw=1, ls="--")
+            axes.plot(size, accuracy, "*", color=INK, ms=9, label="float model")
+        for k, (name, points) in enumerate(series.items()):
+            scaled = [(size / factor, 100 * share, label) for size, share, label in sorted(points)]
+            _draw_series(axes, name, scaled, k)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.margins(0.1, 0.15)
+        axes.set_xlabel(f"size of all tensors, {unit} (log)")
+        axes.set_ylabel("accuracy, %")
+        axes.grid()
+        add_legend(figure, 0, loc="lower left")
+        add_title(figure, "Size against accuracy")
+    return figure
+
+
+def _draw_series(axes: Axes, name: str, points: Sequence[Point], k: int) -> None:
+    """Draw the k-th series. Labels stand above left and, for every other series, below right."""
+    color, above = CYCLE[k % 6], k % 2 == 0
+    x, y, labels = zip(*points, strict=True)
+    axes.plot(x, y, color=color, marker="osD^vP"[k % 6], ms=5, lw=1.2, label=name)
+    halo = [Stroke(linewidth=2, foreground=PAPER), Normal()]
+    for point, label in zip(zip(x, y, strict=True), labels, strict=True):
+        axes.annotate(
+            label,
+            point,
+            (-3, 5) if above else (4, -5),
+            textcoords="offset points",
+            fontsize=6.5,
+            color=color,
+            ha="right" if above else "left",
+            va="bottom" if above else "top",
+            path_effects=halo,
+        )
