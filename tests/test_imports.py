@@ -1,4 +1,4 @@
-"""What ddq does without: imports that run upwards, torch where it is not needed, time, and the network."""
+"""Imports: one way downward, no cycles, no needless torch, no network; and the start-up time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ast
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,8 @@ from tiny_project import ddq, exit_code, in_child
 import ddqcli
 
 PACKAGE = Path(ddqcli.__file__).parent
-MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
 
-# From the bottom up. A module imports its own layer and those below.
+# From the bottom up. A module imports from its own layer and from those below.
 LAYERS = (
     {"errors", "formatting"},
     {"artifact", "recipe"},
@@ -37,10 +35,18 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
-WITHOUT_TORCH = (
-    *("artifact", "render", "plots", "recipe", "errors", "formatting", "inspection", "cli"),
-)
-SENDERS = {
+# These start without torch; a function may import it.
+TORCH_FREE = {
+    "errors",
+    "formatting",
+    "artifact",
+    "recipe",
+    "plots",
+    "inspection",
+    "render",
+    "cli",
+}
+NETWORK_MODULES = {
     "socket",
     "ssl",
     "http",
@@ -53,160 +59,197 @@ SENDERS = {
     "urllib3",
 }
 
+# Dotted name below ddqcli -> parsed source.
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(
+        path.read_text(encoding="utf-8")
+    )
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
-def imports(path: Path, *, typing: bool = True) -> set[str]:
-    """Dotted names of the modules that a file imports anywhere; without those for type checkers alone if not `typing`."""
-    found: set[str] = set()
-    unwanted: set[int] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not typing:
-            unwanted |= {id(below) for below in ast.walk(node)}
-        if id(node) in unwanted:
+
+# ---- what the source says
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def import_nodes(
+    module: str, *, type_checking: bool, functions: bool
+) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield the import statements, optionally those for type checkers and those in functions."""
+    stack: list[ast.AST] = [MODULES[module]]
+    while stack:
+        node = stack.pop()
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (is_function and not functions) or (is_type_checking(node) and not type_checking):
             continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        stack.extend(ast.iter_child_nodes(node))
+
+
+def imported_names(module: str, *, type_checking: bool = True, functions: bool = True) -> set[str]:
+    """Return `package.module.name` for each name imported from a module, else `package.module`."""
+    names: set[str] = set()
+    for node in import_nodes(module, type_checking=type_checking, functions=functions):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {alias.name for alias in node.names}
+        else:
+            assert node.level == 0, f"{module}: use absolute imports"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def layer(module: str) -> int:
-    top = module.split(".")[0]
-    (number,) = (n for n, names in enumerate(LAYERS) if top in names)
+def imported_modules(module: str) -> set[str]:
+    """Return the modules of ddqcli that a module imports when it runs, in functions too.
+
+    `from ddqcli import plots` imports `plots.__init__`; any name of `ddqcli` itself but its version
+    stands for `__init__`, the library.
+    """
+    modules: set[str] = set()
+    for name in imported_names(module, type_checking=False):
+        if name.startswith("ddqcli.") and name != "ddqcli.__version__":
+            inner = name.removeprefix("ddqcli.")
+            parent = inner.rpartition(".")[0]
+            candidates = {inner, f"{inner}.__init__", parent, f"{parent}.__init__"} & set(MODULES)
+            modules |= candidates or {"__init__"}
+    return modules
+
+
+def layer_of(module: str) -> int:
+    room = module.split(".")[0]
+    (number,) = (n for n, rooms in enumerate(LAYERS) if room in rooms)
     return number
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_one_way_downward(module: str) -> None:
-    for name in imports(MODULES[module], typing=False):
-        if name == "ddqcli.__version__" or not name.startswith("ddqcli."):
-            continue
-        imported = name.removeprefix("ddqcli.")
-        assert layer(imported) <= layer(module), (
-            f"ddqcli.{module} imports {name}, which stands above it"
-        )
+    above = [name for name in imported_modules(module) if layer_of(name) > layer_of(module)]
+    assert not above, f"{module} imports {above}, which stand above it"
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Modules of the package that a file imports anywhere, functions included."""
-    inner = {name.removeprefix("ddqcli.") for name in imports(path, typing=False)}
-    outer = {name.rpartition(".")[0] for name in inner}
-    return {f"{name}{end}" for name in inner | outer for end in ("", ".__init__")} & set(MODULES)
-
-
-def test_no_module_imports_itself_through_others() -> None:
-    graph = {module: imported_modules(path) for module, path in MODULES.items()}
+def test_imports_have_no_cycle() -> None:
     finished: set[str] = set()
 
-    def visit(module: str, above: tuple[str, ...]) -> None:
-        assert module not in above, " -> ".join((*above[above.index(module) :], module))
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
         if module not in finished:
-            for name in sorted(graph[module]):
-                visit(name, (*above, module))
+            for imported in sorted(imported_modules(module)):
+                visit(imported, (*path, module))
             finished.add(module)
 
-    for module in graph:
+    for module in MODULES:
         visit(module, ())
 
 
-def test_private_names_are_not_imported_across_modules() -> None:
-    for module, path in MODULES.items():
-        private = [name for name in imports(path) if re.match(r"ddqcli\..*\._[a-z]", name, re.I)]
+def test_private_names_stay_in_their_module() -> None:
+    for module in MODULES:
+        private = [
+            name
+            for name in imported_names(module)
+            if re.search(r"\._(?!_)", name) and name.startswith("ddqcli.")
+        ]
         assert not private, f"{module} imports {private}"
 
 
+@pytest.mark.parametrize("room", ["quant", "artifact"])
+def test_the_method_and_the_file_format_stand_alone(room: str) -> None:
+    for module in MODULES:
+        if module.split(".")[0] == room:
+            rooms = {name.split(".")[0] for name in imported_modules(module)}
+            assert rooms <= {room, "errors"}, module
+
+
+def test_only_render_plots_and_cli_import_their_libraries() -> None:
+    for module in MODULES:
+        libraries = {name.split(".")[0] for name in imported_names(module)}
+        assert "rich" not in libraries or module.startswith("render."), module
+        assert "typer" not in libraries or module.startswith("cli."), module
+        assert "matplotlib" not in libraries or module.startswith(("plots.", "inspection.")), module
+
+
 @pytest.mark.parametrize(
-    ("folder", "known"), [("quant", {"quant", "errors"}), ("artifact", {"artifact", "errors"})]
+    "module", [module for module in MODULES if module.split(".")[0] in TORCH_FREE]
 )
-def test_quantizers_and_the_file_format_stand_alone(folder: str, known: set[str]) -> None:
-    seen = {
-        name
-        for module, path in MODULES.items()
-        if module.split(".")[0] == folder
-        for name in imports(path)
+def test_torch_free_modules_do_not_import_torch_at_the_top(module: str) -> None:
+    libraries = {
+        name.split(".")[0] for name in imported_names(module, type_checking=False, functions=False)
     }
-    assert {name.split(".")[1] for name in seen if name.startswith("ddqcli.")} <= known
+    assert not libraries & {"torch", "torchvision"}
 
 
-def test_only_render_and_the_command_line_know_the_terminal() -> None:
-    for module, path in MODULES.items():
-        tops = {name.split(".")[0] for name in imports(path)}
-        assert "rich" not in tops or module.startswith("render."), module
-        assert "typer" not in tops or module.startswith("cli."), module
-        assert "matplotlib" not in tops or module.startswith(("plots.", "inspection.")), module
+def test_nothing_imports_a_network_module() -> None:
+    for module in MODULES:
+        assert not NETWORK_MODULES & {name.split(".")[0] for name in imported_names(module)}, module
 
 
-def test_nothing_imports_a_way_to_the_network() -> None:
-    for module, path in MODULES.items():
-        assert not SENDERS & {name.split(".")[0] for name in imports(path)}, module
+# ---- what a process imports, and how long it takes
+
+LIST_MODULES = """
+import shlex, sys
+from ddqcli.cli.app import app
+for line in sys.argv[1:]:
+    try:
+        app(shlex.split(line))
+    except SystemExit as stop:
+        assert not stop.code, line
+print("\\n", *sys.modules, file=sys.stderr)
+"""
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in WITHOUT_TORCH])
-def test_what_needs_no_torch_does_not_import_it_at_the_top(module: str) -> None:
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in names if name.split(".")[0] in ("torch", "torchvision")}
-
-
-# ---- what a process really imports, and how long it takes
-
-
-def imported_by(*args: str) -> set[str]:
-    """Top-level modules that `ddq ARGS` had imported at its end."""
-    program = (
-        "import sys, atexit; atexit.register(lambda: sys.stderr.write('\\n' + ' '.join(sys.modules)));"
-        "from ddqcli.cli.app import main; main()"
+def libraries_after(*commands: str) -> set[str]:
+    """Return the top-level modules that a process has imported after these `ddq` commands."""
+    process = subprocess.run(
+        [sys.executable, "-c", LIST_MODULES, *commands], capture_output=True, text=True
     )
-    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {name.split(".")[0] for name in done.stderr.splitlines()[-1].split()}
+    assert process.returncode == 0, process.stderr
+    return {name.split(".")[0] for name in process.stderr.splitlines()[-1].split()}
 
 
-def test_help_imports_neither_torch_nor_numpy_nor_rich() -> None:
-    assert not {"torch", "torchvision", "numpy", "rich", "pydantic_core", "yaml"} & imported_by(
-        "--help"
-    )
-    assert not {"torch", "torchvision", "numpy", "rich"} & imported_by("finetune", "--help")
+def test_help_imports_no_heavy_library() -> None:
+    heavy = {"torch", "torchvision", "numpy", "rich", "pydantic", "pydantic_core", "yaml"}
+    commands = ("finetune", "report", "export", "inspect")
+    assert not heavy & libraries_after("--help", *(f"{command} --help" for command in commands))
 
 
-@pytest.mark.parametrize("target", ["runs/done", "small.safetensors"])
-def test_report_never_imports_torch(finished: Path, target: str) -> None:
+def test_report_never_imports_torch(finished: Path) -> None:
     assert ddq("export", "-o", "small.safetensors").code == 0
-    for format_ in ([], ["--json"], ["--csv"], ["--md"], ["--max-size", "100%"]):
-        assert not {"torch", "torchvision", "matplotlib", "scipy"} & imported_by(
-            "report", target, *format_
-        )
+    commands = [
+        shlex.join(["report", target, *options])
+        for target in ("runs/done", "small.safetensors")
+        for options in ([], ["--json"], ["--csv"], ["--md"], ["--max-size", "100%"])
+    ]
+    assert not {"torch", "torchvision", "matplotlib", "scipy"} & libraries_after(*commands)
 
 
-def seconds(*command: str) -> float:
-    """Processor time of a Python process, which other processes prolong less than they do the clock's; the best of three."""
-    taken = []
+def cpu_seconds(*args: str) -> float:
+    """Return the CPU time of a Python process, the best of three: other load hardly affects it."""
+    times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *command], check=True, capture_output=True)
+        subprocess.run([sys.executable, *args], check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(taken)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
 
 
 def test_help_takes_at_most_twice_as_long_as_importing_typer() -> None:
-    assert seconds("-m", "ddqcli", "--help") < 2 * seconds("-c", "import typer")
+    assert cpu_seconds("-m", "ddqcli", "--help") < 2 * cpu_seconds("-c", "import typer")
 
 
-def test_a_report_on_a_file_takes_less_than_half_a_second(finished: Path) -> None:
+def test_report_on_a_file_takes_less_than_half_a_second(finished: Path) -> None:
     assert ddq("export", "-o", "small.safetensors").code == 0
-    slow_machine = 4 * seconds("-c", "import numpy, typer")
-    assert seconds("-m", "ddqcli", "report", "small.safetensors") < max(0.5, slow_machine)
+    slow_machine = 4 * cpu_seconds("-c", "import numpy, typer")
+    assert cpu_seconds("-m", "ddqcli", "report", "small.safetensors") < max(0.5, slow_machine)
 
 
 # ---- the network
 
 
-def without_network() -> None:
-    """Let whatever would open a socket end the process."""
+def forbid_network() -> None:
+    """End this process with 77 or 78 when it opens a socket."""
 
     def refuse(event: str, _: object) -> None:
         if event.startswith("socket.") and event != "socket.__new__":
@@ -218,32 +261,32 @@ def without_network() -> None:
     def refuse_socket(*_: object, **__: object) -> None:
         os._exit(78)
 
-    socket.socket.__init__ = refuse_socket
+    socket.socket.__init__ = refuse_socket  # type: ignore[assignment]
 
 
-def test_no_command_ever_opens_a_socket(project: Path) -> None:
+def test_no_command_opens_a_socket(project: Path) -> None:
     commands = (
         "finetune model.pt --run-dir runs/a",
         "report",
         "export",
         "report runs/a/model.safetensors --json",
     )
-    assert exit_code(in_child(*commands, before=without_network)) == 0
+    assert exit_code(in_child(*commands, before=forbid_network)) == 0
 
 
-def test_the_watch_for_sockets_would_see_one(project: Path) -> None:
-    def open_one() -> None:
-        without_network()
+def test_an_opened_socket_would_be_noticed(project: Path) -> None:
+    def open_socket() -> None:
+        forbid_network()
         import socket
 
         socket.create_connection(("127.0.0.1", 9))
 
-    assert exit_code(in_child(before=open_one)) in (77, 78)
+    assert exit_code(in_child(before=open_socket)) in (77, 78)
 
 
-def test_an_architecture_by_name_and_a_data_set_by_name_are_never_downloaded(project: Path) -> None:
+def test_architectures_and_data_sets_are_never_downloaded(project: Path) -> None:
     child = in_child(
-        "finetune model.pt --arch resnet18", "finetune --data CIFAR10:here", before=without_network
+        "finetune model.pt --arch resnet18", "finetune --data CIFAR10:here", before=forbid_network
     )
     assert exit_code(child) == 2
     assert (

@@ -1,4 +1,4 @@
-"""A user's folder in small, and `ddq` as a function, here or in a process of its own."""
+"""A small user's project, and `ddq` as a function in this process or in a fork."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STEPS = 12
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command said."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -55,7 +55,7 @@ class Answer:
 
 
 def ddq(*args: object) -> Answer:
-    """`ddq ARGS` in this process."""
+    """Run `ddq ARGS` in this process."""
     from ddqcli.cli.app import app
 
     result = CliRunner().invoke(app, [str(arg) for arg in args])
@@ -63,7 +63,10 @@ def ddq(*args: object) -> Answer:
 
 
 def in_child(*commands: str, before: Callable[[], object] = lambda: None) -> int:
-    """Fork a process that calls `before` and runs `ddq` with each line of arguments, on one thread; gives its id."""
+    """Fork a process that calls `before` and runs `ddq` with each line of arguments; return its id.
+
+    It runs on one thread, exits with the largest exit code and writes stderr to child.txt.
+    """
     child = os.fork()
     if child:
         return child
@@ -79,12 +82,12 @@ def in_child(*commands: str, before: Callable[[], object] = lambda: None) -> int
 
 
 def exit_code(child: int) -> int:
-    """Wait for a process; its exit code, or minus the signal that ended it."""
+    """Wait for a process; return its exit code, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def make_project(folder: Path) -> Path:
-    """A network, its state dict, data of four classes, and a recipe."""
+    """Write a network, its state dict, data of four classes and a recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "net.py").write_text(NET)
     (folder / "ddq.yaml").write_text(RECIPE)
@@ -99,7 +102,7 @@ def make_project(folder: Path) -> Path:
 
 
 def images(count: int, *names: str) -> dict[str, np.ndarray]:
-    """Noise with one bright quarter, which is the class."""
+    """Return images of noise with one bright quarter, and its number 0 to 3 as the label."""
     random = np.random.default_rng(count)
     labels = np.arange(count) % 4
     x = random.integers(0, 90, (count, 8, 8), dtype=np.uint8)
@@ -110,6 +113,7 @@ def images(count: int, *names: str) -> dict[str, np.ndarray]:
 
 @contextmanager
 def inside(folder: Path) -> Iterator[Path]:
+    """Make `folder` the working folder."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -119,12 +123,12 @@ def inside(folder: Path) -> Iterator[Path]:
 
 
 def folder_of_images(folder: Path) -> None:
-    """The same kind of images as PNG files: train/ and test/, with one folder a class."""
+    """Write such images as PNG files into train/ and test/, one folder per class."""
     from PIL import Image
 
     for split, count in (("train", 32), ("test", 8)):
-        made = images(count, "x", "y")
-        for number, (image, label) in enumerate(zip(made["x"], made["y"], strict=True)):
+        arrays = images(count, "x", "y")
+        for number, (image, label) in enumerate(zip(arrays["x"], arrays["y"], strict=True)):
             path = folder / split / f"class{label}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)

@@ -240,9 +240,12 @@ def test_without_a_terminal_progress_is_plain_lines(
     monkeypatch.setattr("ddqcli.render.progress.HEARTBEAT_SECONDS", 0.0)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # set by GitHub Actions, whose log is no terminal
     answer = ddq("finetune", "model.pt", "--max-steps", "30", "--epochs", "10")
-    assert [line.split(":")[0] for line in answer.err.splitlines() if line.startswith("train ")] == [
-        "train 10/30", "train 20/30", "train 30/30",
-    ]  # fmt: skip
+    train_lines = [line for line in answer.err.splitlines() if line.startswith("train ")]
+    assert [line.split(":")[0] for line in train_lines] == [
+        "train 10/30",
+        "train 20/30",
+        "train 30/30",
+    ]
     assert re.search(
         r"^train 10/30: loss \d\.\d+, \d+\.\d %, \d\.\d+ bits, \d:\d\d left$", answer.err, re.M
     )
