@@ -1,10 +1,10 @@
-"""A small depthwise-separable network for 8x8 grey images of digits: plain PyTorch, nothing of ddq."""
+"""A small depthwise-separable network for 8x8 gray images of digits, in plain PyTorch."""
 
 from torch import nn
 
 
 def separable(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """A depthwise 3x3 and a pointwise convolution, each with BatchNorm and ReLU."""
+    """Return a depthwise 3x3 and a pointwise convolution, each with BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, stride, padding=1, groups=inputs, bias=False),
         nn.BatchNorm2d(inputs),
@@ -16,7 +16,7 @@ def separable(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 def digits_net(width: int = 32) -> nn.Sequential:
-    """Scores of the digits 0 to 9 for images [B,1,8,8]."""
+    """Return a network that maps images [B,1,8,8] to scores [B,10] of the digits 0 to 9."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
