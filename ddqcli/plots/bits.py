@@ -64,7 +64,7 @@ def _draw_bars(
 
 
 def bits_over_time_figure(
-    steps: Sequence[int],
+    steps: Sequence[float],
     names: Sequence[str],
     bits: ArrayLike,
     average: Sequence[float],
@@ -98,7 +98,7 @@ def bits_over_time_figure(
 
 
 def _draw_average(
-    axes: Axes, steps: Sequence[int], average: Sequence[float], target: float | None
+    axes: Axes, steps: Sequence[float], average: Sequence[float], target: float | None
 ) -> None:
     axes.plot(steps, average, color=BLUE, lw=1.3, drawstyle="steps-post")
     if target is not None:
@@ -120,7 +120,7 @@ def _draw_average(
 
 
 def _draw_map(
-    axes: Axes, steps: Sequence[int], labels: Sequence[str], bits: NDArray[np.float64]
+    axes: Axes, steps: Sequence[float], labels: Sequence[str], bits: NDArray[np.float64]
 ) -> ScalarMappable:
     """Draw one row per layer and one column per step, with the last bits at the right."""
     colors = ListedColormap(colormaps["viridis"](np.linspace(0, 1, MAX_BITS)))
@@ -142,7 +142,7 @@ def _draw_map(
     return mesh
 
 
-def _column_edges(steps: Sequence[int]) -> NDArray[np.float64]:
+def _column_edges(steps: Sequence[float]) -> NDArray[np.float64]:
     """Return the edges between columns; the last column is as wide as its neighbor."""
     edges = np.asarray(steps, float)
     width = edges[-1] - edges[-2] if len(edges) > 1 else 1.0

@@ -18,7 +18,7 @@ DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
 
 
 def error_over_time_figure(
-    steps: Sequence[int], errors: Mapping[str, Sequence[float]], named: int = 5
+    steps: Sequence[float], errors: Mapping[str, Sequence[float]], named: int = 5
 ) -> Figure:
     """Draw each layer's relative quantization error |q - w|² / |w|² by step (Fig. 5a).
 
@@ -57,7 +57,7 @@ def error_over_time_figure(
 
 def levels_over_time_figure(
     name: str,
-    steps: Sequence[int],
+    steps: Sequence[float],
     levels: Sequence[Sequence[float]],
     edges: ArrayLike,
     counts: ArrayLike,
@@ -102,7 +102,7 @@ def levels_over_time_figure(
 
 
 def loss_over_time_figure(
-    steps: Sequence[int], loss: Sequence[float], accuracy: Sequence[float]
+    steps: Sequence[float], loss: Sequence[float], accuracy: Sequence[float]
 ) -> Figure:
     """Draw the training loss above the accuracy on training batches (percent), by step."""
     with settings():
