@@ -13,7 +13,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from ddqcli.errors import UsageError
 from ddqcli.qat.convert import convert
-from ddqcli.qat.model import QuantizedModel, float_state, kind_of, quantized_state, quantizers
+from ddqcli.qat.model import QuantizedModel, quantized_state, quantizers
+from ddqcli.qat.parameters import float_state, kind_of
 from ddqcli.quant.compiled import can_compile
 
 CPU = torch.device("cpu")
@@ -31,11 +32,11 @@ def main_output(result: Any) -> Tensor:
 def assert_every_name_is_accounted_for(converted: QuantizedModel, names: list[str]) -> None:
     """Each entry of the float state dict is quantized, an alias, or kept with a reason; never two of these, never none."""
     quantized, aliases = [t.name for t in converted.tensors], list(converted.aliases)
-    kept = [name for name in converted.kept if not name.endswith(" (input)")]
+    kept = [name for name in converted.kept_float if not name.endswith(" (input)")]
     assert sorted(quantized + aliases + kept) == sorted(names)
     assert sorted(converted.float_tensors()) == sorted(kept)
     assert set(converted.aliases.values()) <= {*quantized, *kept}
-    assert all(converted.kept.values())
+    assert all(converted.kept_float.values())
 
 
 def assert_round_trip(
@@ -270,8 +271,8 @@ def test_a_shared_tensor_stays_float_if_one_of_its_layers_does() -> None:
     converted = convert(
         model, recipe({"match": "again", "skip": True}, {"match": "head", "bits": 4})
     )
-    assert converted.kept["embedding.weight"] == "shared with again.weight: an override says skip"
-    assert converted.kept["head.bias"] == "shared with again.bias: an override says skip"
+    assert converted.kept_float["embedding.weight"] == "shared with again.weight: an override says skip"
+    assert converted.kept_float["head.bias"] == "shared with again.bias: an override says skip"
 
 
 def test_layers_that_share_a_weight_must_agree() -> None:
@@ -352,7 +353,7 @@ def test_what_stays_float_is_named_with_its_reason(what: str) -> None:
     model, fresh = (nn.Sequential(nn.Linear(4, 4), build()) for _ in range(2))
     names = list(model.state_dict())
     converted = convert(model, recipe(max_bits=3, act_bits=8))
-    assert reason in converted.kept[name]
+    assert reason in converted.kept_float[name]
     assert {"0.weight", "0.bias"} <= {t.name for t in converted.tensors}
     assert "1" not in converted.activations
     assert_every_name_is_accounted_for(converted, names)
@@ -377,7 +378,7 @@ def test_models_that_parametrize_their_weights_still_train(what: str) -> None:
 
 def test_biases_stay_float_on_request() -> None:
     converted = convert(small(), recipe(bias_bits=None))
-    assert converted.kept == {
+    assert converted.kept_float == {
         f"{n}.bias": "biases are kept in float (weights.bias_bits)" for n in "0134"
     }
 

@@ -25,7 +25,7 @@ def test_inputs_that_no_forward_reaches_are_not_fitted() -> None:
     before = dict(converted.model.named_modules())
     converted.keep_input_float("direct", "never called")
     assert "direct" not in converted.activations
-    assert converted.kept["direct (input)"] == "never called"
+    assert converted.kept_float["direct (input)"] == "never called"
     assert before.keys() - dict(converted.model.named_modules()).keys() == {
         "direct.input_quantizer"
     }
@@ -124,7 +124,7 @@ def test_a_layer_of_the_users_own_type_is_quantized_as_its_parent() -> None:
     converted = convert(model, recipe({"type": "Conv2d", "bits": 5}, act_bits=8))
     assert bits_of(converted)["conv"] == (5, 5)
     assert converted.tensors[0].kind == "Gated"
-    assert converted.kept["conv.gain"] == "Gated gain: no quantizer for this kind of parameter"
+    assert converted.kept_float["conv.gain"] == "Gated gain: no quantizer for this kind of parameter"
     assert fit_inputs(converted, x) == []
     assert model(x).isfinite().all()
 

@@ -87,7 +87,7 @@ def test_overrides(
     )
     skipped = set("0134") - set(expected)
     assert {
-        name for name, reason in converted.kept.items() if reason == "an override says skip"
+        name for name, reason in converted.kept_float.items() if reason == "an override says skip"
     } == {f"{layer}.{part}" for layer in skipped for part in ("weight", "bias")}
 
 
@@ -166,7 +166,7 @@ def test_ends_of_a_transformer() -> None:
         "1.linear2": 4,
         "2": 8,
     }
-    inputs = {name: reason for name, reason in converted.kept.items() if name.endswith("(input)")}
+    inputs = {name: reason for name, reason in converted.kept_float.items() if name.endswith("(input)")}
     assert inputs == {
         "1.self_attn.out_proj (input)": "attention reads this layer's weight past its forward",
         "2.out_proj (input)": "attention reads this layer's weight past its forward",
