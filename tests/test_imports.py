@@ -31,7 +31,7 @@ LAYERS = (
     {"training"},
     {"onnx", "plots"},
     {"inspection"},
-    {"__init__"},
+    {"library", "__init__"},
     {"commands"},
     {"render"},
     {"cli"},

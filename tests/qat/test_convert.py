@@ -271,7 +271,10 @@ def test_a_shared_tensor_stays_float_if_one_of_its_layers_does() -> None:
     converted = convert(
         model, recipe({"match": "again", "skip": True}, {"match": "head", "bits": 4})
     )
-    assert converted.kept_float["embedding.weight"] == "shared with again.weight: an override says skip"
+    assert (
+        converted.kept_float["embedding.weight"]
+        == "shared with again.weight: an override says skip"
+    )
     assert converted.kept_float["head.bias"] == "shared with again.bias: an override says skip"
 
 

@@ -124,7 +124,9 @@ def test_a_layer_of_the_users_own_type_is_quantized_as_its_parent() -> None:
     converted = convert(model, recipe({"type": "Conv2d", "bits": 5}, act_bits=8))
     assert bits_of(converted)["conv"] == (5, 5)
     assert converted.tensors[0].kind == "Gated"
-    assert converted.kept_float["conv.gain"] == "Gated gain: no quantizer for this kind of parameter"
+    assert (
+        converted.kept_float["conv.gain"] == "Gated gain: no quantizer for this kind of parameter"
+    )
     assert fit_inputs(converted, x) == []
     assert model(x).isfinite().all()
 

@@ -166,7 +166,9 @@ def test_ends_of_a_transformer() -> None:
         "1.linear2": 4,
         "2": 8,
     }
-    inputs = {name: reason for name, reason in converted.kept_float.items() if name.endswith("(input)")}
+    inputs = {
+        name: reason for name, reason in converted.kept_float.items() if name.endswith("(input)")
+    }
     assert inputs == {
         "1.self_attn.out_proj (input)": "attention reads this layer's weight past its forward",
         "2.out_proj (input)": "attention reads this layer's weight past its forward",
