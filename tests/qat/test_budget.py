@@ -45,15 +45,43 @@ def test_an_impossible_budget_is_refused_with_the_smallest_size(budget: dict[str
 
 
 REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "fewest bits": ({"target_bits": 3}, {"weights": {"min_bits": 4}}, "Raise the target, or lower --min-bits"),
-    "all at 4 bits": ({"target_bits": 3}, {"weights": {"min_bits": 4, "max_bits": 4}}, "target, or lower --min-bits"),
-    "fixed bits": ({"target_bits": 2}, {"overrides": [{"match": "8", "bits": 8}]}, "target, or lift bits and min_bits from"),
-    "skipped": ({"target_size": "20kB"}, {"overrides": [{"match": "8", "skip": True}]}, "target, or lift skip from"),
-    "skipped, and not counted": ({"target_bits": 1}, {"overrides": [{"match": "8", "skip": True}]}, "Raise the target, or lower"),
-    "by channel": ({"target_bits": 1.2}, {"weights": {"granularity": "channel"}}, "or set weights.granularity=layer"),
-    "biases in float": ({"target_size": "2kB"}, {"weights": {"bias_bits": None}}, "target, or set weights.bias_bits=8."),
+    "fewest bits": (
+        {"target_bits": 3},
+        {"weights": {"min_bits": 4}},
+        "Raise the target, or lower --min-bits",
+    ),
+    "all at 4 bits": (
+        {"target_bits": 3},
+        {"weights": {"min_bits": 4, "max_bits": 4}},
+        "target, or lower --min-bits",
+    ),
+    "fixed bits": (
+        {"target_bits": 2},
+        {"overrides": [{"match": "8", "bits": 8}]},
+        "target, or lift bits and min_bits from",
+    ),
+    "skipped": (
+        {"target_size": "20kB"},
+        {"overrides": [{"match": "8", "skip": True}]},
+        "target, or lift skip from",
+    ),
+    "skipped, and not counted": (
+        {"target_bits": 1},
+        {"overrides": [{"match": "8", "skip": True}]},
+        "Raise the target, or lower",
+    ),
+    "by channel": (
+        {"target_bits": 1.2},
+        {"weights": {"granularity": "channel"}},
+        "or set weights.granularity=layer",
+    ),
+    "biases in float": (
+        {"target_size": "2kB"},
+        {"weights": {"bias_bits": None}},
+        "target, or set weights.bias_bits=8.",
+    ),
     "no biases": ({"target_bits": 0.5}, {"weights": {"bias_bits": None}}, "Raise the target."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REMEDIES)

@@ -41,7 +41,7 @@ def test_some_channels_stand_for_all_with_the_error_of_their_own_levels() -> Non
     assert_curve_matches(layer, (2, 3, 4), rel=0.2)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_channels_of_zeros_do_not_stand_for_the_others(seed: int) -> None:
     layer = nn.Linear(192, 64)
     layer.weight.data[torch.randperm(64, generator=torch.Generator().manual_seed(seed))[6:]] = 0
@@ -89,7 +89,7 @@ class NoiseShard(RandomBatches):
 def test_several_processes_calibrate_to_the_fisher_of_one(
     processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gradients of a part of a batch have more noise, most of their square where little is learned."""
+    """Gradients of a part of a batch have more noise, which dominates where little is learned."""
 
     def fisher(rank: int, count: int) -> dict[str, float]:
         monkeypatch.setattr(distributed, "shard", lambda: Shard(rank, count))

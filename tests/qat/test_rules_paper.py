@@ -10,7 +10,7 @@ from small_models import random_data, trainer
 
 @pytest.mark.parametrize("count", ["bytes", "eqn6"])
 def test_gates_follow_the_gradient_of_the_budgets_own_measure(count: str) -> None:
-    """Eqn (7) at the last open gate: -alpha * loss * what closing it saves / what all tensors cost."""
+    """Eqn (7) at the last open gate: -alpha * loss * what closing it saves / the cost of all."""
     budget = {"target_bits": 3.3, "count": count}
     gates = {"lr": 1.0, "init": 0.5, "alpha": -0.3}
     rule = rule_of(rule_recipe("paper", budget, gates=gates))
@@ -28,7 +28,7 @@ def test_gates_follow_the_gradient_of_the_budgets_own_measure(count: str) -> Non
 
 
 def test_gates_close_while_the_budget_is_exceeded() -> None:
-    """With steps of the size of the logits, Eqn (7)'s own gradient closes gates before the freeze."""
+    """With steps of the logits' size, Eqn (7)'s own gradient closes gates before the freeze."""
     gates = {"freeze": 1.0, "lr": 1.0, "init": 1e-3, "alpha": -1.0}
     _, history = finished_run(rule_recipe("paper", {"target_bits": 2}, gates=gates), 20)
     assert history[0] != history[-2]
