@@ -1,4 +1,4 @@
-"""A float network quantized without training, and the file of it: for tests of what becomes of a file."""
+"""A float network quantized without training, and its file: for tests of what reads files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddqcli.artifact.format import QuantizedTensor, write_artifact
-from ddqcli.commands.export import _activation, _numpy, _quantized
+from ddqcli.artifact.format import QuantizedTensor, encode_artifact
 from ddqcli.qat.convert import convert
-from ddqcli.qat.frozen import freeze
+from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The network that was quantized, with its quantizers, and the file that holds it."""
+    """The network with its quantizers, and the file that holds it."""
 
     model: nn.Module
     path: Path
@@ -27,36 +26,36 @@ class Quantized:
 
 
 def quantize(
-    model: nn.Module, x: Tensor, path: Path, *, bits: int = 4, act_bits: int | None = 8, **more: Any
+    model: nn.Module,
+    x: Tensor,
+    path: Path,
+    *,
+    bits: int = 4,
+    act_bits: int | None = 8,
+    **weights: Any,
 ) -> Quantized:
-    """`model` stays as it is; the inputs' quantizers are fitted to x. `more`: fields of the recipe's `weights`."""
-    sections = {"weights": {"max_bits": bits, **more}, "activations": {"bits": act_bits}}
-    converted = convert(copy.deepcopy(model).eval(), Recipe.model_validate(sections))
-    for quantizer in converted.activations.values():
+    """Quantize a copy of `model`, its input quantizers fitted to x, and write the file.
+
+    `weights`: fields of the recipe's section of that name.
+    """
+    sections = {"weights": {"max_bits": bits, **weights}, "activations": {"bits": act_bits}}
+    quantized = convert(copy.deepcopy(model).eval(), Recipe.model_validate(sections))
+    for quantizer in quantized.activations.values():
         quantizer.observing = True
     with torch.no_grad():
-        converted.model(x)
-    for quantizer in converted.activations.values():
+        quantized.model(x)
+    for quantizer in quantized.activations.values():
         quantizer.fit()
-    frozen = freeze(converted)
-    aliases = frozen["aliases"].items()
-    weights = [_quantized(entry) for entry in frozen["quantized"]]
-    floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
-    write_artifact(
-        path,
-        weights,
-        [_activation(a) for a in frozen["activations"]],
-        floats,
-        frozen["aliases"],
-        {},
+    frozen = FrozenModel.from_state(freeze(quantized))
+    raw, _ = encode_artifact(
+        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, {}
     )
-    by_name = {tensor.name: tensor for tensor in weights}
-    by_name |= {alias: by_name[name] for alias, name in aliases if name in by_name}
-    return Quantized(converted.model, path, by_name)
+    path.write_bytes(raw)
+    return Quantized(quantized.model, path, frozen.weights())
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give BatchNorm the uneven statistics and factors, some negative, of a trained network; eval mode."""
+    """Give BatchNorm the uneven statistics and factors of a trained network; eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):

@@ -12,7 +12,7 @@ from ddqcli.data.load import Data
 from ddqcli.qat.budget import make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.model import QuantizedModel
-from ddqcli.qat.rules.base import Gates
+from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training.calibrate import calibrate
 from ddqcli.training.trainer import Trainer
@@ -123,7 +123,8 @@ def trainer(
 ) -> Trainer:
     """A run that is ready to start, as `ddq finetune` makes it ready."""
     converted = convert(model, recipe)
-    gates = Gates(converted, recipe, make_budget(converted, recipe), steps, 8)
+    budget = make_budget(converted, recipe)
+    gates = make_rule(recipe.gates.rule, converted, recipe, budget, steps, 8)
     calibrate(converted, data, 2, gates.watch)
     gates.recount()
     gates.start()

@@ -29,7 +29,7 @@ LAYERS = (
     {"training"},
     {"onnx", "plots"},
     {"inspection"},
-    {"__init__"},
+    {"library", "__init__"},
     {"commands"},
     {"render"},
     {"cli"},

@@ -17,11 +17,11 @@ from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.data.load import Data, load_data
 from ddqcli.errors import DDQError, Interrupted, UsageError
-from ddqcli.qat.budget import Budget, make_budget
+from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import freeze
 from ddqcli.qat.model import QuantizedModel, quantizers
-from ddqcli.qat.rules.base import Gates
+from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.run import FINAL, LAST, ReadOnlyRun, Run
@@ -103,7 +103,7 @@ def finetune(
         "ddq": __version__,
     }
     if dry_run:
-        gates = Gates(converted, recipe, budget, 0, recipe.data.batch_size)
+        gates = make_rule(recipe.gates.rule, converted, recipe, budget, 0, recipe.data.batch_size)
         gates.start()
         over = budget.limit is not None and gates.cost() > budget.limit
         why = (
@@ -326,14 +326,14 @@ def _trainer(
     converted: QuantizedModel,
     teacher: torch.nn.Module,
     data: Data,
-    budget: Budget,
+    budget: ResolvedBudget,
     recipe: Recipe,
     steps: int,
     saved: dict[str, Any] | None,
 ) -> Trainer:
     """A trainer at its first step, or where `saved` left off."""
     batch_size = round(data.train.samples / len(data.train))  # a user's own batches have their own
-    gates = Gates(converted, recipe, budget, steps, batch_size)
+    gates = make_rule(recipe.gates.rule, converted, recipe, budget, steps, batch_size)
     unlabelled = distillation_weight(recipe.train.distill, data) == 1
     calibrate(converted, data, _CALIBRATION_BATCHES, gates.watch, teacher if unlabelled else None)
     gates.recount()  # still before the first step

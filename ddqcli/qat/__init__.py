@@ -1,1 +1,1 @@
-"""Float model to quantized model: quantizers, budget, and the rules that decide bits."""
+"""Float model to quantized model: quantizers, byte counting, and the rules that decide bits."""

@@ -1,190 +1,148 @@
-"""Float model -> quantized model: which tensors are quantized, how, and what stays float and why.
+"""Float model -> quantized model: attach a quantizer to every weight, bias and layer input.
 
-A layer keeps its class and its forward; only what `layer.weight` and `layer.bias` return changes, through
-torch.nn.utils.parametrize. So nothing is traced, and code that reads a weight past its layer's forward (attention does)
-sees the quantized one too. A tensor that several layers share has one quantizer and is stored once.
+A layer keeps its class and its forward; only what `layer.weight` and `layer.bias` return changes,
+through torch.nn.utils.parametrize. So nothing is traced, and code that reads a weight past its
+layer's forward (attention does) gets the quantized one too. A tensor that several layers share has
+one quantizer and is stored once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ddqcli.errors import UsageError
-from ddqcli.qat.input_hooks import attach_input_quantizer, disable_nested_tensors
+from ddqcli.qat.input_hooks import (
+    attach_input_quantizer,
+    disable_nested_tensors,
+    remove_input_quantizer,
+)
+from ddqcli.qat.kept_float import reason_to_keep_float
 from ddqcli.qat.layer_config import (
     EMBEDDINGS,
     TRANSPOSED,
     AttentionOutput,
     LayerConfig,
+    attach_config,
     layer_configs,
-    weight_names,
 )
-from ddqcli.qat.model import QuantizedModel, QuantizedParameter, kind_of
+from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.parameters import BIASES, Place, kind_of
 from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.quantizer import DDQuantizer
 from ddqcli.recipe.schema import Recipe
-
-_BIASES = ("bias", "in_proj_bias")  # of the layers that have weights; quantized by Eqn (5)
-BIASES_KEPT = "biases are kept in float (weights.bias_bits)"
-_REPARAMETRIZED = (
-    "weight_orig",
-    "bias_orig",
-    "weight_g",
-    "weight_v",
-)  # as torch's older hooks name what they keep
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One place where a parameter is found."""
-
-    layer: str
-    module: nn.Module
-    local: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.layer}.{self.local}" if self.layer else self.local
 
 
 def convert(model: nn.Module, recipe: Recipe) -> QuantizedModel:
     """Attach a quantizer to every weight, bias and layer input that can have one, in place.
 
-    Raises UsageError for a model that cannot be converted and for overrides that match nothing or contradict each other.
+    Raises UsageError as `prepare` does, and then leaves the model as it was.
     """
-    result = QuantizedModel(model, aliases=_aliases(model))
-    plans = layer_configs(model, recipe)
-    layers: dict[int, _Place] = {}  # whose weight is quantized
-    for parameter, places in _places(model):
-        reasons = {
-            p.name: _reason_to_keep(p, parameter, plans.get(p.layer), recipe) for p in places
-        }
-        name, reason = next(((name, why) for name, why in reasons.items() if why), (None, None))
-        if reason is not None:
-            first = places[0].name
-            result.kept[first] = reason if name == first else f"shared with {name}: {reason}"
-            continue
-        tensor = _quantized(parameter, places, plans, recipe)
-        for place in places:
-            if not parametrize.is_parametrized(
-                place.module, place.local
-            ):  # a layer may have two names
-                parametrize.register_parametrization(
-                    place.module, place.local, tensor.quantizer, unsafe=True
-                )
-            if place.local not in _BIASES:
-                layers.setdefault(id(place.module), place)
-        result.tensors.append(tensor)
-    if not result.tensors:
-        reasons = list(result.kept.values())
+    quantized = prepare(model, recipe)
+    attach(quantized, recipe)
+    return quantized
+
+
+def prepare(model: nn.Module, recipe: Recipe) -> QuantizedModel:
+    """Fit the quantizers of a float model without attaching them.
+
+    Raises UsageError for a model that cannot be converted, and for overrides that match nothing or
+    contradict each other.
+    """
+    _check_convertible(model)
+    configs = layer_configs(model, recipe)
+
+    def quantizer_or_reason(parameter: nn.Parameter, places: Sequence[Place]) -> DDQuantizer | str:
+        reason = reason_to_keep_float(parameter, places, configs)
+        return reason or _fitted_quantizer(parameter, places, configs, recipe)
+
+    def activation_quantizer(place: Place) -> ActivationQuantizer | None:
+        bits = configs[place.layer].act_bits
+        if not bits or isinstance(place.module, (*EMBEDDINGS, AttentionOutput)):
+            return None
+        return ActivationQuantizer(bits, recipe.activations.levels)
+
+    quantized = QuantizedModel.assemble(model, configs, quantizer_or_reason, activation_quantizer)
+    if not quantized.tensors:
+        reasons = list(quantized.kept_float.values())
         most = max(reasons, key=reasons.count, default="it has no parameters")
         raise UsageError(f"Nothing in this {kind_of(model)} can be quantized: {most}.")
-    for place in layers.values():
-        _quantize_input(result, place.layer, place.module, plans[place.layer].act_bits, recipe)
-    result.explain_buffers()
-    if result.activations:
-        disable_nested_tensors(model)
-    return result
+    return quantized
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Names of the state dict that mean the tensor of an earlier name. Raises UsageError for what cannot be stored."""
+def attach(quantized: QuantizedModel, recipe: Recipe) -> None:
+    """Make the model read its parameters and inputs through the quantizers of `prepare`."""
+    for layer, config in layer_configs(quantized.model, recipe).items():
+        attach_config(quantized.model.get_submodule(layer), config)
+    for tensor in quantized.tensors:
+        for module, local in _distinct(tensor.places):
+            parametrize.register_parametrization(module, local, tensor.quantizer, unsafe=True)
+    for layer, quantizer in quantized.activations.items():
+        attach_input_quantizer(quantized.model.get_submodule(layer), quantizer)
+    if quantized.activations:
+        disable_nested_tensors(quantized.model)
+
+
+def detach(quantized: QuantizedModel) -> None:
+    """Undo `attach`: the model computes with its float parameters and inputs again."""
+    for tensor in quantized.tensors:
+        for module, local in _distinct(tensor.places):
+            parametrize.remove_parametrizations(module, local, leave_parametrized=False)
+    for layer in quantized.activations:
+        remove_input_quantizer(quantized.model.get_submodule(layer))
+
+
+def _distinct(places: Sequence[Place]) -> list[tuple[nn.Module, str]]:
+    """Return the places without repetition: one module may have several names."""
+    return list({(id(p.module), p.local): (p.module, p.local) for p in places}.values())
+
+
+def _check_convertible(model: nn.Module) -> None:
+    """Raise UsageError for a converted model and for a state that no exported file can hold."""
     if any(isinstance(m, (DDQuantizer, ActivationQuantizer)) for m in model.modules()):
         raise UsageError("The model is converted already; convert the float model.")
-    first: dict[int, str] = {}
-    aliases = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise UsageError(
-                f"{name} of the model's state is a {type(value).__name__}; only tensors can be stored."
+                f"{name} of the model's state is a {type(value).__name__}; "
+                "only tensors can be stored."
             )
         if is_lazy(value):
             raise UsageError(
                 f"{name} has no shape yet; run the model on a batch before it is quantized."
             )
-        if first.setdefault(id(value), name) != name:
-            aliases[name] = first[id(value)]
-    return aliases
 
 
-def _places(model: nn.Module) -> list[tuple[nn.Parameter, list[_Place]]]:
-    """Every parameter with all places where it is found."""
-    found: dict[int, tuple[nn.Parameter, list[_Place]]] = {}
-    for layer, module in model.named_modules(remove_duplicate=False):
-        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            found.setdefault(id(parameter), (parameter, []))[1].append(_Place(layer, module, local))
-    return list(found.values())
+def _fitted_quantizer(
+    parameter: nn.Parameter,
+    places: Sequence[Place],
+    configs: Mapping[str, LayerConfig],
+    recipe: Recipe,
+) -> DDQuantizer:
+    """Return a quantizer fitted to the parameter at its most bits.
 
-
-def _reason_to_keep(
-    place: _Place, parameter: Tensor, plan: LayerConfig | None, recipe: Recipe
-) -> str | None:
-    """Why a parameter stays float at this place, or None if it can be quantized."""
-    module, local, weights = place.module, place.local, weight_names(place.module)
-    if isinstance(module, parametrize.ParametrizationList):
-        return "parametrized by the model itself; torch.nn.utils.parametrize.remove_parametrizations makes it a weight"
-    if local in _REPARAMETRIZED:
-        return "the layer's weight is computed from it (pruning, weight_norm, spectral_norm); make it a weight again"
-    if plan and plan.skip:
-        return "an override says skip"
-    if plan is None or local not in (*weights, *_BIASES):
-        return f"{kind_of(module)} {local}: no quantizer for this kind of parameter"
-    if not parameter.numel():
-        return "holds no values"
-    if parameter.dtype != torch.float32:
-        return f"holds {parameter.dtype}; only float32 is quantized, which model.float() makes of other floating types"
-    if local in _BIASES:
-        return BIASES_KEPT if recipe.weights.bias_bits is None else None
-    if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
-        return "max_norm changes it in place"
-    if isinstance(module, EMBEDDINGS) and module.sparse:
-        return "its gradients are sparse"
-    return None
-
-
-def _quantized(
-    parameter: nn.Parameter, places: list[_Place], plans: dict[str, LayerConfig], recipe: Recipe
-) -> QuantizedParameter:
-    """A parameter with its quantizer. Raises UsageError where its values, or the plans of its places, do not allow one."""
-    first, plan = places[0], plans[places[0].layer]
+    Raises UsageError for values that are not finite and for places whose settings differ.
+    """
+    first, config = places[0], configs[places[0].layer]
     if not parameter.isfinite().all():
         raise UsageError(
-            f"{first.name} holds NaN or infinite values; take a checkpoint from before training diverged."
+            f"{first.name} holds NaN or infinite values; "
+            "take a checkpoint from before training diverged."
         )
-    start = parameter.detach().clone()
-    if first.local in _BIASES:
-        bits = recipe.weights.bias_bits or 8
-        quantizer = DDQuantizer.from_tensor(parameter, bits, kind="uniform")
-        return QuantizedParameter(first.name, "bias", parameter, quantizer, bits, bits, start)
+    if first.local in BIASES:
+        return DDQuantizer.from_tensor(parameter, config.bias_bits or 8, kind="uniform")
     for place in places:
-        if plans[place.layer] != plan:
+        if configs[place.layer] != config:
             raise UsageError(
-                f"{first.name} and {place.name} are one tensor: give both layers the same overrides."
+                f"{first.name} and {place.name} are one tensor: "
+                "give both layers the same overrides."
             )
     axis = None
-    if plan.granularity == "channel":
+    if config.granularity == "channel":
         axis = 1 if isinstance(first.module, TRANSPOSED) else 0
-    quantizer = DDQuantizer.from_tensor(
-        parameter, plan.max_bits, kind=plan.levels, channel_axis=axis, init=recipe.weights.init
+    return DDQuantizer.from_tensor(
+        parameter, config.max_bits, kind=config.levels, channel_axis=axis, init=recipe.weights.init
     )
-    return QuantizedParameter(
-        first.name, kind_of(first.module), parameter, quantizer, plan.min_bits, plan.max_bits, start
-    )
-
-
-def _quantize_input(
-    result: QuantizedModel, name: str, module: nn.Module, bits: int, recipe: Recipe
-) -> None:
-    """Attach an activation quantizer to a layer."""
-    if not bits or isinstance(module, EMBEDDINGS):
-        return
-    if isinstance(module, AttentionOutput):
-        result.kept[f"{name} (input)"] = "attention reads this layer's weight past its forward"
-        return
-    result.activations[name] = ActivationQuantizer(bits, recipe.activations.levels)
-    attach_input_quantizer(module, result.activations[name])

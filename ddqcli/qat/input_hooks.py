@@ -1,4 +1,4 @@
-"""Forward hooks that quantize a layer's input."""
+"""Forward hooks through which a layer reads its input quantized."""
 
 from __future__ import annotations
 
@@ -6,89 +6,117 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+# Attributes of a layer: its input's quantizer, and the hooks of a forward pass that is under way.
+_QUANTIZER = "input_quantizer"
+_SAVED_TENSORS_HOOKS = "_ddq_saved_tensors_hooks"
+
+Args = tuple[Any, ...]
+KwArgs = dict[str, Any]
 
 
 def disable_nested_tensors(model: nn.Module) -> None:
-    """Keep nn.TransformerEncoder from making them: only its fast path takes those, and hooks on inputs rule that out."""
+    """Keep nn.TransformerEncoder from making nested tensors.
+
+    Only its fast path takes those, and hooks on inputs rule that path out.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
 
 def attach_input_quantizer(module: nn.Module, quantizer: nn.Module) -> None:
-    """Let the layer see its input through `quantizer` from now on, in place of an earlier one."""
-    hooked = hasattr(module, "input_quantizer")
-    module.register_module("input_quantizer", quantizer.to(next(module.parameters()).device))
-    if not hooked:
-        if type(module).forward is nn.MultiheadAttention.forward:
-            module.register_forward_pre_hook(_attention_hook, with_kwargs=True)
-        else:
-            module.register_forward_pre_hook(_layer_hook, with_kwargs=True)
-            module.register_forward_hook(_after_layer, always_call=True)
+    """Let the layer read its input through `quantizer`, in place of an earlier one."""
+    hooked = hasattr(module, _QUANTIZER)
+    module.register_module(_QUANTIZER, quantizer.to(next(module.parameters()).device))
+    if hooked:
+        return
+    if type(module).forward is nn.MultiheadAttention.forward:
+        module.register_forward_pre_hook(_quantize_attention_inputs, with_kwargs=True)
+    else:
+        module.register_forward_pre_hook(_quantize_first_argument, with_kwargs=True)
+        module.register_forward_hook(_leave_saved_tensors_hooks, always_call=True)
 
 
-def _layer_hook(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any]:
-    """Quantize the first argument, whether it has a name or not, and let the layer keep no copy of it for the backward."""
-    x = args[0] if args else next(iter(kwargs.values()), None)
+def remove_input_quantizer(module: nn.Module) -> None:
+    """Let the layer read its input as it is."""
+    module.register_module(_QUANTIZER, None)
+
+
+def input_quantizer(module: nn.Module) -> nn.Module | None:
+    """Return the quantizer of the layer's input, if it has one."""
+    quantizer = getattr(module, _QUANTIZER, None)
+    return quantizer if isinstance(quantizer, nn.Module) else None
+
+
+def _quantize_first_argument(module: nn.Module, args: Args, kwargs: KwArgs) -> tuple[Args, KwArgs]:
+    """Quantize the first argument, given by position or by name."""
+    x: Any = args[0] if args else next(iter(kwargs.values()), None)
     quantized = _quantize(module, x)
     if quantized is not x and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        module._not_kept = _recomputing(module.input_quantizer, x, quantized)
-        module._not_kept.__enter__()
+        hooks = _recompute_for_backward(input_quantizer(module), x, quantized)
+        setattr(module, _SAVED_TENSORS_HOOKS, hooks)
+        hooks.__enter__()
     if args:
         return (quantized, *args[1:]), kwargs
     return args, kwargs | {name: quantized for name in list(kwargs)[:1]}
 
 
-def _after_layer(module: nn.Module, args: Any, output: Any) -> None:
-    if hasattr(module, "_not_kept"):
-        module._not_kept.__exit__()
-        del module._not_kept
+def _leave_saved_tensors_hooks(module: nn.Module, args: Any, output: Any) -> None:
+    hooks = getattr(module, _SAVED_TENSORS_HOOKS, None)
+    if hooks is not None:
+        hooks.__exit__()
+        delattr(module, _SAVED_TENSORS_HOOKS)
 
 
-def _recomputing(quantizer: nn.Module, x: Tensor, quantized: Tensor) -> Any:
-    """Within: whatever is kept of `quantized` for the backward is made from x again there, which the quantizer keeps anyway."""
+def _recompute_for_backward(quantizer: Any, x: Tensor, quantized: Tensor) -> saved_tensors_hooks:
+    """Save no copy of `quantized` for the backward pass: make it there again from x.
+
+    The quantizer keeps x for its own backward pass anyway.
+    """
     identity, source = _identity(quantized), x.detach()
 
-    def pack(kept: Tensor) -> Any:
-        return (kept.shape, kept.stride()) if _identity(kept) == identity else kept
+    def pack(saved: Tensor) -> Any:
+        return (saved.shape, saved.stride()) if _identity(saved) == identity else saved
 
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
         with torch.no_grad():
-            again: Tensor = quantizer(source)
-        return again.as_strided(*kept)
+            recomputed: Tensor = quantizer(source)
+        return recomputed.as_strided(*packed)
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return saved_tensors_hooks(pack, unpack)
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
-    """What views of one tensor's whole memory have in common, until it is changed in place."""
+    """Return what views of one tensor's whole memory share until it is changed in place."""
     return x.data_ptr(), x.numel(), x.dtype, x._version
 
 
-def _attention_hook(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any]:
-    """Quantize query, key and value, each tensor once (self-attention gets the same one three times), and no mask."""
+def _quantize_attention_inputs(
+    module: nn.Module, args: Args, kwargs: KwArgs
+) -> tuple[Args, KwArgs]:
+    """Quantize query, key and value, and no mask.
+
+    A tensor that is given twice (self-attention gives one three times) is quantized once.
+    """
     names = ("query", "key", "value")
-    given = {**kwargs, **dict(zip(names, args, strict=False))}
-    query, key, value = (given.pop(name) for name in names)
-    quantizer = module.input_quantizer
-    if (
-        quantizer is not None and quantizer.observing
-    ):  # the first tensor that it sees sets its range
+    others = {**kwargs, **dict(zip(names, args, strict=False))}
+    query, key, value = (others.pop(name) for name in names)
+    quantizer: Any = input_quantizer(module)
+    if quantizer is not None and quantizer.observing:
+        # The first tensor that a quantizer observes sets its range, so it gets all three as one.
         quantizer(torch.cat([x.flatten() for x in (query, key, value)]))
     q = _quantize(module, query)
     k = q if key is query else _quantize(module, key)
     v = q if value is query else k if value is key else _quantize(module, value)
-    return (q, k, v, *args[3:]), given
+    return (q, k, v, *args[3:]), others
 
 
 def _quantize(module: nn.Module, x: Any) -> Any:
-    quantizes = (
-        module.input_quantizer is not None and isinstance(x, Tensor) and x.is_floating_point()
-    )
-    return module.input_quantizer(x) if quantizes else x
+    quantizer = input_quantizer(module)
+    if quantizer is None or not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return quantizer(x)

@@ -1,10 +1,9 @@
-"""`ddqcli.load`: an exported file into a float network, which then computes what the trained one did."""
+"""`ddqcli.load`: fill a float network with an exported file, so that it computes as trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +11,25 @@ from torch import nn
 
 from ddqcli.artifact.format import BFLOAT16, ActivationTable, decode_model
 from ddqcli.errors import CheckpointError
-from ddqcli.qat.input_hooks import attach_input_quantizer, disable_nested_tensors
+from ddqcli.qat.frozen import INPUT, Array
+from ddqcli.qat.input_hooks import (
+    attach_input_quantizer,
+    disable_nested_tensors,
+    input_quantizer,
+    remove_input_quantizer,
+)
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
-
-INPUT = " (input)"  # what a file puts behind a layer's name for the levels of its input
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
-    """Fill `model`, the float architecture, with what an exported file holds; return it in eval mode.
+    """Fill `model`, the float architecture, with an exported file; return it in eval mode.
 
-    Its weights become the trained values bit for bit, and the layers whose inputs were quantized quantize them. The file
-    must be of this architecture, name for name. For inference: gradients do not pass the inputs' quantizers.
+    Its weights become the trained values bit for bit, and layers whose inputs were quantized
+    quantize them. The file must be of this architecture, name for name. For inference: no gradients
+    pass the inputs' quantizers.
 
-    Raises UsageError for no ddq file, VerificationError for a damaged one, CheckpointError if it is of another network.
+    Raises UsageError for a file that is none of ddq's, VerificationError for a damaged one, and
+    CheckpointError for one of another network, which leaves the model as it was.
 
     >>> model = ddqcli.load("model.safetensors", torchvision.models.resnet18())  # doctest: +SKIP
     """
@@ -33,8 +38,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     return model
 
 
-def to_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Arrays of a file as tensors of the same bits."""
+def to_torch(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """Return a file's arrays as tensors of the same bits."""
     return {
         name: torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         if array.dtype == BFLOAT16
@@ -47,17 +52,18 @@ def fill(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
     tables: Mapping[str, ActivationTable],
-    what: str,
+    source: str,
 ) -> None:
-    """`load` from memory; `what` names the source in errors. Raises CheckpointError, and then leaves the model as it was."""
+    """Do as `load` with a file in memory; errors name it `source`.
+
+    Raises CheckpointError for another network, and then leaves the model as it was.
+    """
     layers = {name.removesuffix(INPUT): table for name, table in tables.items()}
-    _check_fit(model, tensors, layers, what)
+    _check_fit(model, tensors, layers, source)
     model.load_state_dict(dict(tensors))
     for module in model.modules():
-        if isinstance(
-            getattr(module, "input_quantizer", None), FrozenInputQuantizer
-        ):  # of an earlier file
-            module.input_quantizer = None
+        if isinstance(input_quantizer(module), FrozenInputQuantizer):  # of an earlier file
+            remove_input_quantizer(module)
     for layer, table in layers.items():
         quantizer = FrozenInputQuantizer(
             torch.from_numpy(table.levels.copy()), table.scale, table.zero_point
@@ -69,33 +75,37 @@ def fill(
 
 
 def _check_fit(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Any], what: str
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    layers: Mapping[str, ActivationTable],
+    source: str,
 ) -> None:
-    wanted = model.state_dict()
-    both = [(name, tensors[name], value) for name, value in wanted.items() if name in tensors]
+    state = model.state_dict()
     modules = dict(model.named_modules(remove_duplicate=False))
-    faults = {
-        "it lacks": [name for name in wanted if name not in tensors],
-        "it has unknown": [name for name in tensors if name not in wanted]
-        + [name + INPUT for name in layers if name not in modules],
+    common = [(name, tensors[name], value) for name, value in state.items() if name in tensors]
+    unknown = [name for name in tensors if name not in state]
+    unknown += [name + INPUT for name in layers if name not in modules]
+    differences = {
+        "it lacks": [name for name in state if name not in tensors],
+        "it has unknown": unknown,
         "it has in another shape": [
-            f"{name} {list(have.shape)} instead of {list(want.shape)}"
-            for name, have, want in both
-            if have.shape != want.shape
+            f"{name} {list(stored.shape)} instead of {list(own.shape)}"
+            for name, stored, own in common
+            if stored.shape != own.shape
         ],
         "it has in a type that this one would round": [
-            f"{name} {have.dtype}, not {want.dtype}"
-            for name, have, want in both
-            if torch.promote_types(have.dtype, want.dtype) != want.dtype
+            f"{name} {stored.dtype}, not {own.dtype}"
+            for name, stored, own in common
+            if torch.promote_types(stored.dtype, own.dtype) != own.dtype
         ],
     }
-    said = [
-        f"{words} {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-        for words, names in faults.items()
+    faults = [
+        f"{difference} {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+        for difference, names in differences.items()
         if names
     ]
-    if said:
+    if faults:
         raise CheckpointError(
-            f"{what} is not of this {type(model).__name__}: {'; '.join(said)}; "
+            f"{source} is not of this {type(model).__name__}: {'; '.join(faults)}; "
             "build the network as it was built for `ddq finetune`."
         )

@@ -1,18 +1,32 @@
-"""A model with quantizers attached, and its state under the float model's names."""
+"""A model with quantizers attached: its quantized parameters, its input quantizers, its floats."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ddqcli.errors import UsageError
-from ddqcli.qat.layer_config import CONVOLUTIONS
+from ddqcli.qat.frozen import INPUT
+from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
+from ddqcli.qat.kept_float import (
+    BUFFER,
+    NEVER_CALLED,
+    reason_to_keep_float,
+    reason_to_keep_input_float,
+)
+from ddqcli.qat.layer_config import LayerConfig, attached_configs
+from ddqcli.qat.parameters import (
+    BIASES,
+    Place,
+    float_state,
+    kind_of,
+    parameter_places,
+    shared_names,
+)
 from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.batched import batched
 from ddqcli.quant.quantizer import DDQuantizer
@@ -28,7 +42,8 @@ class QuantizedParameter:
     quantizer: DDQuantizer
     min_bits: int
     max_bits: int  # equal to min_bits: takes no part in the trade of bits
-    start: Tensor  # float values before training
+    float_is_constant: bool = field(compare=False)  # all float values were equal before training
+    places: Sequence[Place] = field(compare=False, repr=False)  # where the model reads it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,96 +51,158 @@ class QuantizedParameter:
 
     @property
     def fixed(self) -> bool:
+        """True if its bit-width is not traded."""
         return self.min_bits == self.max_bits
 
 
 @dataclass
 class QuantizedModel:
-    """A model with its quantizers attached. `tensors`, `aliases` and `kept` name every entry of the float state dict."""
+    """A model and its quantizers.
+
+    `tensors`, `aliases` and `kept_float` together name every entry of the float state dict.
+
+    Attributes:
+        model: the network, whose layers keep their classes.
+        tensors: the quantized parameters, shared ones once.
+        activations: input quantizers, by the layer's name.
+        aliases: further name of a shared tensor -> the name under which it is stored.
+        kept_float: name of what stays float, or layer + INPUT -> the reason.
+    """
 
     model: nn.Module
     tensors: list[QuantizedParameter] = field(default_factory=list)
-    activations: dict[str, ActivationQuantizer] = field(default_factory=dict)  # by layer name
-    aliases: dict[str, str] = field(
-        default_factory=dict
-    )  # shared tensors: name -> the name that is stored
-    kept: dict[str, str] = field(
-        default_factory=dict
-    )  # what stays float: name, or "layer (input)" -> reason
+    activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    kept_float: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> QuantizedModel:
+        """Find the quantizers in a converted model, in a copy of one, or in what contains one.
+
+        Equals what `convert` returned for the model. Raises UsageError for a float model.
+        """
+        configs = attached_configs(model)
+
+        def quantizer_or_reason(
+            parameter: nn.Parameter, places: Sequence[Place]
+        ) -> DDQuantizer | str:
+            reason = reason_to_keep_float(parameter, places, configs)
+            return places[0].quantizer or reason or "its quantizer was removed"
+
+        def activation_quantizer(place: Place) -> ActivationQuantizer | None:
+            quantizer = input_quantizer(place.module)
+            return quantizer if isinstance(quantizer, ActivationQuantizer) else None
+
+        quantized = cls.assemble(model, configs, quantizer_or_reason, activation_quantizer)
+        if not quantized.tensors:
+            raise UsageError(
+                f"This {kind_of(model)} has no quantizers; ddqcli.quantize attaches them."
+            )
+        return quantized
+
+    @classmethod
+    def assemble(
+        cls,
+        model: nn.Module,
+        configs: Mapping[str, LayerConfig],
+        quantizer_or_reason: Callable[[nn.Parameter, Sequence[Place]], DDQuantizer | str],
+        activation_quantizer: Callable[[Place], ActivationQuantizer | None],
+    ) -> QuantizedModel:
+        """List what of a model is quantized, and what stays float and why; changes nothing.
+
+        Args:
+            model: with its quantizers attached or not.
+            configs: the settings of the layers.
+            quantizer_or_reason: a parameter's quantizer, or the reason why it stays float.
+            activation_quantizer: the quantizer of a layer's input, if it has one.
+
+        Raises UsageError for tensors that no exported file can hold.
+        """
+        quantized = cls(model, aliases=shared_names(model))
+        layers: dict[int, Place] = {}  # with a quantized weight
+        for parameter, places in parameter_places(model):
+            quantizer = quantizer_or_reason(parameter, places)
+            if isinstance(quantizer, str):
+                quantized.kept_float[places[0].name] = quantizer
+                continue
+            quantized.tensors.append(_quantized_parameter(parameter, places, quantizer, configs))
+            for place in places:
+                if place.local not in BIASES:
+                    layers.setdefault(id(place.module), place)
+        for place in layers.values():
+            if activation := activation_quantizer(place):
+                quantized.activations[place.layer] = activation
+            elif reason := reason_to_keep_input_float(place, configs):
+                quantized.kept_float[place.layer + INPUT] = reason
+        quantized.explain_buffers()
+        return quantized
 
     def float_tensors(self) -> dict[str, Tensor]:
-        """Everything of the float state dict that is not quantized, by its float name, shared tensors once."""
+        """Return everything of the float state dict that is not quantized, shared tensors once."""
         elsewhere = {t.name for t in self.tensors} | self.aliases.keys()
-        return {
-            name: value for name, value in float_state(self.model).items() if name not in elsewhere
-        }
+        state = float_state(self.model)
+        return {name: value for name, value in state.items() if name not in elsewhere}
 
     def explain_buffers(self) -> None:
-        """Give the reason why buffers stay float, which a forward pass may have made. Raises UsageError for complex tensors."""
+        """Add the buffers to `kept_float`; a forward pass may have made new ones.
+
+        Raises UsageError for complex tensors.
+        """
         for name, value in self.float_tensors().items():
-            self.kept.setdefault(name, "a buffer: no gradient trains it")
+            self.kept_float.setdefault(name, BUFFER)
             if value.is_complex():
                 raise UsageError(
-                    f"{name} holds {value.dtype}, which no exported file can; keep its real and imaginary part."
+                    f"{name} holds {value.dtype}, which no exported file can; "
+                    "keep its real and imaginary part."
                 )
 
     def batched(self) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of a training step: the quantizers' work, with few calls for all together."""
+        """Precompute the quantizers' lookup tables and small weights for one training step.
+
+        Goes around the forward and the backward pass.
+        """
         inputs = [a.learned for a in self.activations.values() if a.learned is not None]
         return batched([(t.quantizer, t.parameter) for t in self.tensors], inputs)
 
-    def keep_input_float(self, name: str, reason: str) -> None:
-        """Leave the layer's input in float after all."""
-        self.model.get_submodule(name).input_quantizer = None
+    def keep_input_float(self, name: str, reason: str = NEVER_CALLED) -> None:
+        """Remove the quantizer of a layer's input."""
+        remove_input_quantizer(self.model.get_submodule(name))
         del self.activations[name]
-        self.kept[f"{name} (input)"] = reason
+        self.kept_float[name + INPUT] = reason
 
 
-def kind_of(module: nn.Module) -> str:
-    """The module's type as a reader would name it."""
-    name = parametrize.type_before_parametrizations(module).__name__
-    depthwise = (
-        isinstance(module, CONVOLUTIONS)
-        and module.groups > 1
-        and module.groups == module.in_channels
-    )
-    return f"depthwise {name}" if depthwise else name
-
-
-def float_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the float model's names: trained values in place of parametrizations, without quantizers."""
-    renamed, of_quantizers = {}, set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (DDQuantizer, ActivationQuantizer)):
-            of_quantizers.add(name)
-        elif isinstance(module, parametrize.ParametrizationList) and isinstance(
-            module[0], DDQuantizer
-        ):
-            layer, _, local = name.rpartition("parametrizations.")
-            renamed[f"{name}.original"] = layer + local
-    state = model.state_dict()
-    floats = OrderedDict(
-        (renamed.get(n, n), v)
-        for n, v in state.items()
-        if n.rpartition(".")[0] not in of_quantizers
-    )
-    floats._metadata = (
-        state._metadata
-    )  # versions of the modules' states, which some models insist on (MNASNet)
-    return floats
-
-
-def quantizers(result: QuantizedModel) -> Iterator[nn.Module]:
-    """Every quantizer of the model once, weights' first."""
-    yield from (t.quantizer for t in result.tensors)
-    yield from result.activations.values()
+def quantizers(model: QuantizedModel) -> Iterator[DDQuantizer | ActivationQuantizer]:
+    """Iterate over every quantizer of the model once, those of weights first."""
+    yield from (t.quantizer for t in model.tensors)
+    yield from model.activations.values()
 
 
 @torch.no_grad()
-def quantized_state(result: QuantizedModel) -> dict[str, Tensor]:
-    """A state dict for the float architecture that holds the quantized values."""
-    state = float_state(result.model)
-    for tensor in result.tensors:
+def quantized_state(model: QuantizedModel) -> dict[str, Tensor]:
+    """Return a state dict for the float architecture that holds the quantized values."""
+    state = float_state(model.model)
+    for tensor in model.tensors:
         state[tensor.name] = tensor.quantizer(tensor.parameter).detach()
-    state.update({name: state[target] for name, target in result.aliases.items()})
+    state.update({name: state[target] for name, target in model.aliases.items()})
     return state
+
+
+def _quantized_parameter(
+    parameter: nn.Parameter,
+    places: Sequence[Place],
+    quantizer: DDQuantizer,
+    configs: Mapping[str, LayerConfig],
+) -> QuantizedParameter:
+    first = places[0]
+    is_bias, config = first.local in BIASES, configs.get(first.layer)
+    values = parameter.detach()
+    return QuantizedParameter(
+        name=first.name,
+        kind="bias" if is_bias else kind_of(first.module),
+        parameter=parameter,
+        quantizer=quantizer,
+        min_bits=quantizer.max_bits if is_bias or config is None else config.min_bits,
+        max_bits=quantizer.max_bits,
+        float_is_constant=bool((values == values.flatten()[:1]).all()),
+        places=places,
+    )

@@ -40,7 +40,7 @@ def _collapsed(trainer: Trainer) -> str | None:
         for t in trainer.converted.tensors
         if t.parameter.numel() > 1
         and _constant(t.quantizer(t.parameter))
-        and not _constant(t.start)
+        and not t.float_is_constant
     ]
     if not names:
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ddqcli.qat.budget import Budget, activation_bytes, average_bits, stored_bytes
+from ddqcli.qat.budget import ResolvedBudget, activation_bytes, average_bits, stored_bytes
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
 from ddqcli.training.snapshot import relative_error
 
@@ -17,7 +17,7 @@ REPORT_VERSION = 1
 @torch.no_grad()
 def build_report(
     converted: QuantizedModel,
-    budget: Budget,
+    budget: ResolvedBudget,
     *,
     accuracy: tuple[float, float] | None,
     source: dict[str, str],
@@ -31,12 +31,12 @@ def build_report(
         "version": REPORT_VERSION,
         "layers": [_row(t) for t in converted.tensors],
         "totals": {
-            "bytes": quantized + budget.beside,
+            "bytes": quantized + budget.overhead_bytes,
             "float_bytes": budget.float_bytes,
             "budget_bytes": limit,
             "average_bits": average_bits(converted),
             "quantized_bytes": quantized,
-            "kept_bytes": budget.beside,
+            "kept_bytes": budget.overhead_bytes,
             "weights": budget.weights,
         },
         "accuracy": _accuracy(*accuracy) if accuracy else None,
@@ -49,7 +49,7 @@ def build_report(
             }
             for name, a in converted.activations.items()
         ],
-        "kept_float": dict(converted.kept),
+        "kept_float": dict(converted.kept_float),
         "source": source,
         "run": run,
         "warnings": list(warnings),

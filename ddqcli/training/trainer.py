@@ -18,7 +18,7 @@ from ddqcli.data.load import Data
 from ddqcli.errors import DataError, DDQError, Interrupted
 from ddqcli.qat.budget import average_bits
 from ddqcli.qat.model import QuantizedModel
-from ddqcli.qat.rules.base import Gates
+from ddqcli.qat.rules.base import Rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training import distributed
 from ddqcli.training.batch_norm import batch_norms, reestimate_batch_norm
@@ -62,7 +62,7 @@ class Trainer:
         converted: QuantizedModel,
         teacher: nn.Module | None,
         data: Data,
-        gates: Gates,
+        gates: Rule,
         recipe: Recipe,
         steps: int,
     ) -> None:
@@ -131,7 +131,7 @@ class Trainer:
             self.weights_optimizer.load_state_dict(state["weights_optimizer"])
             if self.levels_optimizer:
                 self.levels_optimizer.load_state_dict(state["levels_optimizer"])
-            self.gates.load(state["gates"])
+            self.gates.load_state(state["gates"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DDQError(
                 "The saved state does not fit this model: another version of ddq wrote it, or a forward pass resizes a buffer."

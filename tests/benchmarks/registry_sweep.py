@@ -28,7 +28,8 @@ from ddqcli.data.load import Data
 from ddqcli.qat.budget import make_budget, stored_bytes
 from ddqcli.qat.convert import convert
 from ddqcli.qat.model import QuantizedModel, quantized_state
-from ddqcli.qat.rules.base import Gates
+from ddqcli.qat.rules.base import Rule
+from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training.calibrate import calibrate
 from ddqcli.training.evaluate import evaluate
@@ -105,7 +106,7 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
     names = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
     converted = convert(model, recipe)
     budget = make_budget(converted, recipe)
-    gates = Gates(converted, recipe, budget, 1, BATCH)
+    gates = make_rule(recipe.gates.rule, converted, recipe, budget, 1, BATCH)
     order = executed(converted)
     calibrate(converted, data, 1, gates.watch)
     inputs = list(converted.activations)
@@ -124,17 +125,17 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
         "the float names have changed"
     )
     return Row(
-        arch, size, budget.weights, len(converted.tensors), len(converted.kept), len(inputs),
+        arch, size, budget.weights, len(converted.tensors), len(converted.kept_float), len(inputs),
         8 * gates.cost() / budget.weights, time.monotonic() - began,
     )  # fmt: skip
 
 
-def is_used(gates: Gates) -> bool:
+def is_used(gates: Rule) -> bool:
     """Whether the bits take 98 % of the budget, or else no tensor could have one more bit."""
     spare = (gates.budget.limit or 0) - gates.cost()
     rises = [
         stored_bytes(t, bits + 1) - stored_bytes(t)
-        for t in gates.converted.tensors
+        for t in gates.model.tensors
         if (bits := max(t.quantizer.bits)) < t.max_bits
     ]
     return spare <= 0.02 * (gates.budget.limit or 0) or spare < min(rises, default=0)

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddqcli.qat.budget import Budget
+from ddqcli.qat.budget import ResolvedBudget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.model import quantizers
-from ddqcli.qat.rules.base import Gates
+from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training.distillation import distillation
@@ -113,7 +113,8 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
     recipe = Recipe.model_validate({"budget": {"target_bits": 4}, **sections})
     converted = convert(model, recipe)
     size = sum(t.parameter.numel() for t in converted.tensors)
-    gates = Gates(converted, recipe, Budget(size // 2, 0, 4 * size, size), 10**9, len(x))
+    budget = ResolvedBudget(size // 2, 0, 4 * size, size)
+    gates = make_rule(recipe.gates.rule, converted, recipe, budget, 10**9, len(x))
     for activation in converted.activations.values():
         activation.observing = True
     F.cross_entropy(model.eval()(x), y).backward()

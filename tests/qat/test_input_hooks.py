@@ -1,4 +1,4 @@
-"""How the inputs of layers reach their quantizers, and which do not."""
+"""Input quantizers: which tensors of a layer's call reach them, and the memory they take."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def _seeded() -> None:
 
 
 def test_inputs_that_no_forward_reaches_are_not_fitted() -> None:
-    converted = convert(Nested(), recipe(act_bits=8))
-    assert fit_inputs(converted, images(3, 6, 6)) == ["direct", "unused"]
-    before = dict(converted.model.named_modules())
-    converted.keep_input_float("direct", "never called")
-    assert "direct" not in converted.activations
-    assert converted.kept["direct (input)"] == "never called"
-    assert before.keys() - dict(converted.model.named_modules()).keys() == {
+    quantized = convert(Nested(), recipe(act_bits=8))
+    assert fit_inputs(quantized, images(3, 6, 6)) == ["direct", "unused"]
+    before = dict(quantized.model.named_modules())
+    quantized.keep_input_float("direct", "never called")
+    assert "direct" not in quantized.activations
+    assert quantized.kept_float["direct (input)"] == "never called"
+    assert before.keys() - dict(quantized.model.named_modules()).keys() == {
         "direct.input_quantizer"
     }
-    assert not any(name.startswith("direct.input") for name in converted.model.state_dict())
-    converted.model.direct(torch.randn(2, 4))  # passes through
+    assert not any(name.startswith("direct.input") for name in quantized.model.state_dict())
+    quantized.model.direct(torch.randn(2, 4))  # passes through
 
 
 def watched(quantizer: ActivationQuantizer) -> list[Tensor]:
@@ -44,9 +44,9 @@ def test_attention_quantizes_each_tensor_once_and_no_mask(batch_first: bool) -> 
     x, memory = torch.randn(2, 3, 8), 5 * torch.randn(2, 3, 8)
     causal = nn.Transformer.generate_square_subsequent_mask(3 if batch_first else 2)
     model = nn.MultiheadAttention(8, 2, batch_first=batch_first)
-    converted = convert(model, recipe(max_bits=8, act_bits=8))
-    quantizer = converted.activations[""]
-    assert fit_inputs(converted, x, memory, memory) == []
+    quantized = convert(model, recipe(max_bits=8, act_bits=8))
+    quantizer = quantized.activations[""]
+    assert fit_inputs(quantized, x, memory, memory) == []
     assert float(quantizer(memory).detach().abs().max()) > 3 * float(
         quantizer(x).detach().abs().max()
     )  # both were seen
@@ -68,7 +68,7 @@ def test_attention_quantizes_each_tensor_once_and_no_mask(batch_first: bool) -> 
     assert len(seen) == 3
 
     plain = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
-    plain.load_state_dict(quantized_state(converted))
+    plain.load_state_dict(quantized_state(quantized))
     q, k = quantizer(x), quantizer(memory)
     torch.testing.assert_close(model.eval()(x, memory, memory)[0], plain(q, k, k)[0])
 
@@ -87,10 +87,10 @@ def test_inputs_are_quantized_whether_given_by_position_or_by_name() -> None:
             )
 
     model, x = Upsampled(), images(3, 5, 5)
-    converted = convert(model, recipe(act_bits=4))
+    quantized = convert(model, recipe(act_bits=4))
     model.by_name = False
-    assert fit_inputs(converted, x) == []
-    seen = watched(converted.activations["out"])
+    assert fit_inputs(quantized, x) == []
+    seen = watched(quantized.activations["out"])
     by_position = model(x)
     model.by_name = True
     assert torch.equal(model(x), by_position)
@@ -121,29 +121,38 @@ def test_a_layer_of_the_users_own_type_is_quantized_as_its_parent() -> None:
             )
 
     model, x = Both(), images(3, 5, 5)
-    converted = convert(model, recipe({"type": "Conv2d", "bits": 5}, act_bits=8))
-    assert bits_of(converted)["conv"] == (5, 5)
-    assert converted.tensors[0].kind == "Gated"
-    assert converted.kept["conv.gain"] == "Gated gain: no quantizer for this kind of parameter"
-    assert fit_inputs(converted, x) == []
+    quantized = convert(model, recipe({"type": "Conv2d", "bits": 5}, act_bits=8))
+    assert bits_of(quantized)["conv"] == (5, 5)
+    assert quantized.tensors[0].kind == "Gated"
+    assert (
+        quantized.kept_float["conv.gain"] == "Gated gain: no quantizer for this kind of parameter"
+    )
+    assert fit_inputs(quantized, x) == []
     assert model(x).isfinite().all()
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])
 def test_the_fast_paths_of_transformers_in_evaluation(act_bits: int | None) -> None:
-    """Torch's fused inference kernels read the weights themselves; with quantized inputs they must not be taken."""
-    build = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)  # noqa: E731
+    """Torch's fused inference kernels read the weights themselves.
+
+    With quantized inputs they must not be taken.
+    """
+
+    def build() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        return nn.TransformerEncoder(layer, 2)
+
     model, x = build().eval(), torch.randn(2, 4, 8)
     padding = torch.tensor([[False] * 4, [False, False, True, True]])
-    converted = convert(model, recipe(max_bits=8, act_bits=act_bits))
-    assert fit_inputs(converted, x) == []
+    quantized = convert(model, recipe(max_bits=8, act_bits=act_bits))
+    assert fit_inputs(quantized, x) == []
     with torch.no_grad():
         fast, padded = model(x), model(x, src_key_padding_mask=padding)
     slow = model(x)  # gradients on: the layers' own forward
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(padded[0], slow[0])
     float_model = build().eval()
-    float_model.load_state_dict(quantized_state(converted))
+    float_model.load_state_dict(quantized_state(quantized))
     differs = float((float_model(x) - slow).detach().abs().max())
     assert differs < 1e-6 if act_bits is None else 1e-4 < differs < 0.5
 
@@ -151,8 +160,8 @@ def test_the_fast_paths_of_transformers_in_evaluation(act_bits: int | None) -> N
 # ---- memory
 
 
-def bytes_kept(model: nn.Module, x: Tensor) -> int:
-    """Bytes that are there after a forward pass and were not before: what it keeps for the backward."""
+def bytes_saved(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass allocates and keeps for the backward pass."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -163,21 +172,21 @@ def bytes_kept(model: nn.Module, x: Tensor) -> int:
 
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_quantized_inputs_are_not_kept_beside_the_float_ones(act_bits: int) -> None:
-    """Float training keeps every layer's input; so do we, and no quantized copy: at most one byte a value more."""
+    """Float training keeps every layer's input. So do we, and at most one byte a value more."""
     layers = [
         m for _ in range(3) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     ]
     model, x = nn.Sequential(*layers), torch.randn(16, 8, 32, 32)
-    kept = bytes_kept(model, x)
-    converted = convert(model, recipe(act_bits=act_bits))
-    for activation in converted.activations.values():
+    before = bytes_saved(model, x)
+    quantized = convert(model, recipe(act_bits=act_bits))
+    for activation in quantized.activations.values():
         activation.observing = True
     model(x)
-    for activation in converted.activations.values():
+    for activation in quantized.activations.values():
         activation.fit()
     values, of_weights = 3 * x.numel(), 20 * 3 * (8 * 8 * 9 + 512 + 512)
-    assert kept >= 4 * 2 * values
-    assert bytes_kept(model, x) <= kept + values + of_weights
+    assert before >= 4 * 2 * values
+    assert bytes_saved(model, x) <= before + values + of_weights
 
 
 @pytest.mark.parametrize("act_bits", [None, 4])
@@ -199,13 +208,13 @@ def test_layers_that_are_computed_again_in_the_backward_pass_get_the_same_gradie
     for again in (False, True):
         model = Checkpointed(again)
         model.load_state_dict(state)
-        converted = convert(model, recipe(act_bits=act_bits))
-        for activation in converted.activations.values():
+        quantized = convert(model, recipe(act_bits=act_bits))
+        for activation in quantized.activations.values():
             activation.observing = True
         model.layers(x)
-        for activation in converted.activations.values():
+        for activation in quantized.activations.values():
             activation.fit()
-        with converted.batched():
+        with quantized.batched():
             with parametrize.cached():
                 loss = model(x).square().sum()
             loss.backward()

@@ -1,4 +1,4 @@
-"""What the recipe says of each layer: overrides, and the bits of the inputs."""
+"""Settings of each layer: overrides, and the bits of the inputs."""
 
 from __future__ import annotations
 
@@ -72,32 +72,36 @@ from ddqcli.qat.convert import convert
 def test_overrides(
     overrides: list[dict[str, Any]], expected: dict[str, tuple[int, int]] | None
 ) -> None:
-    told = recipe(*overrides, min_bits=2, max_bits=6)
+    settings = recipe(*overrides, min_bits=2, max_bits=6)
     if expected is None:
         with pytest.raises(
             UsageError, match="No layer that can be quantized matches the override 4;"
         ):
-            convert(small(), told)
+            convert(small(), settings)
         return
-    converted = convert(small(), told)
-    assert bits_of(converted) == expected
+    quantized = convert(small(), settings)
+    assert bits_of(quantized) == expected
     assert all(
         t.quantizer.max_bits == t.max_bits and t.fixed == (t.min_bits == t.max_bits)
-        for t in converted.tensors
+        for t in quantized.tensors
     )
     skipped = set("0134") - set(expected)
     assert {
-        name for name, reason in converted.kept.items() if reason == "an override says skip"
+        name for name, reason in quantized.kept_float.items() if reason == "an override says skip"
     } == {f"{layer}.{part}" for layer in skipped for part in ("weight", "bias")}
 
 
 def test_overrides_of_levels_granularity_and_inputs() -> None:
-    told = recipe(
-        {"match": "0", "levels": "uniform"}, {"match": "1", "granularity": "channel"}, {"match": "3", "act_bits": 0},
-        {"match": "1", "act_bits": 3}, max_bits=4, act_bits=5,
-    )  # fmt: skip
-    converted = convert(small(), told)
-    found = {t.name: t.quantizer for t in converted.tensors}
+    settings = recipe(
+        {"match": "0", "levels": "uniform"},
+        {"match": "1", "granularity": "channel"},
+        {"match": "3", "act_bits": 0},
+        {"match": "1", "act_bits": 3},
+        max_bits=4,
+        act_bits=5,
+    )
+    quantized = convert(small(), settings)
+    found = {t.name: t.quantizer for t in quantized.tensors}
     assert [found[f"{n}.weight"].kind for n in "0134"] == [
         "uniform",
         "learned",
@@ -105,26 +109,38 @@ def test_overrides_of_levels_granularity_and_inputs() -> None:
         "learned",
     ]
     assert [len(found[f"{n}.weight"].bits) for n in "0134"] == [1, 4, 1, 1]
-    assert {name: a.bits for name, a in converted.activations.items()} == {"0": 8, "1": 3, "4": 8}
+    assert {name: a.bits for name, a in quantized.activations.items()} == {"0": 8, "1": 3, "4": 8}
 
 
 def test_powers_of_two_have_the_bits_that_their_levels_need() -> None:
-    converted = convert(
+    quantized = convert(
         small(),
         recipe({"match": "0", "levels": "power_of_two"}, {"match": "1", "levels": "uniform"}),
     )
-    assert bits_of(converted) == {"0": (1, 4), "1": (1, 8), "3": (1, 8), "4": (1, 8)}
+    assert bits_of(quantized) == {"0": (1, 4), "1": (1, 8), "3": (1, 8), "4": (1, 8)}
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([{"match": "conv"}], "No layer that can be quantized matches the override conv; .* \\* stands for"),
-        ([{"match": "2"}, {"type": "LSTM"}], "matches the overrides 2, LSTM;"),  # a Flatten, and what is not there
-        ([{"match": "3", "levels": "power_of_two", "bits": 5}], "3 is to have at least 5 bits, and levels that are power_of_two"),
-        ([{"match": "0", "min_bits": 5}, {"match": "0", "max_bits": 3}], "The overrides for 0 give min_bits 5 above max_bits 3"),
+        (
+            [{"match": "conv"}],
+            "No layer that can be quantized matches the override conv; .* \\* stands for",
+        ),
+        (
+            [{"match": "2"}, {"type": "LSTM"}],
+            "matches the overrides 2, LSTM;",  # a Flatten, and a type that is not there
+        ),
+        (
+            [{"match": "3", "levels": "power_of_two", "bits": 5}],
+            "3 is to have at least 5 bits, and levels that are power_of_two",
+        ),
+        (
+            [{"match": "0", "min_bits": 5}, {"match": "0", "max_bits": 3}],
+            "The overrides for 0 give min_bits 5 above max_bits 3",
+        ),
     ],
-)  # fmt: skip
+)
 def test_overrides_without_effect_are_refused(
     overrides: list[dict[str, Any]], message: str
 ) -> None:
@@ -142,7 +158,7 @@ def test_overrides_without_effect_are_refused(
             2,
             [{"match": "0", "act_bits": 6}, {"match": "4", "act_bits": 3}],
             [6, 2, 2, 3],
-            id="unless told",
+            id="unless overridden",
         ),
         pytest.param(2, [{"match": "0", "skip": True}], [2, 2, 8], id="the first stays float"),
     ],
@@ -150,23 +166,25 @@ def test_overrides_without_effect_are_refused(
 def test_bits_of_the_inputs(
     bits: int | None, overrides: list[dict[str, Any]], expected: list[int]
 ) -> None:
-    converted = convert(small(), recipe(*overrides, act_bits=bits))
-    assert [a.bits for a in converted.activations.values()] == expected
+    quantized = convert(small(), recipe(*overrides, act_bits=bits))
+    assert [a.bits for a in quantized.activations.values()] == expected
 
 
 def test_ends_of_a_transformer() -> None:
-    """Token numbers are no input to quantize, and what attention reads past a forward cannot be the last layer."""
+    """Token numbers are no input to quantize, and attention's own output layer is no last layer."""
     model = nn.Sequential(
         nn.Embedding(10, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.MultiheadAttention(8, 2)
     )
-    converted = convert(model, recipe(act_bits=4))
-    assert {n: a.bits for n, a in converted.activations.items()} == {
+    quantized = convert(model, recipe(act_bits=4))
+    assert {n: a.bits for n, a in quantized.activations.items()} == {
         "1.self_attn": 4,
         "1.linear1": 4,
         "1.linear2": 4,
         "2": 8,
     }
-    inputs = {name: reason for name, reason in converted.kept.items() if name.endswith("(input)")}
+    inputs = {
+        name: reason for name, reason in quantized.kept_float.items() if name.endswith("(input)")
+    }
     assert inputs == {
         "1.self_attn.out_proj (input)": "attention reads this layer's weight past its forward",
         "2.out_proj (input)": "attention reads this layer's weight past its forward",

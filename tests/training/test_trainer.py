@@ -159,7 +159,7 @@ def test_a_resumed_run_leaves_the_inputs_in_float_that_calibration_did_not_reach
     whole, first, second = (
         trainer(WithAuxiliaryHead(), recipe, STEPS, random_data()) for _ in range(3)
     )
-    assert "auxiliary (input)" in whole.converted.kept
+    assert "auxiliary (input)" in whole.converted.kept_float
     finish(whole)
     finish(first, 5)
     second.load(stored(first.state()))

@@ -1,1 +1,1 @@
-"""How bits are decided, one rule a module."""
+"""Rules that decide the bit-width of every tensor under a budget: one file a rule."""

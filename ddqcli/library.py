@@ -1,0 +1,189 @@
+"""The library: quantize a float model in place, train it in a loop of your own, save the file.
+
+`ddqcli.load` (ddqcli.qat.load) reads the file back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from ddqcli import __version__
+from ddqcli.artifact.format import Sizes, decode_model, encode_artifact
+from ddqcli.errors import UsageError, VerificationError
+from ddqcli.qat.budget import make_budget
+from ddqcli.qat.convert import attach, detach, prepare
+from ddqcli.qat.frozen import FrozenModel, freeze
+from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.rules.registry import make_rule
+from ddqcli.quant.level_kinds import LevelKind
+from ddqcli.recipe.schema import BudgetSection as Budget
+from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.files import write_atomic
+
+__all__ = ["Budget", "quantize", "save"]
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    bits: float | None = None,
+    budget: Budget | None = None,
+    min_bits: int = 1,
+    max_bits: int = 8,
+    levels: LevelKind = "learned",
+    granularity: Literal["layer", "channel"] = "layer",
+    act_bits: int | None = None,
+    calibration: Iterable[Any] | None = None,
+    overrides: Sequence[Mapping[str, Any]] = (),
+) -> nn.Module:
+    """Attach quantizers to a float model, in place, with bit-widths that keep a budget.
+
+    The model keeps its classes and its forward. Weights are read quantized, and gradients reach the
+    float weights behind them and the levels, so any training loop goes on as before. The bit-widths
+    stay, and with them the bytes that `save` writes.
+
+    Bits go where they lower the error most. Gradients that the parameters hold, of some batches
+    before this call, weigh the error of each layer by its empirical Fisher.
+
+    Args:
+        model: a float network with its trained weights.
+        bits: average stored bits per quantized value; short for Budget(target_bits=bits).
+        budget: a target in bits or in bytes of the file; Budget() gives every layer max_bits.
+        min_bits, max_bits: range of a weight's bit-width, 1 to 8.
+        levels: "learned" (Eqn 3), "uniform" (Eqn 1) or "power_of_two" (Eqn 2).
+        granularity: one set of levels per "layer" or per output "channel".
+        act_bits: bit-width of the layers' inputs, 8 for the first and the last layer; None: float.
+        calibration: input batches, which set the range of the inputs: each a tensor, a tuple of
+            positional arguments, or a dict of keyword arguments. Needed with act_bits.
+        overrides: what differs for some layers, as in a recipe: {"match": "conv1", "skip": True}.
+
+    Returns:
+        The model.
+
+    Raises BudgetError for a budget that cannot be met and UsageError for arguments or a model that
+    do not allow quantization; the model is then as it was.
+
+    >>> model = ddqcli.quantize(model, bits=4)  # doctest: +SKIP
+    """
+    if (bits is None) == (budget is None):
+        raise UsageError("Give quantize() either bits or a budget.")
+    recipe = _recipe(
+        budget={"target_bits": bits} if budget is None else budget,
+        weights={
+            "levels": levels,
+            "min_bits": min_bits,
+            "max_bits": max_bits,
+            "granularity": granularity,
+        },
+        activations={"bits": act_bits},
+        overrides=list(overrides),
+        gates={"rule": "fixed"},
+        train={"correction": 0},  # in units of the loss, of which nothing is known here
+    )
+    quantized = prepare(model, recipe)
+    if quantized.activations and calibration is None:
+        raise UsageError("Give quantize() calibration batches: they set the range of the inputs.")
+    rule = make_rule("fixed", quantized, recipe, make_budget(quantized, recipe), 0, 1)
+    if any(t.parameter.grad is not None for t in quantized.tensors):
+        rule.watch()
+    attach(quantized, recipe)
+    try:
+        if quantized.activations:
+            _calibrate(quantized, calibration or ())
+            rule.recount()
+        rule.start()
+    except BaseException:
+        detach(quantized)
+        raise
+    return model
+
+
+def save(model: nn.Module, path: str | Path) -> Sizes:
+    """Write a quantized model as one safetensors file, and compare every bit that is read back.
+
+    The quantizers are found in the model, which may be a copy of the one that was quantized, or
+    contain it.
+
+    Returns:
+        The sizes of the file's parts in bytes; `payload` is what a budget counts.
+
+    Raises UsageError for a model without quantizers or a path that cannot be written, DDQError for
+    values that are not finite, and VerificationError for a file that reads differently; nothing is
+    then written.
+
+    >>> ddqcli.save(model, "model.safetensors").payload  # doctest: +SKIP
+    """
+    path = Path(path)
+    frozen = FrozenModel.from_state(freeze(QuantizedModel.of(model)))
+    raw, sizes = encode_artifact(
+        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, {"ddq": __version__}
+    )
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(raw)
+        _verify(temporary, frozen, path)
+
+    write_atomic(path, write)
+    return sizes
+
+
+def _recipe(**sections: Any) -> Recipe:
+    """Return a recipe. Raises UsageError for values that it does not allow."""
+    try:
+        return Recipe.model_validate(sections)
+    except ValidationError as error:
+        faults = [f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors()]
+        raise UsageError(f"quantize() cannot use {'; '.join(faults)}.") from error
+
+
+def _calibrate(quantized: QuantizedModel, batches: Iterable[Any]) -> None:
+    """Fit the input quantizers to what reaches them; inputs that none reaches stay float."""
+    for quantizer in quantized.activations.values():
+        quantizer.observing = True
+    with _eval_mode(quantized.model), torch.no_grad():
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                quantized.model(**batch)
+            else:
+                quantized.model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    unreached = [name for name, a in quantized.activations.items() if not a.fit()]
+    if len(unreached) == len(quantized.activations):
+        raise UsageError("The calibration batches reached no layer; give at least one.")
+    for name in unreached:
+        quantized.keep_input_float(name)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate: a forward pass then changes no statistics. Restores each module's own mode."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _verify(file: Path, frozen: FrozenModel, path: Path) -> None:
+    """Raise VerificationError unless the file holds every bit of the frozen model."""
+    tensors, tables = decode_model(file)
+    stored = tensors | {name: table.values() for name, table in tables.items()}
+    expected = frozen.expected()
+    different = expected.keys() ^ stored.keys()
+    for name in expected.keys() & stored.keys():
+        old, new = expected[name], stored[name]
+        if (old.dtype, old.shape, old.tobytes()) != (new.dtype, new.shape, new.tobytes()):
+            different.add(name)
+    if different:
+        raise VerificationError(
+            f"{path} would differ from the model in {', '.join(sorted(different)[:3])}; "
+            "it was not written."
+        )

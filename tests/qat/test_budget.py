@@ -1,0 +1,113 @@
+"""Budgets in bytes: what is refused, with which remedies, and the smallest that is accepted."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from rule_runs import (
+    bits_in_force,
+    expected_cost,
+    fewest_bits,
+    finished_run,
+    float_bytes,
+    network,
+    rule_of,
+    rule_recipe,
+)
+
+from ddqcli.errors import BudgetError
+from ddqcli.qat.budget import kept_bytes, make_budget
+from ddqcli.qat.convert import convert
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"target_bits": 0.9},
+        {"target_bits": 1.0},
+        {"target_size": "1%"},
+        {"target_bits": 0.5, "count": "eqn6"},
+    ],
+)
+def test_an_impossible_budget_is_refused_with_the_smallest_size(budget: dict[str, Any]) -> None:
+    recipe = rule_recipe("fisher", budget)
+    model = convert(network(), recipe)
+    least = expected_cost(model, fewest_bits(model), eqn6="count" in budget)
+    if "target_size" in budget:
+        least += float_bytes(model)
+    unit = "by Eqn" if "count" in budget else "bytes"
+    message = rf"smallest reachable size is {least:,} {unit}.*8.weight at 1 bit \("
+    with pytest.raises(BudgetError, match=message) as caught:
+        make_budget(model, recipe)
+    assert "min-bits" not in str(caught.value), "there are no fewer than one"
+
+
+REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "fewest bits": (
+        {"target_bits": 3},
+        {"weights": {"min_bits": 4}},
+        "Raise the target, or lower --min-bits",
+    ),
+    "all at 4 bits": (
+        {"target_bits": 3},
+        {"weights": {"min_bits": 4, "max_bits": 4}},
+        "target, or lower --min-bits",
+    ),
+    "fixed bits": (
+        {"target_bits": 2},
+        {"overrides": [{"match": "8", "bits": 8}]},
+        "target, or lift bits and min_bits from",
+    ),
+    "skipped": (
+        {"target_size": "20kB"},
+        {"overrides": [{"match": "8", "skip": True}]},
+        "target, or lift skip from",
+    ),
+    "skipped, and not counted": (
+        {"target_bits": 1},
+        {"overrides": [{"match": "8", "skip": True}]},
+        "Raise the target, or lower",
+    ),
+    "by channel": (
+        {"target_bits": 1.2},
+        {"weights": {"granularity": "channel"}},
+        "or set weights.granularity=layer",
+    ),
+    "biases in float": (
+        {"target_size": "2kB"},
+        {"weights": {"bias_bits": None}},
+        "target, or set weights.bias_bits=8.",
+    ),
+    "no biases": ({"target_bits": 0.5}, {"weights": {"bias_bits": None}}, "Raise the target."),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_a_refusal_names_what_helps(case: str) -> None:
+    budget, sections, message = REMEDIES[case]
+    recipe = rule_recipe("fisher", budget, **sections)
+    with pytest.raises(BudgetError, match=re.escape(message)):
+        make_budget(convert(network(), recipe), recipe)
+
+
+def test_a_dry_run_that_only_unused_layers_make_possible_takes_the_fewest_bits() -> None:
+    recipe = rule_recipe("fixed", {"target_size": "1"}, activations={"bits": 4})
+    model = convert(network(), recipe)
+    least = sum(kept_bytes(model).values()) + expected_cost(model, fewest_bits(model))
+    recipe = rule_recipe("fixed", {"target_size": f"{least - 50}"}, activations={"bits": 4})
+    rule = rule_of(recipe, model, steps=0)
+    rule.start()
+    assert bits_in_force(model) == (1, 8) * 5
+    with pytest.raises(BudgetError, match=f"smallest reachable size is {least:,} bytes"):
+        rule.recount()
+
+
+def test_the_smallest_possible_budget_is_accepted() -> None:
+    model = convert(network(), rule_recipe("fisher", None))
+    least = expected_cost(model, fewest_bits(model)) + float_bytes(model)
+    finished, _ = finished_run(rule_recipe("fisher", {"target_size": f"{least}"}), 3)
+    assert bits_in_force(finished.gates.model) == (1, 8) * 5
+    with pytest.raises(BudgetError):
+        make_budget(model, rule_recipe("fisher", {"target_size": f"{least - 1}"}))
