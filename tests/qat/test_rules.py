@@ -287,7 +287,7 @@ def test_bits_are_traded_only_for_a_gain_worth_fitting_levels_anew(
             )
         )
     chosen = next(c for c in choices if c.name == last.name)
-    chosen.damage[before[last.name] - 1] = 1 - len(choices) * (1 - share)
+    chosen.loss_increase[before[last.name] - 1] = 1 - len(choices) * (1 - share)
     gates._choices = lambda: choices  # type: ignore[method-assign]
     gates.limit = lambda step: sum(c.cost[before[c.name]] for c in choices)  # type: ignore[method-assign]
     gates.before_step(min(gates.looks_at))
@@ -491,7 +491,7 @@ def test_of_channels_with_levels_each_the_damage_is_that_of_their_own_levels() -
     weight = converted.tensors[0].parameter.detach()
     choice = gates._choices()[0]
     for s in (2, 3, 4):
-        assert choice.damage[s] == pytest.approx(error_by_channel(weight, s) / 2, rel=0.2)
+        assert choice.loss_increase[s] == pytest.approx(error_by_channel(weight, s) / 2, rel=0.2)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -502,7 +502,7 @@ def test_channels_of_zeros_do_not_stand_for_the_others(seed: int) -> None:
     converted = convert(model, recipe)
     choice = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)._choices()[0]
     weight = converted.tensors[0].parameter.detach()
-    assert choice.damage[2] == pytest.approx(error_by_channel(weight, 2) / 2, rel=0.05)
+    assert choice.loss_increase[2] == pytest.approx(error_by_channel(weight, 2) / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("every", [2, 3, 4, 8])
@@ -514,7 +514,7 @@ def test_regular_patterns_of_channels_do_not_hide(every: int) -> None:
     converted = convert(model, recipe)
     choice = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)._choices()[0]
     weight = converted.tensors[0].parameter.detach()
-    assert choice.damage[2] == pytest.approx(error_by_channel(weight, 2) / 2, rel=0.2)
+    assert choice.loss_increase[2] == pytest.approx(error_by_channel(weight, 2) / 2, rel=0.2)
 
 
 def test_bits_go_where_the_loss_feels_them() -> None:

@@ -245,7 +245,9 @@ class Gates:
         bits = allocate(choices, max(limit, minimum_cost(choices)) if first else limit)
         in_force = {t.name: t.quantizer.bits[0] for t in self.converted.tensors}
         if not first and self.cost() <= limit:
-            now, then = (sum(c.damage[of[c.name]] for c in choices) for of in (in_force, bits))
+            now, then = (
+                sum(c.loss_increase[of[c.name]] for c in choices) for of in (in_force, bits)
+            )
             if then >= _WORTH * now:
                 return
         self._take({name: s for name, s in bits.items() if first or s != in_force[name]})
