@@ -413,11 +413,11 @@ def test_channels_whose_bits_differ_are_opened_and_closed_too() -> None:
     converted = convert(nn.Sequential(nn.Flatten(), nn.Linear(512, 16)), recipe)
     gates = Gates(converted, recipe, make_budget(converted, recipe), 10, 8)
     weight = converted.tensors[0]
-    weight.quantizer.refit(weight.parameter, (8, *[3] * 15))
+    weight.quantizer.fit(weight.parameter, (8, *[3] * 15))
     gates._open_what_fits()
     assert_kept(converted, gates.budget.limit or 0, used=True)
     assert gates.cost() > 0.9 * (gates.budget.limit or 0)
-    weight.quantizer.refit(
+    weight.quantizer.fit(
         weight.parameter, (7, *[8] * 15)
     )  # with tables of 2^7, 7 bits cost more than 8 do
     gates.budget = replace(gates.budget, limit=cost_of(converted, {"1.weight": 8, "1.bias": 8}))

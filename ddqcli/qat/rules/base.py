@@ -256,7 +256,7 @@ class Gates:
         """Give these tensors these bits, and fit their levels anew."""
         for tensor in self.converted.tensors:
             if tensor.name in bits:
-                tensor.quantizer.refit(
+                tensor.quantizer.fit(
                     tensor.parameter,
                     bits[tensor.name],
                     uniform=self.recipe.weights.init == "uniform",
