@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -210,6 +210,10 @@ class DDQuantizer(nn.Module):
         pattern = positions - PATTERN_ZERO
         step = float(fit_pattern(distribution, pattern).max() / pattern.max())
         self.log2_clip[g] = math.log2(max(step * clip_steps, _SMALLEST_CLIP))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.update_bits()
 
 
 def check_finite(x: Tensor) -> None:

@@ -229,6 +229,16 @@ def test_a_loaded_quantizer_has_the_results_of_the_saved_one(levels, bits):
     assert other.table().keys() == quantizer.table().keys()
 
 
+def test_loading_restores_the_bits_of_learned_levels():
+    x = normal(500)
+    quantizer = fitted(x, 4, "learned")
+    quantizer.learned.fit(x, 2)
+    other = ActivationQuantizer(4, "learned")
+    other.load_state_dict(quantizer.state_dict())
+    assert other.learned.bits == (2,)
+    assert oracle.same_bits(other(x), quantizer(x))
+
+
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
 def test_in_autocast_the_bfloat16_input_is_quantized_by_its_exact_value(levels):
     x = normal(8, 16)
