@@ -1,1 +1,1 @@
-"""The method: levels, gates, fake-quantization. No recipe, no I/O; METHOD.md maps equations to functions."""
+"""DDQ itself: levels, gates, fake-quantize. No recipe, no I/O. METHOD.md maps equations to code."""

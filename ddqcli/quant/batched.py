@@ -1,14 +1,15 @@
-"""Lookup tables and small quantized weights of a whole model, computed together once a training step."""
+"""Lookup tables and small quantized weights of a whole model, precomputed once per step."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ddqcli.quant.fake_quantize import MANY, fake_quantize_many
+from ddqcli.quant.fake_quantize import COMPILE_FROM, fake_quantize_many
 from ddqcli.quant.lookup import LookupTables, make_lookup_tables
 from ddqcli.quant.quantizer import DDQuantizer
 
@@ -17,41 +18,52 @@ from ddqcli.quant.quantizer import DDQuantizer
 def batched(
     weights: Iterable[tuple[DDQuantizer, Tensor]], others: Iterable[DDQuantizer] = ()
 ) -> Iterator[None]:
-    """Within: what a step's quantizers have to compute is there, made with few calls for all of them together.
+    """Precompute lookup tables and small quantized weights for one training step.
 
-    All quantizers with one group of learned levels have their tables, and what becomes of small weights is known. Nothing that is
-    learned may change within.
+    This takes a few calls for all tensors together. It covers quantizers with one group of learned
+    levels; the others compute their own as usual. Nothing learned may change inside the context.
+
+    Args:
+        weights: quantizers with the tensors that they quantize.
+        others: quantizers whose input is not known yet (activations).
     """
-    small: dict[int, list[tuple[DDQuantizer, Tensor]]] = {}
-    alike: dict[tuple[int, ...], list[DDQuantizer]] = {}
+    small: dict[int, list[tuple[DDQuantizer, Tensor]]] = defaultdict(list)  # by maximum bits
+    alike: dict[tuple[int, int], list[DDQuantizer]] = defaultdict(list)  # and bits in force
     pairs = [*weights, *((quantizer, None) for quantizer in others)]
     for quantizer, weight in pairs:
         if quantizer.kind != "learned" or len(quantizer.bits) > 1:
             continue
-        if weight is not None and weight.numel() < MANY:
-            small.setdefault(quantizer.max_bits, []).append((quantizer, weight))
+        if weight is not None and weight.numel() < COMPILE_FROM:
+            small[quantizer.max_bits].append((quantizer, weight))
         else:
-            alike.setdefault((quantizer.max_bits, *quantizer.bits), []).append(quantizer)
+            alike[quantizer.max_bits, quantizer.bits[0]].append(quantizer)
     try:
-        for members in alike.values():
-            for quantizer, tables in zip(members, _tables_of(members).split(), strict=True):
-                quantizer.tables = tables
-        for together in small.values():
-            owners, tensors = zip(*together, strict=True)
-            corrections = [quantizer.correction for quantizer in owners]
-            found = fake_quantize_many(list(tensors), _tables_of(owners), corrections)
-            for quantizer, *done in zip(owners, tensors, found, strict=True):
-                quantizer.done = tuple(done)
+        for quantizers in alike.values():
+            _precompute_tables(quantizers)
+        for tensors in small.values():
+            _precompute_outputs(tensors)
         yield
     finally:
         for quantizer, _ in pairs:
-            quantizer.tables = quantizer.done = None
+            quantizer.precomputed_tables = quantizer.precomputed_output = None
 
 
-def _tables_of(quantizers: Sequence[DDQuantizer]) -> LookupTables:
-    """Tables of several quantizers of one group each, as groups."""
+def _precompute_tables(quantizers: Sequence[DDQuantizer]) -> None:
+    for quantizer, tables in zip(quantizers, _joint_tables(quantizers).split(), strict=True):
+        quantizer.precomputed_tables = tables
+
+
+def _precompute_outputs(tensors: Sequence[tuple[DDQuantizer, Tensor]]) -> None:
+    quantizers, xs = [q for q, _ in tensors], [x for _, x in tensors]
+    corrections = [q.correction for q in quantizers]
+    outputs = fake_quantize_many(xs, _joint_tables(quantizers), corrections)
+    for quantizer, x, output in zip(quantizers, xs, outputs, strict=True):
+        quantizer.precomputed_output = x, output
+
+
+def _joint_tables(quantizers: Sequence[DDQuantizer]) -> LookupTables:
+    """Tables of quantizers of one group each, as the groups of one table."""
     parts = zip(*((*q.grid(), q.gate_logits) for q in quantizers), strict=True)
     levels, scale, zero_point, gates = (torch.cat(part) for part in parts)
-    return make_lookup_tables(
-        levels, scale, zero_point, gates, tuple(q.bits[0] for q in quantizers)
-    )
+    bits = tuple(q.bits[0] for q in quantizers)
+    return make_lookup_tables(levels, scale, zero_point, gates, bits)

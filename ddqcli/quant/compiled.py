@@ -1,4 +1,4 @@
-"""torch.compile for what goes over every value: one pass over memory instead of one an operation."""
+"""torch.compile for element-wise kernels: one pass over memory instead of one per operation."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Triton's own division is off by up to two units of the last place.
-_ROUNDED = {"eager_numerics.division_rounding": True}
+# Triton's own division is off by up to two units in the last place.
+_CUDA_OPTIONS = {"eager_numerics.division_rounding": True}
 
 
 @cache
 def compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """`function`, compiled for all shapes."""
-    options: Any = None if device_type == "cpu" else _ROUNDED
+    """Return `function` compiled for all shapes."""
+    options: Any = None if device_type == "cpu" else _CUDA_OPTIONS
     compiled = torch.compile(function, dynamic=True, options=options)
 
-    def call(
-        *args: Any,
-    ) -> Any:  # detached: whether a tensor wants a gradient would make a kernel of its own
+    def call(*args: Any) -> Any:
+        # Detached, because torch.compile specializes on requires_grad.
         return compiled(*(a.detach() if isinstance(a, Tensor) else a for a in args))
 
     return call
 
 
+def maybe_compiled(
+    function: Callable[..., Any], device: torch.device, use_compiled: bool
+) -> Callable[..., Any]:
+    """Return `function` itself, or compiled for the device."""
+    return compiled(function, device.type) if use_compiled else function
+
+
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here: tried once on a few values, since a missing compiler shows only then."""
-    # It warns where CUDA is installed but absent.
+    """True if torch.compile works here. A missing compiler only shows in use, so this compiles."""
+    # torch.utils.cpp_extension warns where CUDA is installed but absent.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         compiled(_probe, device.type)(torch.zeros(8, device=device))
-    except (
-        Exception
-    ):  # whatever a missing or broken compiler raises: the eager path is always right
+    except Exception:  # whatever a missing or broken compiler raises: the eager path works anyway
         return False
     return True
 

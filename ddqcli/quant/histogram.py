@@ -1,4 +1,4 @@
-"""A tensor summarized as a histogram, and the squared error that levels leave on it. Needs numpy only."""
+"""Histogram of a tensor, and the squared error that levels leave on it. Needs numpy only."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-CHUNK = (
-    1 << 18
-)  # values binned at a time, so that the intermediate arrays stay in the processor's cache
+CHUNK = 1 << 18  # values binned at a time: the intermediate arrays stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """A histogram with equal bins over [low, high]: per bin the number of values and their sum; over all, the squares.
+    """Equal bins over [low, high], with the number and the sum of the values in each.
 
-    Two distributions over the same range and bins add up with `+`.
+    Histograms over the same range and bins add up with `+`.
+
+    Attributes:
+        low, high: the range.
+        count: [bins] number of values.
+        total: [bins] sum of the values.
+        square: sum of all squared values.
     """
 
     low: float
     high: float
-    count: Array  # [bins]
-    total: Array  # [bins], sum of the values in the bin
-    square: float  # sum of the squared values
+    count: Array
+    total: Array
+    square: float
 
     @classmethod
     def of(
@@ -36,12 +40,15 @@ class Histogram:
         low: float | None = None,
         high: float | None = None,
     ) -> Histogram:
-        """Summarise finite `values` of any shape, in [low, high] (their own range unless given)."""
+        """Summarize finite `values` of any shape.
+
+        The range is their own unless given; values outside a given range count in its outer bins.
+        """
         flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
         low = float(flat.min()) if low is None else low
         high = float(flat.max()) if high is None else high
         extent = high - low
-        # Single precision is exact enough to bin by, unless the range is so small or large that it over- or underflows.
+        # Single precision suffices for binning unless it would over- or underflow in this range.
         working = np.float32 if 1e-30 < extent < 1e30 else np.float64
         per_bin = bins / extent if extent > 0 else 0.0
         count, total, square = np.zeros(bins), np.zeros(bins), 0.0
@@ -66,32 +73,31 @@ class Histogram:
         )
 
     def points(self) -> tuple[Array, Array, Array]:
-        """Mean, count and sum of each bin that holds a value, ascending."""
+        """Mean, count and sum of each non-empty bin, ascending."""
         full = self.count > 0
         return self.total[full] / self.count[full], self.count[full], self.total[full]
 
     @cached_property
     def running(self) -> tuple[Array, Array, Array]:
-        """The points' means [P], and count and sum of all values before each point and at the end, [P + 1] each."""
+        """Means [P] of the non-empty bins, and running counts and sums [P + 1], 0 first."""
         mean, count, total = self.points()
-        return (
-            mean,
-            np.concatenate([[0.0], np.cumsum(count)]),
-            np.concatenate([[0.0], np.cumsum(total)]),
-        )
+        return mean, np.append(0.0, np.cumsum(count)), np.append(0.0, np.cumsum(total))
 
 
 def squared_error(distribution: Histogram, levels: Array) -> float:
-    """Sum of (x - nearest level)^2 over all values; exact but for bins that straddle a threshold."""
+    """Sum of (x - nearest level)^2 over all values, exact except in bins that hold a threshold.
+
+    The levels may be in any order.
+    """
     return float(squared_errors(distribution, np.sort(levels)[None])[0])
 
 
 def squared_errors(distribution: Histogram, candidates: Array) -> Array:
     """`squared_error` of each row of ascending levels, [K, n] -> [K]."""
-    mean, counted, summed = distribution.running
+    mean, counts, sums = distribution.running
     edges = np.searchsorted(mean, (candidates[:, 1:] + candidates[:, :-1]) / 2)
     edges = np.pad(edges, ((0, 0), (1, 1)), constant_values=((0, 0), (0, len(mean))))
-    count, total = np.diff(counted[edges]), np.diff(summed[edges])
-    # Summed per level about the level itself: x^2 - 2qx + q^2.
+    count, total = np.diff(counts[edges]), np.diff(sums[edges])
+    # The sum of x^2 - 2qx + q^2, level by level.
     error: Array = distribution.square + (candidates * (candidates * count - 2 * total)).sum(1)
     return np.maximum(error, 0.0)

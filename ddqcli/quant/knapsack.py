@@ -1,4 +1,4 @@
-"""The bits of least total loss increase at a cost within the budget."""
+"""Bit-widths of least total loss increase within a budget: a knapsack over all tensors."""
 
 from __future__ import annotations
 
@@ -9,97 +9,122 @@ import numpy as np
 
 from ddqcli.errors import BudgetError
 
-_STATES = 4096  # combinations that the search keeps after each tensor
-_NAMED = 3  # of what holds a size up
+_MAX_STATES = 4096  # partial solutions kept after each tensor
+_LARGEST_NAMED = 3  # items that an error message names
 
 
 @dataclass(frozen=True)
 class BitOptions:
-    """What one tensor can be: for each bit-width on offer its cost (bytes, or Eqn 6's count) and its damage (loss)."""
+    """The bit-widths that one tensor can have.
+
+    Attributes:
+        name: the tensor.
+        cost: cost at each bit-width, in bytes or by Eqn (6)'s count.
+        loss_increase: expected increase of the loss at each bit-width.
+    """
 
     name: str
     cost: dict[int, int]
-    damage: dict[int, float]
+    loss_increase: dict[int, float]
 
     @property
-    def least(self) -> int:
-        """The cheapest bit-width on offer."""
+    def cheapest_bits(self) -> int:
+        """The bit-width of least cost."""
         return min(self.cost, key=lambda s: (self.cost[s], s))
 
 
 def minimum_cost(choices: Sequence[BitOptions]) -> int:
-    """The least that the tensors can cost together."""
-    return sum(c.cost[c.least] for c in choices)
+    """Least total cost of the tensors."""
+    return sum(c.cost[c.cheapest_bits] for c in choices)
 
 
 def check_feasible(
     choices: Sequence[BitOptions],
     budget: int,
-    beside: Mapping[str, int] | None = None,
+    overhead: Mapping[str, int] | None = None,
     *,
     unit: str = "bytes",
     remedies: Sequence[str] = (),
 ) -> None:
-    """Raise BudgetError, naming the smallest reachable size and what holds it up, if `budget` cannot be met.
+    """Raise BudgetError if the tensors cannot meet `budget`.
+
+    The message names the smallest reachable size and the largest items in it.
 
     Args:
         choices: all quantized tensors.
-        budget: what they may cost together.
-        beside: what comes on top by name, if the user's target counts it too, so that the message speaks of the size asked for.
-        unit: what costs are counted in.
-        remedies: what can be done beside raising the target.
+        budget: the most that they may cost together.
+        overhead: cost of what is not quantized, by name, if the user's target counts it too. The
+            message then speaks of the target that the user set.
+        unit: unit of the costs.
+        remedies: what else can be done than raising the target.
     """
-    extra = sum((beside or {}).values())
+    extra = sum((overhead or {}).values())
     least = minimum_cost(choices) + extra
     if least <= budget + extra:
         return
-    weights = {f"{c.name} at {c.least} bit{'s' * (c.least > 1)}": c.cost[c.least] for c in choices}
-    heavy = sorted((weights | dict(beside or {})).items(), key=lambda item: -item[1])[:_NAMED]
-    stays = f", {extra:,} of them beside the quantized tensors" if extra else ""
+    sizes = {_at_fewest_bits(c): c.cost[c.cheapest_bits] for c in choices} | dict(overhead or {})
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:_LARGEST_NAMED]
+    of_overhead = f", {extra:,} of them outside the quantized tensors" if extra else ""
     raise BudgetError(
-        f"The budget of {budget + extra:,} {unit} cannot be met: the smallest reachable size is {least:,} {unit}{stays}. "
-        f"The largest there: {', '.join(f'{name} ({size:,})' for name, size in heavy)}. "
+        f"The budget of {budget + extra:,} {unit} cannot be met: "
+        f"the smallest reachable size is {least:,} {unit}{of_overhead}. "
+        f"The largest there: {', '.join(f'{name} ({size:,})' for name, size in largest)}. "
         f"{', or '.join(['Raise the target', *remedies])}."
     )
 
 
-def allocate(choices: Sequence[BitOptions], budget: int) -> dict[str, int]:
-    """Bits for each tensor with the least total damage at a total cost of at most `budget`; equal damage for more bits is taken.
+def _at_fewest_bits(choice: BitOptions) -> str:
+    return f"{choice.name} at {choice.cheapest_bits} bit{'s' * (choice.cheapest_bits > 1)}"
 
-    A knapsack solved by dynamic programming over the combinations that no other beats in both cost and damage. While there are
-    at most 4096 of them this is exact; beyond, the best of each of 4096 slices of the budget go on, and what is left over in the
-    end is filled up. Raises BudgetError if even the fewest bits cost more.
+
+def allocate(choices: Sequence[BitOptions], budget: int) -> dict[str, int]:
+    """Return the bits of each tensor for the least total loss increase within `budget`.
+
+    Dynamic programming over the partial solutions that no other beats in both cost and loss
+    increase. Up to 4096 of them this is exact. Beyond, the best of each of 4096 slices of the
+    budget is kept, and what remains of the budget in the end is spent greedily. Of equal loss
+    increases the one with more bits is taken. Raises BudgetError if even the cheapest bits exceed
+    the budget.
     """
     check_feasible(choices, budget)
     room = budget - minimum_cost(choices)
-    cost, damage = np.zeros(1, np.int64), np.zeros(1)
+    cost, increase = np.zeros(1, np.int64), np.zeros(1)
     steps = []
     for choice in choices:
-        above = np.array([choice.cost[s] - choice.cost[choice.least] for s in choice.cost])
-        costs = (cost[:, None] + above).reshape(-1)
-        damages = (damage[:, None] + np.array([choice.damage[s] for s in choice.cost])).reshape(-1)
-        kept = np.lexsort((damages, costs))
-        kept = kept[costs[kept] <= room]
-        before = np.minimum.accumulate(damages[kept])[:-1]
-        kept = kept[np.append(True, damages[kept[1:]] < before)]
-        if len(kept) > _STATES:
-            slices = costs[kept] * _STATES // (room + 1)
-            kept = kept[
-                np.append(slices[:-1] != slices[1:], True)
-            ]  # the last of a slice does the least damage
-        cost, damage = costs[kept], damages[kept]
+        least = choice.cost[choice.cheapest_bits]
+        option_cost = np.array([c - least for c in choice.cost.values()])
+        option_increase = np.array([choice.loss_increase[s] for s in choice.cost])
+        costs = (cost[:, None] + option_cost).reshape(-1)
+        increases = (increase[:, None] + option_increase).reshape(-1)
+        kept = _undominated(costs, increases, room)
+        cost, increase = costs[kept], increases[kept]
         steps.append(kept)
     bits, state = {}, len(cost) - 1
     for choice, kept in zip(reversed(choices), reversed(steps), strict=True):
         state, option = divmod(int(kept[state]), len(choice.cost))
         bits[choice.name] = list(choice.cost)[option]
-    return _fill(choices, bits, budget)
+    return _spend_rest(choices, bits, budget)
 
 
-def _fill(choices: Sequence[BitOptions], bits: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Spend what `bits` leave of the budget: the upgrade of most benefit per cost that still fits, again and again.
+def _undominated(costs: np.ndarray, increases: np.ndarray, room: int) -> np.ndarray:
+    """Indices of at most `_MAX_STATES` solutions within `room` that no other beats in both."""
+    kept: np.ndarray = np.lexsort((increases, costs))
+    kept = kept[costs[kept] <= room]
+    best_before = np.minimum.accumulate(increases[kept])[:-1]
+    kept = kept[np.append(True, increases[kept[1:]] < best_before)]
+    if len(kept) > _MAX_STATES:
+        slices = costs[kept] * _MAX_STATES // (room + 1)
+        kept = kept[np.append(slices[:-1] != slices[1:], True)]  # the last of a slice is its best
+    return kept
 
-    One without benefit is taken too, the largest first: weights that few levels hold exactly move on while training.
+
+def _spend_rest(
+    choices: Sequence[BitOptions], bits: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Spend what `bits` leave of the budget, always on the upgrade of most benefit per cost.
+
+    Upgrades without benefit are made too, the largest first: weights that few levels hold exactly
+    move on in training.
     """
     bits = dict(bits)
     spare = budget - sum(c.cost[bits[c.name]] for c in choices)
@@ -108,7 +133,7 @@ def _fill(choices: Sequence[BitOptions], bits: Mapping[str, int], budget: int) -
         for c in choices:
             now = bits[c.name]
             for s, cost in c.cost.items():
-                more, gain = cost - c.cost[now], c.damage[now] - c.damage[s]
+                more, gain = cost - c.cost[now], c.loss_increase[now] - c.loss_increase[s]
                 if 0 < more <= spare and gain >= 0:
                     upgrades.append((gain / more, more, c.name, s))
         if not upgrades:

@@ -1,17 +1,10 @@
 """Lookup tables that replace the nearest-level search of Eqn (3).
 
-A level is a point of a grid: `value = (k - zero_point) * scale` with k in 0..255 (b_q = 8). `scale` has at most 12
-significant bits, so every level and every midpoint of two levels is exact in float32. A value's half-step,
-`floor(x / (scale / 2))`, then decides its nearest level exactly, and one small table replaces the search:
-no U, no Kronecker product, no one-hot vector and no N x 2^b tensor is ever made.
-
-Eqn (8) takes a level's members along when it moves, but not the values that change sides as the thresholds move. Where values lie
-densely these undo the movement on average: x_q stays near x, as the straight-through gradient of x has it, and levels that follow
-Eqn (8) drift. So a level gets the gradient of x_q less that of the straight line between the two levels around x. Where both move
-alike nothing changes, a value on a level moves nothing, and even levels give the step LSQ's gradient (Esser et al. 2020, Eqn 3).
-
-No level stands for NaN or an infinity: they become NaN, so that the loss shows them without the device being asked at every
-step.
+A level is a grid point: value = (k - zero_point) * scale with k in 0..255 (b_q = 8). The scale has
+at most 12 significant bits, so every level and every midpoint of two levels is exact in float32.
+Midpoints lie on half-steps of the grid. So a value's half-step, floor(x / (scale / 2)), decides its
+nearest level exactly, and a table with one entry per half-step replaces the argmin: U, the
+Kronecker product, the one-hot vector and an N x 2^b tensor of distances are never made.
 """
 
 from __future__ import annotations
@@ -21,15 +14,105 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddqcli.quant.grid import LEVEL_BITS, cell_starts
-from ddqcli.quant.levels import LevelsInForce
+from ddqcli.quant.grid import GRID_CELLS, LEVEL_BITS, cell_starts
+from ddqcli.quant.levels import EffectiveLevels
+
+
+@dataclass(frozen=True)
+class CellTables:
+    """The nearest level for each of the 512 cells of `grid_cells`, for G groups. No gradients.
+
+    Attributes:
+        nearest_value: [G, 512] value of the nearest level.
+        bin: [G, 512] 2k where values go up to level k of n, 2k + 1 where they go down to it.
+        half_step: [G, 1] half the scale.
+        zero_cell: [G, 1] the cell that starts at the value 0.
+    """
+
+    nearest_value: Tensor
+    bin: Tensor
+    half_step: Tensor
+    zero_cell: Tensor
+
+    def group_index(self) -> Tensor:
+        """0..G-1 as [G, 1], int32."""
+        groups, device = len(self.half_step), self.half_step.device
+        return torch.arange(groups, device=device, dtype=torch.int32)[:, None]
+
+    def addressing(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[G, 1] each: half-step, zero cell, and the row's first cell in the flattened tables."""
+        return self.half_step, self.zero_cell, GRID_CELLS * self.group_index()
+
+
+@dataclass(frozen=True)
+class LookupTables:
+    """Levels in force and where values go, for G groups. Made from the levels once per step.
+
+    Attributes:
+        values: [G, n] the levels in force, ascending; differentiable in levels and scale.
+        values_for_gates: [G, n] the same, differentiable in the gates.
+        cells: the nearest level for each cell of the grid.
+        learned: True if training moves levels, scale or gates. Levels at 8 bits are the grid.
+    """
+
+    values: Tensor
+    values_for_gates: Tensor
+    cells: CellTables
+    learned: bool
+
+    def split(self) -> list[LookupTables]:
+        """Return the tables of each group."""
+        c = self.cells
+        tensors = (
+            self.values,
+            self.values_for_gates,
+            c.nearest_value,
+            c.bin,
+            c.half_step,
+            c.zero_cell,
+        )
+        return [
+            LookupTables(values, values_for_gates, CellTables(*cells), self.learned)
+            for values, values_for_gates, *cells in zip(*map(_split_rows, tensors), strict=True)
+        ]
+
+
+def make_lookup_tables(
+    levels: Tensor, scale: Tensor, zero_point: Tensor, gates: Tensor, bits: tuple[int, ...]
+) -> LookupTables:
+    """Return the tables that `fake_quantize` needs.
+
+    Args:
+        levels: [G, 2^b] grid positions in steps (0..255).
+        scale: [G] step size, as `representable_scale` returns it.
+        zero_point: [G] whole number in 0..255, the grid position of the value 0.
+        gates: [G, b] gate logits, only used for their gradient: `bits` says how many are open.
+        bits: s of each group.
+    """
+    values, values_for_gates, grid_position = EffectiveLevels.apply(
+        levels, scale, zero_point, gates, bits
+    )
+    bin_ = _cell_bins(grid_position)
+    return LookupTables(
+        values,
+        values_for_gates,
+        CellTables(
+            nearest_value=values.detach().gather(1, bin_ // 2),
+            bin=bin_.float(),
+            half_step=scale.detach()[:, None] / 2,
+            zero_cell=2 * zero_point[:, None] + 1,
+        ),
+        learned=scale.requires_grad
+        or gates.requires_grad
+        or (levels.requires_grad and min(bits) < LEVEL_BITS),
+    )
 
 
 def nearest_level_table(level: Tensor) -> Tensor:
-    """Index of the nearest level for each of the 512 cells of `half_steps`; a tie goes to the upper level.
+    """Index of the nearest level for each of the 512 cells of `grid_cells`; ties go up.
 
-    Where a level is repeated, values below it get the first of its slots and all others the last, so that twice as many slots as
-    levels say which of its two children a value would take.
+    If a level is repeated, values below it get its first index and all others its last. With twice
+    as many entries as levels the index so tells the two children of each level apart.
 
     Args:
         level: [G, n] ascending whole numbers in 0..255.
@@ -37,81 +120,17 @@ def nearest_level_table(level: Tensor) -> Tensor:
     Returns:
         int64 [G, 512], values 0..n-1.
     """
-    return _bin_table(level) // 2
+    return _cell_bins(level) // 2
 
 
-def _bin_table(level: Tensor) -> Tensor:
-    """How many levels and thresholds lie at or below each cell's lower end: 2k where x goes up to level k, 2k + 1 where down."""
+def _cell_bins(level: Tensor) -> Tensor:
+    """For each cell, the number of levels and thresholds at or below its lower end."""
     cells = cell_starts(level.device).expand(len(level), -1).contiguous()
     thresholds = torch.cat([level[:, 1:] + level[:, :-1], 2 * level[:, -1:]], 1)
     ascending = torch.stack([2 * level, thresholds], 2).flatten(1)[:, :-1].contiguous()
     return torch.searchsorted(ascending, cells, right=True)
 
 
-@dataclass(frozen=True)
-class LookupTables:
-    """What decides where a value goes, for G groups; made from the levels once a step.
-
-    Attributes:
-        values: [G, n] the levels in force, ascending; differentiable in levels and scale.
-        values_for_gates: the same, differentiable in the gates.
-        by_cell: [G, 512] the nearest level's value for each cell of `half_steps`.
-        bins: [G, 512] twice its place among the n, and 1 more at or above it.
-        half, offset: [G, 1], see `half_steps`.
-        learns: whether anything behind the values is learned.
-    """
-
-    values: Tensor
-    values_for_gates: Tensor
-    by_cell: Tensor
-    bins: Tensor
-    half: Tensor
-    offset: Tensor
-    learns: bool
-
-    def split(self) -> list[LookupTables]:
-        """One for each group."""
-        parts = map(
-            _by_row,
-            (self.values, self.values_for_gates, self.by_cell, self.bins, self.half, self.offset),
-        )
-        return [
-            LookupTables(v, gated, near, bins, h, o, self.learns)
-            for v, gated, near, bins, h, o in zip(*parts, strict=True)
-        ]
-
-
-def _by_row(x: Tensor) -> tuple[Tensor, ...]:
+def _split_rows(x: Tensor) -> tuple[Tensor, ...]:
     rows: tuple[Tensor, ...] = x.split(1)  # type: ignore[no-untyped-call]
     return rows
-
-
-def make_lookup_tables(
-    levels: Tensor, scale: Tensor, zero_point: Tensor, gates: Tensor, bits: tuple[int, ...]
-) -> LookupTables:
-    """What `fake_quantize` needs.
-
-    Args:
-        levels: [G, 2^b] level positions on the grid, in steps (0..255).
-        scale: [G] step size, as `representable` gives it.
-        zero_point: [G] whole number in 0..255, the grid point of the value 0.
-        gates: [G, b] gate logits; only their gradient is used here, `bits` says how many are open.
-        bits: s for each group.
-    """
-    values, for_gates, level = LevelsInForce.apply(levels, scale, zero_point, gates, bits)  # type: ignore[no-untyped-call]
-    table = _bin_table(level)
-    half, offset = scale.detach()[:, None] / 2, 2 * zero_point[:, None] + 1
-    learns = (
-        scale.requires_grad
-        or gates.requires_grad
-        or (levels.requires_grad and min(bits) < LEVEL_BITS)
-    )
-    return LookupTables(
-        values,
-        for_gates,
-        values.detach().gather(1, table // 2),
-        table.float(),
-        half,
-        offset,
-        learns,
-    )

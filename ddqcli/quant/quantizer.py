@@ -1,9 +1,9 @@
-"""The state of one quantized tensor: levels, gates and grid, and how they are started and re-centred."""
+"""DDQuantizer: levels, gates and grid of one quantized tensor, and their fit to it."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,28 +14,35 @@ from ddqcli.quant.fake_quantize import fake_quantize
 from ddqcli.quant.grid import GRID_STEPS, LEVEL_BITS, fit_grid, grid_cells, representable_scale
 from ddqcli.quant.histogram import Histogram
 from ddqcli.quant.layout import broadcast_groups, by_group
-from ddqcli.quant.level_kinds import LevelKind, grid_pattern
+from ddqcli.quant.level_kinds import PATTERN_ZERO, LevelKind, grid_pattern
 from ddqcli.quant.levels import effective_levels, spread_levels
 from ddqcli.quant.lloyd_max import lloyd_max
 from ddqcli.quant.lookup import LookupTables, make_lookup_tables, nearest_level_table
 from ddqcli.quant.patterns import fit_pattern
 from ddqcli.quant.straight_through import ReplaceForward
 
-_TINY = 2.0**-126
+_SMALLEST_CLIP = 2.0**-99
+_TINY_LOGIT = 2.0**-126  # a closed gate's logit is below 0, and -0 would count as open
 
 
 class DDQuantizer(nn.Module):
-    """Quantizes one tensor: `forward(x)` is Eqn (3) with the bits in force.
+    """Quantizes one tensor: `forward(x)` is Eqn (3) at the bits in force.
+
+    There are G groups, each with its own levels, gates and grid: 1, or one per channel along
+    `axis`. At 8 bits the levels in force are the grid itself: 2^8 levels on 2^8 grid points have
+    only their range to learn.
 
     Attributes:
-        levels: [G, 2^b] level positions on the grid, in steps (the paper's q); a parameter if `kind` is "learned".
-        log2_clip: [G] log2 of the clipping threshold c of Eqn (1) and Eqn (2), which is in units of x; a parameter for the
-            two fixed patterns. In the logarithm, equal learning rates fit every layer.
-        gate_logits: [G, b]; gate i is open where the logit is >= 0. G is 1, or the channels along `axis`.
-        scale, zero_point: [G], the grid: value = (k - zero_point) * scale.
+        levels: [G, 2^b] grid positions in steps (the paper's q); trained if `kind` is "learned".
+        log2_clip: [G] log2 of the clipping threshold c of Eqns (1) and (2), c in units of x;
+            trained for the two fixed patterns. In the logarithm, one learning rate fits all layers.
+        gate_logits: [G, b]; a gate is open where its logit is >= 0.
+        scale, zero_point: [G] the grid, value = (k - zero_point) * scale.
+        bits: s of each group, the number of its open gates.
         correction: lambda of Eqn (9).
-
-    At s = 8 = b_q the levels in force are the grid itself: 2^8 levels on 2^8 points have nothing to learn but the range.
+        use_compiled: use torch.compile for large tensors. Worth it in long runs only.
+        precomputed_tables: lookup tables for the current step (`batched`).
+        precomputed_output: a tensor and its quantized values for the current step (`batched`).
     """
 
     levels: Tensor
@@ -50,22 +57,21 @@ class DDQuantizer(nn.Module):
         super().__init__()
         if not 1 <= max_bits <= LEVEL_BITS:
             raise ValueError(
-                f"max_bits is {max_bits}; levels lie on an {LEVEL_BITS}-bit grid, so 1 to {LEVEL_BITS} are possible"
+                f"max_bits is {max_bits}, but levels lie on an {LEVEL_BITS}-bit grid: "
+                f"1 to {LEVEL_BITS} are possible."
             )
         self.kind, self.axis, self.max_bits = kind, axis, max_bits
+        self.bits: tuple[int, ...] = (max_bits,) * groups
         self.correction = 0.0
-        self.tables: LookupTables | None = None  # within `at_once`
-        self.done: tuple[Tensor, Tensor] | None = None  # within `at_once`: x and what becomes of it
-        self.use_compiled = (
-            False  # with torch.compile: set it where the work wins the compiling back
-        )
-        self.gate_logits = nn.Parameter(torch.ones(groups, max_bits), requires_grad=False)
+        self.use_compiled = False
+        self.precomputed_tables: LookupTables | None = None
+        self.precomputed_output: tuple[Tensor, Tensor] | None = None
         learned = kind == "learned"
+        self.gate_logits = nn.Parameter(torch.ones(groups, max_bits), requires_grad=False)
         self.levels = nn.Parameter(torch.zeros(groups, 2**max_bits), requires_grad=learned)
         self.log2_clip = nn.Parameter(torch.zeros(groups), requires_grad=not learned)
         self.register_buffer("scale", torch.ones(groups))
         self.register_buffer("zero_point", torch.zeros(groups))
-        self.bits: tuple[int, ...] = (max_bits,) * groups
 
     @classmethod
     def from_tensor(
@@ -78,51 +84,53 @@ class DDQuantizer(nn.Module):
         channel_axis: int | None = None,
         init: Literal["lloyd_max", "uniform"] = "lloyd_max",
     ) -> DDQuantizer:
-        """A quantizer for x, fitted to it at `bits` (default: max_bits), one set of levels a channel if an axis is given."""
+        """Return a quantizer fitted to x at `bits` (default: max_bits).
+
+        With `channel_axis` each channel has its own levels, gates and grid. Raises DDQError if x
+        is not finite.
+        """
         groups = 1 if channel_axis is None else x.shape[channel_axis]
         quantizer = cls(groups, max_bits, kind=kind, axis=channel_axis or 0).to(x.device)
-        quantizer.refit(x, (bits or max_bits,) * groups, uniform=init == "uniform")
+        quantizer.fit(x, bits or max_bits, uniform=init == "uniform")
         return quantizer
 
     def extra_repr(self) -> str:
-        spread = sorted(set(self.bits))
-        return f"{self.kind}, {len(self.bits)} group(s), {'/'.join(map(str, spread))} of {self.max_bits} bits"
+        groups, low, high = len(self.bits), min(self.bits), max(self.bits)
+        channels = f", {groups} channels along axis {self.axis}" if groups > 1 else ""
+        bits = f"{low}" if low == high else f"{low} to {high}"
+        return f"{bits} of at most {self.max_bits} bits, {self.kind} levels{channels}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.done is not None and self.done[0] is x:
-            return self.done[1]
-        tables = self.tables or make_lookup_tables(*self.grid(), self.gate_logits, self.bits)
+        if self.precomputed_output is not None and self.precomputed_output[0] is x:
+            return self.precomputed_output[1]
+        tables = self.precomputed_tables
+        if tables is None:
+            tables = make_lookup_tables(*self.grid(), self.gate_logits, self.bits)
         return fake_quantize(
             x, tables, axis=self.axis, correction=self.correction, use_compiled=self.use_compiled
         )
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Level positions [G, 2^b], scale [G] and zero point [G] in force, differentiable in what is learned."""
-        if self.kind == "learned":
-            if LEVEL_BITS not in self.bits:
-                return self.levels, self.scale, self.zero_point
-            identity = torch.arange(GRID_STEPS + 1.0, device=self.levels.device)
-            if set(self.bits) == {LEVEL_BITS}:
-                return identity + 0 * self.levels, self.scale, self.zero_point
-            whole = torch.tensor([s == LEVEL_BITS for s in self.bits], device=self.levels.device)
-            return torch.where(whole[:, None], identity, self.levels), self.scale, self.zero_point
-        rows, units = zip(
-            *(grid_pattern(self.kind, s, self.max_bits) for s in self.bits), strict=True
-        )
-        levels = torch.tensor(np.stack(rows), dtype=torch.float32, device=self.log2_clip.device)
-        unit = torch.tensor(units, dtype=torch.float32, device=self.log2_clip.device)
-        scale = torch.exp2(self.log2_clip) / unit
-        scale = ReplaceForward.apply(scale, representable_scale(scale.detach()))  # type: ignore[no-untyped-call]
-        return levels, scale, torch.full_like(self.zero_point, (GRID_STEPS + 1) // 2)
+        """Grid positions [G, 2^b] of the levels, scale [G] and zero point [G].
+
+        They are differentiable in what is trained: the levels, or the clipping threshold.
+        """
+        return self._learned_grid() if self.kind == "learned" else self._pattern_grid()
 
     def effective_levels(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """For each group the levels in force, ascending whole numbers [2^s]; scale [G]; zero point [G]. No gradients."""
+        """Levels in force of each group, ascending whole numbers [2^s]; scale and zero point [G].
+
+        Without gradients.
+        """
         levels, scale, zero_point = (t.detach() for t in self.grid())
         return effective_levels(levels, self.bits), scale, zero_point
 
     @torch.no_grad()
     def indices(self, x: Tensor) -> Tensor:
-        """k, the one-hot index of Eqn (3), of every value: uint8, shape of x. Raises DDQError where x is not finite."""
+        """Index of each value's level, uint8 in the shape of x (x_o of Eqn 3, not one-hot).
+
+        Raises DDQError if x is not finite.
+        """
         check_finite(x)
         levels, scale, zero_point = self.effective_levels()
         cell = grid_cells(
@@ -130,9 +138,9 @@ class DDQuantizer(nn.Module):
             broadcast_groups(scale / 2, x, self.axis),
             broadcast_groups(2 * zero_point + 1, x, self.axis),
         )
-        grouped = by_group(cell, self.axis, len(self.bits))
+        cells = by_group(cell, self.axis, len(self.bits))
         tables = [nearest_level_table(level[None])[0].to(torch.uint8) for level in levels]
-        rows = [table.index_select(0, c) for table, c in zip(tables, grouped, strict=True)]
+        rows = [table.index_select(0, row) for table, row in zip(tables, cells, strict=True)]
         if len(rows) == 1:
             return rows[0].view(x.shape)
         moved = x.movedim(self.axis, 0).shape
@@ -140,54 +148,82 @@ class DDQuantizer(nn.Module):
 
     @torch.no_grad()
     def update_bits(self) -> None:
-        """Take the bits from the gate logits: s is the number of open gates, at least 1 (a 0-bit layer holds nothing)."""
+        """Set the bits to the number of open gates, at least 1: at 0 bits a tensor is constant."""
         self.bits = tuple(int(n) for n in (self.gate_logits >= 0).sum(1).clamp_min(1))
 
     @torch.no_grad()
-    def refit(self, x: Tensor, bits: tuple[int, ...] | int, *, uniform: bool = False) -> None:
-        """Set the bits and fit grid and levels to x (Lloyd-Max, or `uniform` over its range as the paper starts).
+    def fit(self, x: Tensor, bits: tuple[int, ...] | int, *, uniform: bool = False) -> None:
+        """Set bits and gates, and fit grid and levels to x.
 
-        Raises DDQError where x is not finite.
+        Learned levels become those of Lloyd-Max, or with `uniform` evenly spaced over the range of
+        x (the paper's start). Fixed patterns get the clipping threshold of least squared error.
+
+        Args:
+            x: a tensor with the groups along `axis`. Raises DDQError if it is not finite.
+            bits: s of each group, or of all.
         """
         check_finite(x)
-        bits = (bits,) * len(self.bits) if isinstance(bits, int) else bits
-        for g, (row, s) in enumerate(
-            zip(by_group(x.detach(), self.axis, len(self.bits)), bits, strict=True)
-        ):
-            distribution = (
-                Histogram.of(row.float().cpu().numpy())
-                if row.numel()
-                else Histogram.of(np.zeros(1))
-            )
+        bits = (bits,) * len(self.bits) if isinstance(bits, int) else tuple(bits)
+        rows = by_group(x.detach(), self.axis, len(self.bits))
+        for g, (row, s) in enumerate(zip(rows, bits, strict=True)):
+            values = row.float().cpu().numpy() if row.numel() else np.zeros(1)
             if self.kind == "learned":
-                scale, zero_point = fit_grid(distribution)
-                self.scale[g], self.zero_point[g] = scale, zero_point
-                fitted = (
-                    np.arange(2**s) * (GRID_STEPS / max(2**s - 1, 1))
-                    if uniform or s == LEVEL_BITS
-                    else (lloyd_max(distribution, 2**s) / scale + zero_point)
-                )
-                self.levels[g] = torch.from_numpy(spread_levels(fitted, 2**self.max_bits))
+                self._fit_levels(g, Histogram.of(values), s, uniform)
             else:
-                row_pattern, unit = grid_pattern(self.kind, s, s)
-                best = fit_pattern(distribution, row_pattern - (GRID_STEPS + 1) // 2)
-                step = float(best.max() / (row_pattern.max() - (GRID_STEPS + 1) // 2))
-                self.log2_clip[g] = math.log2(max(step * unit, 2.0**-99))
+                self._fit_clip(g, Histogram.of(values), s)
             self.gate_logits[g, :s].abs_()
-            self.gate_logits[g, s:] = (
-                -self.gate_logits[g, s:].abs().clamp_min(_TINY)
-            )  # -0 would count as open
-        self.bits = tuple(bits)
+            self.gate_logits[g, s:] = -self.gate_logits[g, s:].abs().clamp_min(_TINY_LOGIT)
+        self.bits = bits
+
+    def _learned_grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        if LEVEL_BITS not in self.bits:
+            return self.levels, self.scale, self.zero_point
+        identity = torch.arange(GRID_STEPS + 1.0, device=self.levels.device)
+        if set(self.bits) == {LEVEL_BITS}:
+            # 0 * levels, so that the levels get a gradient of zeros.
+            return identity + 0 * self.levels, self.scale, self.zero_point
+        whole = torch.tensor([s == LEVEL_BITS for s in self.bits], device=self.levels.device)
+        return torch.where(whole[:, None], identity, self.levels), self.scale, self.zero_point
+
+    def _pattern_grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        patterns = [grid_pattern(self.kind, s, self.max_bits) for s in self.bits]
+        positions, clip_steps = zip(*patterns, strict=True)
+        device = self.log2_clip.device
+        levels = torch.tensor(np.stack(positions), dtype=torch.float32, device=device)
+        scale = torch.exp2(self.log2_clip) / torch.tensor(
+            clip_steps, dtype=torch.float32, device=device
+        )
+        scale = ReplaceForward.apply(scale, representable_scale(scale.detach()))
+        return levels, scale, torch.full_like(self.zero_point, PATTERN_ZERO)
+
+    def _fit_levels(self, g: int, distribution: Histogram, s: int, uniform: bool) -> None:
+        scale, zero_point = fit_grid(distribution)
+        if uniform or s == LEVEL_BITS:
+            positions = np.arange(2**s) * (GRID_STEPS / max(2**s - 1, 1))
+        else:
+            positions = lloyd_max(distribution, 2**s) / scale + zero_point
+        self.scale[g], self.zero_point[g] = scale, zero_point
+        self.levels[g] = torch.from_numpy(spread_levels(positions, 2**self.max_bits))
+
+    def _fit_clip(self, g: int, distribution: Histogram, s: int) -> None:
+        positions, clip_steps = grid_pattern(self.kind, s, s)
+        pattern = positions - PATTERN_ZERO
+        step = float(fit_pattern(distribution, pattern).max() / pattern.max())
+        self.log2_clip[g] = math.log2(max(step * clip_steps, _SMALLEST_CLIP))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.update_bits()
 
 
 def check_finite(x: Tensor) -> None:
-    """Raise DDQError if x holds NaN or infinite values. Waits for the device: not for every training step."""
+    """Raise DDQError if x holds NaN or infinity. Synchronizes with the device."""
     if not x.numel():
         return
-    low, high = torch.aminmax(x.detach())  # one pass, no mask; NaN if x holds one
+    low, high = torch.aminmax(x.detach())  # one pass without a mask; NaN if x holds one
     if bool((low * 0 + high * 0).isnan()):
         bad = int((~x.isfinite()).sum())
         raise DDQError(
-            f"{bad} of {x.numel()} values to be quantized are NaN or infinite, and no level is near those; "
-            "start from a checkpoint without them, or train with a smaller train.lr."
+            f"{bad} of {x.numel()} values to be quantized are NaN or infinite, and no level is "
+            "near those; start from a checkpoint without them, or train with a smaller train.lr."
         )

@@ -1,4 +1,4 @@
-"""An autograd function that replaces a value and passes its gradient through."""
+"""Straight-through estimator: a new value with the old value's gradient."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class ReplaceForward(torch.autograd.Function):
-    """(x, y) -> y, with the gradient of x: rounding that the gradient passes straight through, without x + (y - x)."""
+    """(x, y) -> y, with the gradient of x.
+
+    The usual x + (y - x).detach() does not return y exactly in float32.
+    """
 
     @staticmethod
     def forward(ctx: object, x: Tensor, y: Tensor) -> Tensor:

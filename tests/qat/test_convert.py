@@ -510,7 +510,7 @@ def test_a_deep_copy_is_equal_and_independent() -> None:
     assert {id(q) for q in quantizers(twin)} <= {id(m) for m in twin.model.modules()}
     with torch.no_grad():
         twin.tensors[0].parameter.zero_()
-        twin.tensors[2].quantizer.refit(twin.tensors[2].parameter, 1)
+        twin.tensors[2].quantizer.fit(twin.tensors[2].parameter, 1)
         twin.activations["1"].learned.levels.zero_()
     assert torch.equal(quantized.model(x), before)
     assert not torch.equal(twin.model(x), before)

@@ -1,4 +1,4 @@
-"""Activations: the learned step against brute force and LSQ's formula, learned levels against Eqn (3), and the table."""
+"""ActivationQuantizer: its step against brute force and LSQ, its levels against Eqn (3)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from quant_cases import few, normal, seeds
 from torch import Tensor, nn
 
 from ddqcli.errors import DDQError
@@ -17,20 +18,13 @@ from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.compiled import can_compile
 from ddqcli.quant.grid import representable_scale
 
-few = settings(deadline=None, derandomize=True, max_examples=60)
-seeds = st.integers(0, 2**32 - 1)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 def uniform(bits: int, log2_scale: float, low: int = 0) -> ActivationQuantizer:
     """A quantizer with a learned step whose codes run from -low."""
     quantizer = ActivationQuantizer(bits, "uniform")
     nn.init.constant_(quantizer.log2_scale, log2_scale)
     quantizer.zero_point.fill_(low)
-    quantizer.low = low
+    quantizer.low_code = -low
     return quantizer
 
 
@@ -43,7 +37,7 @@ def fitted(x: Tensor, bits: int, levels: str = "auto") -> ActivationQuantizer:
 
 
 def decisions(scale: float, low: int, high: int) -> Tensor:
-    """All ties between codes, one ulp on either side, codes, and far outside."""
+    """All codes and ties between them, one ulp on either side, and far outside."""
     steps = torch.arange(2 * low - 4, 2 * high + 5, dtype=torch.float64) / 2 * scale
     ties, inf = steps.float(), torch.tensor(math.inf)
     far = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1e20, -1e20])
@@ -56,7 +50,7 @@ def compiler() -> None:
         pytest.skip("torch.compile finds no compiler here")
 
 
-# ---- a learned step
+# ---- uniform steps
 
 
 def brute_force(x: Tensor, scale: float, low: int, high: int) -> Tensor:
@@ -72,7 +66,7 @@ def brute_force(x: Tensor, scale: float, low: int, high: int) -> Tensor:
     seeds,
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_a_learned_step_rounds_half_to_even_and_clamps(bits, log2_scale, share, seed, dtype):
+def test_a_uniform_step_rounds_half_to_even_and_clamps(bits, log2_scale, share, seed, dtype):
     low = round(share * (2**bits - 1))
     quantizer = uniform(bits, log2_scale, low)
     scale, high = float(quantizer.scale().detach()), 2**bits - 1 - low
@@ -85,7 +79,7 @@ def test_a_learned_step_rounds_half_to_even_and_clamps(bits, log2_scale, share, 
 
 @pytest.mark.parametrize("low", [0, 5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_steps_gradient_is_that_of_lsq(low, dtype):
+def test_the_step_size_has_the_gradient_of_lsq(low, dtype):
     """Esser et al. 2020, Eqn (3): round(v) - v inside, the outermost code outside, v = x / s."""
     quantizer = uniform(4, -2.0, low)
     x, grad = normal(3000).mul(2).to(dtype).requires_grad_(), normal(3000, seed=1).to(dtype)
@@ -99,7 +93,7 @@ def test_the_steps_gradient_is_that_of_lsq(low, dtype):
     assert torch.equal(found_x, torch.where(inside, grad, 0.0))
 
 
-def test_the_steps_gradient_is_the_finite_difference_where_codes_are_clipped():
+def test_the_step_size_has_the_gradient_of_finite_differences_where_codes_are_clipped():
     """Outside, x_q is the outermost code times the step: a true derivative, no estimator."""
     x = torch.tensor([50.0, 60, -9, -30])
     slopes = []
@@ -115,17 +109,17 @@ def test_the_steps_gradient_is_the_finite_difference_where_codes_are_clipped():
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("low", [0, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fused_is_eager_bit_for_bit(low, dtype):
-    eager, fused = (uniform(8, -3.3, low) for _ in range(2))
-    fused.use_compiled = True
+def test_compiled_is_eager_bit_for_bit(low, dtype):
+    eager, compiled = (uniform(8, -3.3, low) for _ in range(2))
+    compiled.use_compiled = True
     x = torch.cat([decisions(float(eager.scale().detach()), -low, 255 - low), normal(500) * 20]).to(
         dtype
     )
     bad = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
-    assert bool(fused(bad).isnan().all())
+    assert bool(compiled(bad).isnan().all())
     grad = normal(len(x), seed=1).to(dtype)
     results = []
-    for quantizer in (eager, fused):
+    for quantizer in (eager, compiled):
         inputs = x.clone().requires_grad_()
         out = quantizer(inputs)
         results.append((out, *torch.autograd.grad(out, (inputs, quantizer.log2_scale), grad)))
@@ -154,7 +148,7 @@ def test_learned_levels_are_eqn_3(bits, signed):
     assert quantizer.log2_scale.grad is None
 
 
-def test_levels_are_learned_up_to_4_bits_unless_told_otherwise():
+def test_levels_are_learned_up_to_4_bits_by_default():
     assert [ActivationQuantizer(b).learned is not None for b in range(1, 9)] == [True] * 4 + [
         False
     ] * 4
@@ -168,7 +162,7 @@ def test_levels_are_learned_up_to_4_bits_unless_told_otherwise():
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("signed", [False, True])
-def test_the_table_says_what_forward_returns(levels, bits, signed):
+def test_the_table_holds_the_levels_that_forward_returns(levels, bits, signed):
     x = normal(5000) if signed else normal(5000).relu()
     quantizer = fitted(x, bits, levels)
     table = quantizer.table()
@@ -178,9 +172,8 @@ def test_the_table_says_what_forward_returns(levels, bits, signed):
     values = ((table["levels"].double() - table["zero_point"]) * table["scale"]).float()
     assert oracle.same_bits(quantizer(values), values)  # every level is its own nearest
     expected = values[oracle.nearest(x, values)]
-    different = (
-        quantizer(x) != expected
-    )  # a learned step rounds ties to even, levels take the upper one
+    # Uniform steps round ties to even, learned levels round them up.
+    different = quantizer(x) != expected
     assert not (different & ((quantizer(x) - x).abs() != (expected - x).abs())).any()
     assert bool(torch.isin(quantizer(x).detach().view(torch.int32), values.view(torch.int32)).all())
 
@@ -205,13 +198,13 @@ def test_the_fitted_step_comes_close_to_the_best_one(bits, shape):
     found = float((quantizer(x).detach().double() - x.double()).square().sum())
     assert found <= 1.2 * least  # it keeps the share of the range that lies below 0
     if shape == "relu":
-        assert quantizer.low == 0
+        assert quantizer.low_code == 0
 
 
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
-def test_it_looks_at_one_batch_and_then_quantizes(levels):
+def test_it_observes_one_batch_and_then_quantizes(levels):
     quantizer = ActivationQuantizer(3, levels)
-    assert not quantizer.fit()  # nothing was seen
+    assert not quantizer.fit()  # no batch was observed
     quantizer.observing = True
     first, second = normal(100), normal(100, seed=1) * 50
     assert quantizer(first) is first
@@ -224,16 +217,26 @@ def test_it_looks_at_one_batch_and_then_quantizes(levels):
 
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
 @pytest.mark.parametrize("bits", [2, 5])
-def test_a_saved_quantizer_returns_as_it_was(levels, bits):
+def test_a_loaded_quantizer_has_the_results_of_the_saved_one(levels, bits):
     x = normal(500) - 0.3
     quantizer = fitted(x, bits, levels)
     other = ActivationQuantizer(bits, levels)
     other.observing = True
     other.load_state_dict(quantizer.state_dict())
-    assert other.low == quantizer.low
-    assert other.low > 0 or levels == "learned"
+    assert other.low_code == quantizer.low_code
+    assert other.low_code < 0 or levels == "learned"
     assert oracle.same_bits(other(x), quantizer(x))
     assert other.table().keys() == quantizer.table().keys()
+
+
+def test_loading_restores_the_bits_of_learned_levels():
+    x = normal(500)
+    quantizer = fitted(x, 4, "learned")
+    quantizer.learned.fit(x, 2)
+    other = ActivationQuantizer(4, "learned")
+    other.load_state_dict(quantizer.state_dict())
+    assert other.learned.bits == (2,)
+    assert oracle.same_bits(other(x), quantizer(x))
 
 
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
@@ -254,7 +257,7 @@ def test_in_autocast_the_bfloat16_input_is_quantized_by_its_exact_value(levels):
 
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_the_layout_in_memory_changes_neither_values_nor_gradients(levels, layout):
+def test_the_memory_layout_changes_neither_values_nor_gradients_of_activations(levels, layout):
     x, grad = normal(2, 3, 5, 5), normal(2, 3, 5, 5, seed=1)
     quantizer = fitted(x, 3, levels)
     results = []
@@ -269,7 +272,7 @@ def test_the_layout_in_memory_changes_neither_values_nor_gradients(levels, layou
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_level_stands_for_a_value_that_is_not_finite(levels, bad, dtype):
+def test_activations_that_are_not_finite_become_nan_and_are_not_observed(levels, bad, dtype):
     x = normal(40)
     quantizer = fitted(x, 3, levels)
     x[7] = bad

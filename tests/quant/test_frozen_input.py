@@ -1,4 +1,4 @@
-"""A file's input quantizer gives the bits that the trained one gave, and those of the formula in float64."""
+"""FrozenInputQuantizer against the trained quantizer and FORMAT.md's formula, bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPECIAL = torch.tensor([0.0, -0.0, 1e-44, -1e-44, 1e30, -1e30])
 
 
 def by_formula(x: torch.Tensor, levels: list[int], scale: float, zero_point: int) -> torch.Tensor:
-    """FORMAT.md's rule, in exact arithmetic: the product of a level and the scale, and halves, are exact in float64."""
+    """FORMAT.md's rule in float64, where a level times the scale, and its half, are exact."""
     chosen = []
     for value in x.tolist():
         if levels == list(range(len(levels))):
@@ -44,23 +44,23 @@ def by_formula(x: torch.Tensor, levels: list[int], scale: float, zero_point: int
     st.integers(0, 255),
     st.integers(0, 2**31),
 )
-def test_every_value_becomes_the_level_that_the_format_says(
-    levels: list[int], near: float, zero_point: int, seed: int
+def test_every_value_becomes_the_level_of_the_format(
+    levels: list[int], step: float, zero_point: int, seed: int
 ) -> None:
-    scale = float(representable_scale(torch.tensor(near)))
-    fixed = FrozenInputQuantizer(torch.tensor(levels, dtype=torch.uint8), scale, zero_point)
+    scale = float(representable_scale(torch.tensor(step)))
+    frozen = FrozenInputQuantizer(torch.tensor(levels, dtype=torch.uint8), scale, zero_point)
     spread = (torch.rand(400, generator=torch.Generator().manual_seed(seed)) * 600 - 300) * scale
     ties = (torch.arange(-520.0, 520.0) / 2) * scale
     x = torch.cat([spread, ties, SPECIAL])
-    found = fixed(x)
-    assert torch.equal(found, by_formula(x, levels, scale, zero_point))
-    assert not bool(torch.signbit(found[found == 0]).any()), "no -0, of which the format knows none"
+    values = frozen(x)
+    assert torch.equal(values, by_formula(x, levels, scale, zero_point))
+    assert not bool(torch.signbit(values[values == 0]).any()), "the format has no -0"
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
 @pytest.mark.parametrize("relu", [True, False], ids=["unsigned", "signed"])
-def test_it_gives_the_bits_of_the_quantizer_it_is_made_of(
+def test_it_gives_the_same_bits_as_the_trained_quantizer(
     bits: int, levels: str, relu: bool
 ) -> None:
     torch.manual_seed(bits)
@@ -73,21 +73,21 @@ def test_it_gives_the_bits_of_the_quantizer_it_is_made_of(
     with torch.no_grad():
         trained.log2_scale += 0.1234
     table = trained.table()
-    fixed = FrozenInputQuantizer(table["levels"], table["scale"], table["zero_point"])
-    assert fixed.bits == bits
-    assert fixed.uniform == (trained.learned is None)
+    frozen = FrozenInputQuantizer(table["levels"], table["scale"], table["zero_point"])
+    assert frozen.bits == bits
+    assert frozen.uniform == (trained.learned is None)
     wide = torch.cat([3 * x.flatten(), SPECIAL])
-    assert torch.equal(fixed(wide), trained(wide))
-    assert torch.equal(fixed(x), trained(x))
-    assert torch.equal(fixed(x.half()), trained(x.half()))
+    assert torch.equal(frozen(wide), trained(wide))
+    assert torch.equal(frozen(x), trained(x))
+    assert torch.equal(frozen(x.half()), trained(x.half()))
 
 
 @pytest.mark.parametrize("levels", [[0, 1, 2, 3], [5, 9, 80, 200]], ids=["uniform", "learned"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_shows(levels: list[int], bad: float) -> None:
-    fixed = FrozenInputQuantizer(torch.tensor(levels), 0.5, 1)
-    found = fixed(torch.tensor([1.0, bad, -1.0]))
-    assert found.isnan().tolist() == [False, True, False]
+def test_frozen_inputs_that_are_not_finite_become_nan(levels: list[int], bad: float) -> None:
+    frozen = FrozenInputQuantizer(torch.tensor(levels), 0.5, 1)
+    values = frozen(torch.tensor([1.0, bad, -1.0]))
+    assert values.isnan().tolist() == [False, True, False]
 
 
 def test_a_loaded_model_has_no_further_tensors() -> None:

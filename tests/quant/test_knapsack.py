@@ -1,4 +1,4 @@
-"""Bits under a budget against exhaustive search."""
+"""Bit-widths under a budget against exhaustive search."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from quant_cases import few
 
 from ddqcli.errors import BudgetError
 from ddqcli.quant.knapsack import BitOptions, allocate, check_feasible, minimum_cost
 
-few = settings(deadline=None, derandomize=True, max_examples=80)
-
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[BitOptions], int]:
-    """Up to 4 tensors with up to 4 bit-widths each, costs and damages in any order, and a budget that can be met."""
+    """Up to 4 tensors of up to 4 bit-widths, costs and losses in any order; a feasible budget."""
     choices = []
     for number in range(draw(st.integers(1, 4))):
         options = draw(st.lists(st.integers(1, 8), min_size=1, max_size=4, unique=True))
@@ -33,12 +32,12 @@ def cost(choices: list[BitOptions], bits: dict[str, int]) -> int:
     return sum(c.cost[bits[c.name]] for c in choices)
 
 
-def damage(choices: list[BitOptions], bits: dict[str, int]) -> float:
-    return sum(c.damage[bits[c.name]] for c in choices)
+def loss_increase(choices: list[BitOptions], bits: dict[str, int]) -> float:
+    return sum(c.loss_increase[bits[c.name]] for c in choices)
 
 
 def network(seed: int, layers: int = 24) -> list[BitOptions]:
-    """Layers of 10 to 10^6 weights at 1 to 8 bits, with a table of levels each; damage falls as 4^-s."""
+    """Layers of 10 to 10^6 weights with a table of levels each; the loss increase falls as 4^-s."""
     rng = np.random.default_rng(seed)
     sizes = (10 ** rng.uniform(1, 6, layers)).astype(int)
     return [
@@ -55,7 +54,7 @@ def network(seed: int, layers: int = 24) -> list[BitOptions]:
 
 @few
 @given(problems())
-def test_no_other_choice_within_the_budget_does_less_damage(problem):
+def test_no_other_choice_within_the_budget_increases_the_loss_less(problem):
     choices, budget = problem
     bits = allocate(choices, budget)
     assert bits.keys() == {c.name for c in choices}
@@ -65,14 +64,14 @@ def test_no_other_choice_within_the_budget_does_less_damage(problem):
         dict(zip(names, options, strict=True))
         for options in itertools.product(*(c.cost for c in choices))
     )
-    assert damage(choices, bits) == min(
-        damage(choices, b) for b in every if cost(choices, b) <= budget
+    assert loss_increase(choices, bits) == min(
+        loss_increase(choices, b) for b in every if cost(choices, b) <= budget
     )
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_few_large_tensors_get_what_fits_exactly(seed):
-    """Where the search rounds nothing, a budget that some combination meets to the byte is used to the byte."""
+@pytest.mark.parametrize("seed", range(20))
+def test_a_few_large_tensors_get_the_exact_optimum(seed):
+    """A budget that some combination meets to the byte is used to the byte."""
     rng = np.random.default_rng(seed)
     sizes = (10 ** rng.uniform(4, 7, 4)).astype(int)
     choices = [
@@ -86,12 +85,12 @@ def test_a_few_large_tensors_get_what_fits_exactly(seed):
     names = [c.name for c in choices]
     every = [dict(zip(names, b, strict=True)) for b in itertools.product(range(1, 9), repeat=4)]
     budget = cost(choices, every[int(rng.integers(len(every)))])
-    best = min(damage(choices, b) for b in every if cost(choices, b) <= budget)
-    assert damage(choices, allocate(choices, budget)) == pytest.approx(best, rel=1e-12)
+    best = min(loss_increase(choices, b) for b in every if cost(choices, b) <= budget)
+    assert loss_increase(choices, allocate(choices, budget)) == pytest.approx(best, rel=1e-12)
 
 
-def test_what_more_bits_do_not_help_now_gets_those_that_nobody_else_needs():
-    """All-zero or ternary weights have no damage at few bits, and train away from there."""
+def test_bits_that_no_tensor_needs_go_to_those_that_they_cost_nothing():
+    """All-zero or ternary weights lose nothing at few bits, but training moves them away."""
     idle = BitOptions("idle", {s: 100 * s for s in range(1, 9)}, dict.fromkeys(range(1, 9), 0.0))
     other = BitOptions("other", {1: 10, 2: 20}, {1: 3.0, 2: 1.0})
     assert allocate([idle, other], 650) == {"idle": 6, "other": 2}
@@ -101,11 +100,10 @@ def test_what_more_bits_do_not_help_now_gets_those_that_nobody_else_needs():
 
 @few
 @given(problems(), st.integers(0, 60))
-def test_more_budget_never_does_more_damage(problem, more):
+def test_more_budget_never_increases_the_loss_more(problem, more):
     choices, budget = problem
-    assert damage(choices, allocate(choices, budget + more)) <= damage(
-        choices, allocate(choices, budget)
-    )
+    before, after = allocate(choices, budget), allocate(choices, budget + more)
+    assert loss_increase(choices, after) <= loss_increase(choices, before)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -117,32 +115,31 @@ def test_a_network_uses_98_percent_of_its_budget_and_never_more(seed, average):
     assert 0.98 * budget <= used <= budget
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_network_comes_close_to_the_bound_that_no_choice_can_beat(seed):
-    """Lagrange: for any price, damage + price * (cost - budget), least for each tensor alone, bounds the damage below."""
-    choices = network(
-        seed, layers=80
-    )  # with few layers even the best choice lies far above this bound
-    for average in (2, 3, 5):
+@pytest.mark.parametrize("seed", range(2))
+def test_a_network_comes_within_3_percent_of_the_lagrangian_bound(seed):
+    """No choice beats the sum over tensors of min(loss + price * cost), minus price * budget."""
+    choices = network(seed, layers=80)  # with few layers even the optimum is far above the bound
+    costs = np.array([list(c.cost.values()) for c in choices])
+    losses = np.array([list(c.loss_increase.values()) for c in choices])
+    for average in (2, 4):
         budget = minimum_cost(choices) + int((average - 1) / 8 * sum(c.cost[8] for c in choices))
         bound = max(
-            sum(min(c.damage[s] + price * c.cost[s] for s in c.cost) for c in choices)
-            - price * budget
+            (losses + price * costs).min(1).sum() - price * budget
             for price in np.geomspace(1e-6, 1e2, 500)
         )
-        assert bound <= damage(choices, allocate(choices, budget)) <= 1.03 * bound
+        assert bound <= loss_increase(choices, allocate(choices, budget)) <= 1.03 * bound
 
 
-def test_damage_falls_as_the_budget_of_a_network_grows():
+def test_the_loss_increase_falls_as_the_budget_of_a_network_grows():
     choices = network(9)
     budgets = np.linspace(minimum_cost(choices), sum(c.cost[8] for c in choices), 12).astype(int)
-    damages = [damage(choices, allocate(choices, int(b))) for b in budgets]
-    assert all(after <= before * 1.001 for before, after in itertools.pairwise(damages))
+    losses = [loss_increase(choices, allocate(choices, int(b))) for b in budgets]
+    assert all(after <= before * 1.001 for before, after in itertools.pairwise(losses))
     assert set(allocate(choices, int(budgets[-1])).values()) == {8}
     assert set(allocate(choices, int(budgets[0])).values()) == {1}
 
 
-def test_counts_as_large_as_eqn_6s_are_no_trouble():
+def test_costs_may_be_as_large_as_eqn_6_counts():
     choices = [
         BitOptions(
             f"t{n}", {s: 10**7 * 2**s for s in range(1, 9)}, {s: 4.0**-s for s in range(1, 9)}
@@ -155,19 +152,19 @@ def test_counts_as_large_as_eqn_6s_are_no_trouble():
     assert sorted(bits.values()) == [4, 4, 4]
 
 
-def test_tensors_that_are_fixed_keep_their_bits():
+def test_tensors_with_one_option_keep_their_bits():
     free = BitOptions("free", {1: 10, 2: 20}, {1: 9.0, 2: 1.0})
     assert allocate([BitOptions("fixed", {8: 100}, {8: 0.0}), free], 120) == {"fixed": 8, "free": 2}
     assert allocate([BitOptions("fixed", {8: 100}, {8: 0.0}), free], 119) == {"fixed": 8, "free": 1}
 
 
-def test_no_tensors_cost_nothing():
+def test_without_tensors_there_are_no_bits():
     assert allocate([], 0) == {}
 
 
 @few
 @given(problems(), st.integers(1, 1000))
-def test_a_budget_that_cannot_be_met_names_the_smallest_size_that_can(problem, extra):
+def test_an_infeasible_budget_names_the_smallest_reachable_size(problem, extra):
     choices, _ = problem
     least = minimum_cost(choices)
     assert least == min(
@@ -175,16 +172,17 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_size_that_can(problem, e
     )
     check_feasible(choices, least)
     assume(least > 1)
-    said = re.escape(
-        f"smallest reachable size is {least + extra:,} bytes, {extra:,} of them beside"
+    message = (
+        f"smallest reachable size is {least + extra:,} bytes, "
+        f"{extra:,} of them outside the quantized tensors."
     )
-    with pytest.raises(BudgetError, match=said):
+    with pytest.raises(BudgetError, match=re.escape(message)):
         check_feasible(choices, least - 1, {"norm": extra})
     with pytest.raises(BudgetError, match=re.escape(f"budget of {least - 1:,} bytes")):
         allocate(choices, least - 1)
 
 
-def test_the_message_names_what_holds_the_size_up_largest_first():
+def test_the_message_names_the_three_largest_items_largest_first():
     choices = [BitOptions(f"layer{n}", {2: 1000 * n, 8: 4000 * n}, {}) for n in range(1, 6)]
     with pytest.raises(BudgetError) as caught:
         check_feasible(choices, 9000)
@@ -196,6 +194,6 @@ def test_the_message_names_what_holds_the_size_up_largest_first():
         check_feasible(
             choices, 9000, {"head, float": 4500}, unit="values", remedies=["quantize the head"]
         )
-    said = "layer5 at 2 bits (5,000), head, float (4,500), layer4 at 2 bits (4,000). Raise the target, or quantize the head."
-    assert said in str(caught.value)
+    largest = "layer5 at 2 bits (5,000), head, float (4,500), layer4 at 2 bits (4,000). "
+    assert f"{largest}Raise the target, or quantize the head." in str(caught.value)
     assert "13,500 values cannot" in str(caught.value)

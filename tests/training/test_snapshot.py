@@ -62,7 +62,7 @@ def test_a_tensor_of_zeros_has_an_error_of_zero_or_at_least_a_finite_one() -> No
     tensor.parameter.data.zero_()
     left = float(tensor.quantizer(tensor.parameter).detach().double().square().sum())
     assert relative_error(tensor) == pytest.approx(left, rel=1e-5)
-    tensor.quantizer.refit(tensor.parameter, 4)
+    tensor.quantizer.fit(tensor.parameter, 4)
     assert relative_error(tensor) == 0
 
 

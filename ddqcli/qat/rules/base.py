@@ -172,7 +172,7 @@ class Rule(ABC):
         for tensor in self.model.tensors:
             if tensor.name in bits:
                 uniform = self.recipe.weights.init == "uniform"
-                tensor.quantizer.refit(tensor.parameter, bits[tensor.name], uniform=uniform)
+                tensor.quantizer.fit(tensor.parameter, bits[tensor.name], uniform=uniform)
 
     def set_corrections(self) -> None:
         """Set Eqn (9)'s lambda in units of loss, so that one number serves every layer."""
