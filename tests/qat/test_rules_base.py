@@ -140,12 +140,12 @@ def test_channels_whose_bits_differ_are_opened_and_closed_too() -> None:
     recipe = rule_recipe("paper", {"target_bits": 6}, weights={"granularity": "channel"})
     rule = rule_of(recipe, nn.Sequential(nn.Flatten(), nn.Linear(512, 16)))
     weight = rule.model.tensors[0]
-    weight.quantizer.refit(weight.parameter, (8, *[3] * 15))
+    weight.quantizer.fit(weight.parameter, (8, *[3] * 15))
     rule.open_fitting()
     assert_budget_kept(rule.model, rule.budget.limit)
     assert rule.cost() > 0.9 * (rule.budget.limit or 0)
     # With tables of 2^7 levels, 7 bits cost more than 8 do.
-    weight.quantizer.refit(weight.parameter, (7, *[8] * 15))
+    weight.quantizer.fit(weight.parameter, (7, *[8] * 15))
     limit = expected_cost(rule.model, {"1.weight": 8, "1.bias": 8})
     rule.budget = replace(rule.budget, limit=limit)
     rule.close_excess()
