@@ -149,7 +149,8 @@ def finetune(
 
     def work() -> Any:
         from ddqcli.errors import UsageError
-        from ddqcli.recipe.file import find_recipe, load_recipes, with_assignments
+        from ddqcli.recipe.assignments import with_assignments
+        from ddqcli.recipe.file import find_recipe, load_recipes
         from ddqcli.runs.run import Run
 
         if target_bits is not None and target_size is not None:
@@ -171,7 +172,7 @@ def finetune(
                 "No model is named; write `ddq finetune MODEL`, or model.checkpoint in the recipe."
             )
         if run:
-            run.check_same([each.of(checkpoint) for each in recipes])
+            run.check_same_recipes([each.with_checkpoint(checkpoint) for each in recipes])
         from ddqcli.render.progress import Live
 
         if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first alone speaks
