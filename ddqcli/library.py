@@ -23,8 +23,7 @@ from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.level_kinds import LevelKind
-from ddqcli.recipe.schema import BudgetSection as Budget
-from ddqcli.recipe.schema import Recipe
+from ddqcli.recipe.schema import Budget, Recipe
 from ddqcli.runs.files import write_atomic
 
 __all__ = ["Budget", "quantize", "save"]

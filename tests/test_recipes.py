@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ddqcli.recipe.file import load_recipes, with_assignments
+from ddqcli.recipe.assignments import with_assignments
+from ddqcli.recipe.file import load_recipes
 from ddqcli.recipe.schema import Recipe
 
 REPOSITORY = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""The network of a checkpoint: by name, by factory, or found by its keys and shapes."""
+"""Build the network of a checkpoint: by name, by factory, or recognized by its keys and shapes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from ddqcli.recipe.factory import import_factory
 
 
 def build_model(checkpoint: Checkpoint, arch: str | None, kwargs: dict[str, Any]) -> BuiltModel:
-    """The checkpoint's network.
+    """Return the checkpoint's network with its weights.
 
-    `arch` is a torchvision classification network or a factory's spec, built with `kwargs`. Without it the network is
-    the checkpoint's own pickled module, or else the torchvision network of the same keys and shapes; what shapes do
-    not show (strides, activations) is then torchvision's. Raises UsageError where no network can be built and
-    CheckpointError where the weights do not fit it.
+    `arch` names a torchvision classifier or a factory (`package.module:factory`), which is called
+    with `kwargs`. If it is None, the network is the module pickled in the checkpoint, or the
+    torchvision classifier with the same keys and shapes. What shapes do not show, such as strides
+    and activation functions, is then torchvision's.
+
+    Raises UsageError if no network can be built, CheckpointError if the weights do not fit it.
     """
-    if arch is None and (stray := sorted(kwargs.keys() - {"num_classes"})):
+    if arch is None and (unused := sorted(kwargs.keys() - {"num_classes"})):
         raise UsageError(
-            f"Keywords are given ({', '.join(stray)}) but not for which network; name it with --arch."
+            f"Keyword arguments are given ({', '.join(unused)}) but no network to pass them to; "
+            "name it with --arch."
         )
     if arch is None and checkpoint.module is not None:
         name = type(checkpoint.module).__name__
-        return BuiltModel(
-            checkpoint.module.float().eval(), name, f"{name}, the module pickled in the checkpoint"
-        )
+        note = f"{name}, the module pickled in the checkpoint"
+        return BuiltModel(checkpoint.module.float().eval(), name, note)
     if arch is not None and ":" in arch:
         model = call_architecture(import_factory(arch), arch, kwargs)
-        renamed = load_state(model, checkpoint.tensors, checkpoint.path, arch)
-        return BuiltModel(model.float().eval(), arch, arch + renamed)
+        prefix_note = load_state(model, checkpoint.tensors, checkpoint.path, arch)
+        return BuiltModel(model.float().eval(), arch, arch + prefix_note)
     return build_torchvision(checkpoint, arch, kwargs)

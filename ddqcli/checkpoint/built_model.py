@@ -1,4 +1,4 @@
-"""A network built from a factory, before and after it holds the checkpoint's weights."""
+"""Call the function or class that builds a network, and what it results in."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from ddqcli.recipe.factory import user_errors
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model with the checkpoint's weights, in float32 and eval mode."""
+    """A network with the checkpoint's weights, in float32 and eval mode."""
 
     model: nn.Module
     arch: str
     note: str  # e.g. "torchvision resnet18 with 10 classes, found by its keys and shapes"
 
 
-def call_architecture(factory: Callable[..., Any], what: str, kwargs: dict[str, Any]) -> nn.Module:
-    given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
-    with user_errors(f"{what} called with ({given})"):
+def call_architecture(factory: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Return the network that `factory` builds. Raises UsageError, calling the factory `name`."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+    with user_errors(f"{name} called with ({arguments})"):
         model = factory(**kwargs)
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"{what} returned {type(model).__name__} where a torch.nn.Module is expected."
+            f"{name} returned {type(model).__name__} where a torch.nn.Module is expected."
         )
     return model

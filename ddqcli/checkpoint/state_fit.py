@@ -1,4 +1,4 @@
-"""How a state dict compares with a network, and loading it."""
+"""Compare a state dict with a network's names and shapes, and load it."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ Shape = tuple[int, ...]
 Tensors = dict[str, torch.Tensor]
 
 
-# ---- weights into a network
-
-
 @dataclass(frozen=True)
 class StateFit:
-    """How a checkpoint's tensors compare with a network's."""
+    """The difference between a checkpoint's tensors and a network's."""
 
     missing: list[str]
     unexpected: list[str]
-    reshaped: dict[str, tuple[Shape, Shape]]  # in the checkpoint, in the network
-    common: int  # names in both
+    mismatched: dict[str, tuple[Shape, Shape]]  # shape in the checkpoint, shape in the network
+    common: int  # number of names in both
 
     @property
     def classes(self) -> int | None:
-        """The checkpoint's number of classes, if that is all they differ in."""
-        ends = {(have[:1], want[:1], have[1:] == want[1:]) for have, want in self.reshaped.values()}
-        if self.missing or self.unexpected or len(ends) != 1:
+        """The checkpoint's number of classes, if it is the only difference; else None."""
+        differences = {
+            (have[:1], want[:1], have[1:] == want[1:]) for have, want in self.mismatched.values()
+        }
+        if self.missing or self.unexpected or len(differences) != 1:
             return None
-        (have, _, same_inputs), *_ = ends
+        (have, _, same_inputs), *_ = differences
         return have[0] if have and same_inputs else None
 
     @property
     def exact(self) -> bool:
-        return not (self.missing or self.unexpected or self.reshaped)
+        """True if all names and shapes agree."""
+        return not (self.missing or self.unexpected or self.mismatched)
 
     @property
-    def same(self) -> int:
-        return self.common - len(self.reshaped)
+    def matching(self) -> int:
+        """Number of names that have the same shape in both."""
+        return self.common - len(self.mismatched)
 
 
 def state_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Return the shapes of the model's state dict, without lazy tensors, which have none yet."""
     state = model.state_dict().items()
     return {
         name: tuple(t.shape) for name, t in state if isinstance(t, torch.Tensor) and not is_lazy(t)
@@ -55,65 +57,78 @@ def state_shapes(model: nn.Module) -> dict[str, Shape]:
 
 
 def compare_state(tensors: Tensors, wanted: dict[str, Shape]) -> StateFit:
-    needed = [
-        name for name in wanted if not name.endswith("num_batches_tracked")
-    ]  # torch does without
-    missing = [name for name in needed if name not in tensors]
-    unexpected = [name for name in tensors if name not in wanted]
-    pairs = {name: (tuple(tensors[name].shape), wanted[name]) for name in needed if name in tensors}
+    """Compare a checkpoint's tensors with the shapes that a network wants."""
+    # torch loads old checkpoints without num_batches_tracked.
+    required = [name for name in wanted if not name.endswith("num_batches_tracked")]
+    shapes = {
+        name: (tuple(tensors[name].shape), wanted[name]) for name in required if name in tensors
+    }
     return StateFit(
-        missing,
-        unexpected,
-        {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
-        len(pairs),
+        missing=[name for name in required if name not in tensors],
+        unexpected=[name for name in tensors if name not in wanted],
+        mismatched={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
+        common=len(shapes),
     )
 
 
 def align_names(tensors: Tensors, wanted: Collection[str]) -> tuple[Tensors, str]:
-    """The tensors without the prefix all of them carry, or with the one all of `wanted` carry, if that fits better."""
-    have, want = _first_name(tensors), _first_name(wanted)
+    """Strip the prefix that all tensors share, or add the one that all wanted names share.
+
+    Returns the tensors unchanged if that does not match more names; and a note on the change, or
+    an empty string.
+    """
+    have, want = _shared_prefix(tensors), _shared_prefix(wanted)
     renamed = {want + name.removeprefix(have): tensor for name, tensor in tensors.items()}
     if (have and want) or len(renamed.keys() & set(wanted)) <= len(tensors.keys() & set(wanted)):
         return tensors, ""
     return renamed, f", prefix '{have}' stripped" if have else f", prefix '{want}' added"
 
 
-def _first_name(names: Collection[str]) -> str:
-    firsts = {name.partition(".")[0] + "." for name in names}
-    return firsts.pop() if len(firsts) == 1 and all("." in name for name in names) else ""
-
-
 def load_state(model: nn.Module, tensors: Tensors, path: Path, arch: str) -> str:
-    """Copy the tensors into the model, strictly; says what was done to their names. Raises CheckpointError."""
+    """Load the tensors into the model, strictly; return a note on changes to their names.
+
+    `path` and `arch` are for messages. Raises CheckpointError if names or shapes differ.
+    """
     wanted = state_shapes(model)
-    tensors, renamed = align_names(tensors, wanted)
+    tensors, prefix_note = align_names(tensors, wanted)
     state = OrderedDict(tensors)
-    # Parts that state no version are upgraded by torch (num_batches_tracked is added); MNASNet wants one for the whole.
-    state._metadata = {"": {"version": getattr(model, "_version", None)}}  # type: ignore[attr-defined]
+    # torch upgrades modules without a version, e.g. adds num_batches_tracked. MNASNet refuses to
+    # load a state dict that has no version for the whole.
+    version = {"": {"version": getattr(model, "_version", None)}}
+    state._metadata = version  # type: ignore[attr-defined]
     try:
         model.load_state_dict(state)
     except Exception as error:
         fit = compare_state(tensors, wanted)
-        reason = f": {' '.join(str(error).split())[:300]}" if fit.exact else _misfit(fit)
+        reason = f": {' '.join(str(error).split())[:300]}" if fit.exact else _describe(fit)
         raise CheckpointError(f"{path} does not fit {arch}{reason}.") from error
-    return renamed
+    return prefix_note
 
 
-def _misfit(fit: StateFit) -> str:
-    reshaped = [
+def _shared_prefix(names: Collection[str]) -> str:
+    """Return the first part of the names, such as `model.`, if all share it; else ""."""
+    prefixes = {name.partition(".")[0] + "." for name in names}
+    return prefixes.pop() if len(prefixes) == 1 and all("." in name for name in names) else ""
+
+
+def _describe(fit: StateFit) -> str:
+    mismatched = [
         f"{name} {list(have)} instead of {list(want)}"
-        for name, (have, want) in fit.reshaped.items()
+        for name, (have, want) in fit.mismatched.items()
     ]
     faults = (
         ("it lacks", fit.missing),
         ("it has unknown", fit.unexpected),
-        ("it has in another shape", reshaped),
+        ("it has in another shape", mismatched),
     )
-    parts = [f"{what} {len(names)} tensors ({_few(names)})" for what, names in faults if names]
+    parts = [f"{fault} {len(names)} tensors ({_few(names)})" for fault, names in faults if names]
     if fit.classes:
         remedy = f"only the classes differ: give --set model.kwargs.num_classes={fit.classes}"
     else:
-        remedy = "give the --arch it was trained with, built with the same keywords (--set model.kwargs.NAME=VALUE)"
+        remedy = (
+            "give the --arch it was trained with, built with the same keywords "
+            "(--set model.kwargs.NAME=VALUE)"
+        )
     return f": {', '.join(parts)}; {remedy}"
 
 

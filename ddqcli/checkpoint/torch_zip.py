@@ -1,7 +1,7 @@
-"""Where the tensors of a file of torch.save lie in it, found without PyTorch, whose import takes seconds and memory.
+"""Locate the tensors in a `torch.save` file without PyTorch, whose import costs time and memory.
 
-Only what state dicts are made of is understood. For anything else there is `ddqcli.checkpoint.read`, which also knows
-what to say about it, so nothing here explains itself: what is unusual is None.
+Understands only what state dicts are made of. Returns None for any other file, and leaves it to
+`ddqcli.checkpoint.read` to read it or to explain what is wrong with it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-# Where training scripts keep the weights, averaged (EMA) ones first, as ddqcli.checkpoint.read has them.
-STATE_KEYS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
-    *(
-        "state_dict",
-        "model_state_dict",
-        "model_state",
-        "model",
-        "network",
-        "net",
-        "weights",
-        "params",
-    ),
-)
+from ddqcli.checkpoint.state_keys import find_state
 
-_STORAGES = {
+_STORAGE_DTYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -46,46 +33,53 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-ITEMSIZE = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-}  # others: 1
+_ITEM_SIZES = {
+    **{"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2},
+    **{"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1},
+}
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """A tensor's place in the file: its elements begin at byte `start`; strides are in elements, not negative."""
+    """Position of a tensor in a file."""
 
     dtype: str
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    start: int
+    strides: tuple[int, ...]  # in elements, not negative
+    start: int  # first byte in the file
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_SIZES[self.dtype]
 
 
-def locate_tensors(path: Path) -> tuple[dict[str, TensorLocation], str] | None:
-    """The places of a state dict's tensors by name, and where it was found; None if the file is unusual or damaged."""
-    found, keys = _unwrapped(contents(path))
-    places = {name: value for name, value in found.items() if isinstance(value, TensorLocation)}
-    if not places or len(places) != len(found) or not all(isinstance(name, str) for name in places):
+def locate_state_dict(path: Path) -> tuple[dict[str, TensorLocation], str] | None:
+    """Return the locations of a state dict's tensors by name, and where in the file it was found.
+
+    None if the file holds anything unusual or is damaged.
+    """
+    state, position = find_state(load_structure(path), _may_hold_weights)
+    entries = state if isinstance(state, Mapping) else {}
+    locations = {name: v for name, v in entries.items() if isinstance(v, TensorLocation)}
+    if not locations or len(locations) != len(entries):
         return None
-    where = "under " + " > ".join(repr(key) for key in keys) if keys else "at the top level"
-    return places, f"state dict {where}"
+    if not all(isinstance(name, str) for name in locations):
+        return None
+    return locations, f"state dict {position}"
 
 
-def contents(path: Path) -> Any:
-    """What the file holds, with a Place for each tensor; None if it is unusual or damaged."""
+def load_structure(path: Path) -> Any:
+    """Return the content of a `torch.save` file with a TensorLocation in place of each tensor.
+
+    None if the file holds anything unusual or is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             records = {info.filename: info for info in archive.infolist()}
             if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
-                return None  # torch.save compresses nothing; a bomb would
+                return None  # torch.save compresses nothing; a zip bomb would
             if archive.testzip() is not None:
-                return None  # a bit of it changed; torch writes checksums but does not look at them
+                return None  # a checksum differs; torch writes them but does not check them
             root = next(
                 name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")
             )
@@ -94,29 +88,15 @@ def contents(path: Path) -> Any:
                 return None
             with archive.open(f"{root}data.pkl") as pickled:
                 return _Unpickler(pickled, records, f"{root}data/", file).load()
-    except (
-        Exception
-    ):  # whatever a damaged or hostile file leads to: it is for the other reader to explain
+    except Exception:  # whatever a damaged or hostile file leads to
         return None
 
 
-def read_tensor(path: Path, place: TensorLocation) -> NDArray[Any]:
-    """The values of a dense tensor of a type that numpy knows, in its shape."""
-    count = math.prod(place.shape)
-    return np.fromfile(
-        path, np.dtype(place.dtype).newbyteorder("<"), count, offset=place.start
-    ).reshape(place.shape)
-
-
-def _unwrapped(content: Any) -> tuple[Mapping[str, Any], list[str]]:
-    keys: list[str] = []
-    while isinstance(content, Mapping) and len(keys) < 3:
-        key = next((key for key in STATE_KEYS if _may_hold_weights(content.get(key))), None)
-        if key is None:
-            return content, keys
-        content = content[key]
-        keys.append(key)
-    return {}, keys
+def read_tensor(path: Path, location: TensorLocation) -> NDArray[Any]:
+    """Return a contiguous tensor of a dtype that numpy knows, in its shape."""
+    dtype = np.dtype(location.dtype).newbyteorder("<")
+    count = math.prod(location.shape)
+    return np.fromfile(path, dtype, count, offset=location.start).reshape(location.shape)
 
 
 def _may_hold_weights(value: Any) -> bool:
@@ -126,7 +106,7 @@ def _may_hold_weights(value: Any) -> bool:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Understands tensors, parameters and plain containers; refuses every other name, so no code of the file's runs."""
+    """Build tensors' locations and plain containers; refuse any other name, so no code runs."""
 
     def __init__(
         self, pickled: Any, records: dict[str, zipfile.ZipInfo], folder: str, file: BinaryIO
@@ -140,15 +120,15 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: self._tensor(*args[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
         }
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> tuple[str, int, int]:
-        """dtype, first byte in the file, and number of elements of a storage."""
+        """Return a storage's dtype, first byte in the file, and number of elements."""
         kind, dtype, key, _, numel = pid
         info = self._records[self._folder + key]
-        if kind != "storage" or info.file_size != numel * _itemsize(dtype):
+        if kind != "storage" or info.file_size != numel * _ITEM_SIZES[dtype]:
             raise ValueError(pid)
         self._file.seek(info.header_offset)
         name_length, extra_length = struct.unpack("<26xHH", self._file.read(30))
@@ -158,22 +138,13 @@ class _Unpickler(pickle.Unpickler):
     def _tensor(
         storage: tuple[str, int, int], offset: int, shape: Any, strides: Any
     ) -> TensorLocation:
+        """Return the location of a view of a storage. Raises ValueError if it reaches beyond."""
         dtype, start, numel = storage
-        place = TensorLocation(
-            dtype, tuple(shape), tuple(strides), start + offset * _itemsize(dtype)
-        )
-        if (
-            len(place.shape) != len(place.strides)
-            or min((offset, *place.shape, *place.strides)) < 0
-        ):
-            raise ValueError(place)
-        last = offset + sum(
-            (n - 1) * step for n, step in zip(place.shape, place.strides, strict=True)
-        )
-        if math.prod(place.shape) and last >= numel:
-            raise ValueError(place)
-        return place
-
-
-def _itemsize(dtype: str) -> int:
-    return ITEMSIZE.get(dtype, 1)
+        shape, strides = tuple(shape), tuple(strides)
+        location = TensorLocation(dtype, shape, strides, start + offset * _ITEM_SIZES[dtype])
+        if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
+            raise ValueError(location)
+        last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        if math.prod(shape) and last >= numel:
+            raise ValueError(location)
+        return location

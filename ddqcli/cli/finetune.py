@@ -125,7 +125,8 @@ def finetune(
 
     def work() -> FinetuneResult:
         from ddqcli.errors import UsageError
-        from ddqcli.recipe.file import find_recipe, load_recipes, with_assignments
+        from ddqcli.recipe.assignments import with_assignments
+        from ddqcli.recipe.file import find_recipe, load_recipes
         from ddqcli.runs.run import Run
 
         if target_bits is not None and target_size is not None:
@@ -143,7 +144,7 @@ def finetune(
             )
         checkpoint = _checkpoint(model, recipes[0])
         if run:
-            run.check_same([each.of(checkpoint) for each in recipes])
+            run.check_same_recipes([each.with_checkpoint(checkpoint) for each in recipes])
         from ddqcli.render.progress import ProgressReporter
 
         is_main_process = os.environ.get("RANK", "0") == "0"  # set by torchrun

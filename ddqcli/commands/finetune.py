@@ -85,7 +85,7 @@ def finetune(
     """
     listener = listener if listener and distributed.is_main() else Listener()
     introduce = (Listener() if introduced else listener).note
-    recipe = recipe.of(checkpoint_path)
+    recipe = recipe.with_checkpoint(checkpoint_path)
     device = distributed.local_device(resolve_device(recipe.train.device))
     checkpoint = load_checkpoint(checkpoint_path, pickle=recipe.model.pickle)
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
@@ -136,7 +136,9 @@ def finetune(
         }
         shared = {fact: value for fact, value in facts.items() if fact != "recipe"}
         looked = _looked(start, shared) if start and distributed.is_main() else None
-        saved = distributed.broadcast(run.saved(facts) if distributed.is_main() else None)
+        saved = distributed.broadcast(
+            run.load_resume_state(facts) if distributed.is_main() else None
+        )
         distilled = distillation_weight(recipe.train.distill, data)
         with _explained("The model cannot run on these data", UsageError, recipe):
             if known := saved or distributed.broadcast(looked):
@@ -160,7 +162,7 @@ def finetune(
             trainer = _trainer(converted, teacher, data, budget, recipe, steps, saved)
         if saved:
             listener.note(f"resumed {run.path} at step {trainer.step} of {steps}")
-            run.cut_metrics(trainer.step)
+            run.truncate_metrics(trainer.step)
         with _explained("Training failed", DDQError, recipe):
             _train(
                 trainer,
@@ -190,7 +192,7 @@ def finetune(
 
 def _looked(start: Run, shared: dict[str, Any]) -> dict[str, Any] | None:
     """What a run of the same checkpoint and data has found out about the float model; the rest of its state is let go."""
-    state = start.saved(shared)
+    state = start.load_resume_state(shared)
     return state and {fact: state[fact] for fact in ("float_accuracy", "augmentation")}
 
 
@@ -254,7 +256,7 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterato
                     f"Another process of this run ended, and none can go on alone; {resume}"
                 ) from error
             if new:
-                run.discard_if_empty()
+                run.remove_if_untrained()
             raise
 
 
@@ -281,12 +283,12 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
     """The loop, with its metrics and checkpoints in the run folder; one roll-back if it diverges."""
 
     def on_step(metrics: StepMetrics) -> None:
-        run.add_metrics(metrics)
+        run.append_metrics(metrics)
         if (
             is_snapshot_step(metrics.step, metrics.steps, REPORT_EVERY)
             and metrics.step < metrics.steps
         ):
-            run.add_metrics(snapshot(trainer.converted, metrics.step))
+            run.append_metrics(snapshot(trainer.converted, metrics.step))
         listener.step(metrics)
 
     def keep() -> None:
@@ -309,7 +311,7 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
             ) from error
         trainer.lr_scale = ROLLED_BACK
         keep()
-        run.cut_metrics(trainer.step)
+        run.truncate_metrics(trainer.step)
         listener.note(
             f"warning: {error}; went back to step {trainer.step}, on with train.lr {ROLLED_BACK * lr:g}"
         )
@@ -319,7 +321,7 @@ def _train(trainer: Trainer, run: Run, facts: dict[str, Any], listener: Listener
 def _keep_snapshot(run: Run, converted: QuantizedModel, step: int) -> None:
     """Add how the tensors stand to the metrics, unless a process that was killed thereafter has done so."""
     if not any(entry["step"] == step for entry in run.snapshots()):
-        run.add_metrics(snapshot(converted, step))
+        run.append_metrics(snapshot(converted, step))
 
 
 def _trainer(

@@ -36,7 +36,7 @@ def sweep(
     first is trained.
     """
     listener = listener if listener and distributed.is_main() else Listener()
-    recipes = [recipe.of(checkpoint_path) for recipe in recipes]
+    recipes = [recipe.with_checkpoint(checkpoint_path) for recipe in recipes]
     checked = [(recipe, _dry(checkpoint_path, recipe)) for recipe in recipes]
     budgets: dict[int, str] = {}
     for recipe, report in checked:
@@ -63,7 +63,7 @@ def sweep(
             )
             begun = here if here.recipe_path.exists() else None
             if begun:
-                begun.check_same([recipe])
+                begun.check_same_recipes([recipe])
             if not _is_whole(here):
                 distributed.barrier()  # until all have looked
                 finetune(
@@ -115,7 +115,7 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe])
             yield run
         except BaseException:
             if new:
-                run.discard_if_empty()
+                run.remove_if_untrained()
             raise
 
 

@@ -10,47 +10,49 @@ from torch.nn import functional as F
 
 from ddqcli.errors import DataError
 
-Score = Callable[[Any, Tensor], Tensor]
+Score = Callable[[Any, Tensor], Tensor]  # (output, target) -> loss or metric
 
 
 def classification(count: int | None, *, exact: bool) -> tuple[Score, Score]:
-    """Cross entropy and top-1 hits for `count` classes, where known; a model may give more scores unless `exact`.
+    """Return the mean cross-entropy, and the top-1 hits [B] as 0 or 1.
 
-    Both raise DataError where output [B,K] and target [B] do not fit together.
+    `count` is the number of classes, if known. The model may give more scores unless `exact`.
+    Both functions raise DataError if output [B, K] and target [B] do not fit together.
     """
 
-    def check(output: Any, target: Tensor) -> None:
-        if not isinstance(output, Tensor) or output.dim() != 2:
-            kind = (
-                f"of shape {list(output.shape)}"
-                if isinstance(output, Tensor)
-                else f"a {type(output).__name__}"
-            )
-            raise DataError(
-                f"The model's output is {kind}, not scores [B,K]; give a data factory with its own loss."
-            )
-        if target.dim() != 1 or target.is_floating_point():
-            kind = f"{target.dtype} {list(target.shape)}"
-            raise DataError(
-                f"Targets are {kind}, not whole numbers [B]; give a data factory with loss and metric."
-            )
-        scores = output.shape[1]
-        if count is not None and (scores < count or (exact and scores != count)):
-            raise DataError(
-                f"The model gives {scores} scores but the data have {count} classes; they must agree."
-            )
-
     def loss(output: Any, target: Tensor) -> Tensor:
-        check(output, target)
+        scores = _check(output, target, count, exact)
         try:
-            return F.cross_entropy(output.float(), target.long())
+            return F.cross_entropy(scores.float(), target.long())
         except IndexError as error:
             raise DataError(
-                f"A label lies beyond the model's {output.shape[1]} scores: {error}"
+                f"A label lies beyond the model's {scores.shape[1]} scores: {error}"
             ) from error
 
     def metric(output: Any, target: Tensor) -> Tensor:
-        check(output, target)
-        return (output.argmax(1) == target).float()
+        scores = _check(output, target, count, exact)
+        return (scores.argmax(1) == target).float()
 
     return loss, metric
+
+
+def _check(output: Any, target: Tensor, count: int | None, exact: bool) -> Tensor:
+    """Return the output if it is class scores [B, K] that fit the labels [B]."""
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        is_tensor = isinstance(output, Tensor)
+        kind = f"of shape {list(output.shape)}" if is_tensor else f"a {type(output).__name__}"
+        raise DataError(
+            f"The model's output is {kind}, not scores [B,K]; give a data factory with its own "
+            "loss."
+        )
+    if target.dim() != 1 or target.is_floating_point():
+        raise DataError(
+            f"Targets are {target.dtype} {list(target.shape)}, not whole numbers [B]; give a data "
+            "factory with loss and metric."
+        )
+    scores = output.shape[1]
+    if count is not None and (scores < count or (exact and scores != count)):
+        raise DataError(
+            f"The model gives {scores} scores but the data have {count} classes; they must agree."
+        )
+    return output

@@ -1,8 +1,7 @@
-"""Images of a source as uint8 arrays of one size: which size and colours, and how each one is read."""
+"""Read images as uint8 arrays of one size and color mode."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,227 +12,141 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import DatasetFolder
-from torchvision.models import get_weight
 from torchvision.transforms import InterpolationMode, v2
 
-from ddqcli.data.sources import Source
-from ddqcli.errors import DataError, UsageError
-from ddqcli.recipe.schema import IMAGENET_MEAN, IMAGENET_STD, DataSection
+from ddqcli.errors import DataError
 
-SMALL_SIDE = 128  # pixels; larger images are photographs, trained on by crops of random size
-GREY, COLOUR = (
-    ("1", "L", "LA"),
-    ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"),
-)  # PIL's modes of 8 bits a channel
-PROBED = 32  # images of each split that are looked at to learn their size and colours
+SMALL_SIDE = 128  # pixels; larger images are photographs, trained on with random resized crops
+GRAY_MODES = ("1", "L", "LA")  # PIL's modes of 8 bits a channel
+COLOR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What images are turned into."""
+    """The format that all images are converted to."""
 
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # normalization: one value for each channel, of pixel values in 0..1
     std: tuple[float, ...]
     mode: str  # L or RGB
-    resize: int | None  # the shorter side
-    crop: int | None  # at the centre
-    shape: tuple[int, int]  # height and width that result
+    resize: int | None  # pixels of the shorter side
+    crop: int | None  # pixels of the center crop
+    shape: tuple[int, int]  # resulting height and width
     interpolation: InterpolationMode
-    widened: bool  # grey images, read as RGB
+    gray_as_rgb: bool  # gray images are converted to RGB
 
     @property
     def small(self) -> bool:
+        """True for images that are kept whole but for a crop after padding."""
         return min(self.shape) <= SMALL_SIDE
 
     @property
     def bytes(self) -> int:
-        """Of one image, decoded."""
+        """Size of one decoded image."""
         return self.shape[0] * self.shape[1] * len(self.mode)
 
 
-class Reader:
-    """A map-style set of (uint8 [H,W,C], label) over one of (PIL image, label). Raises DataError, naming the image."""
+class ImageReader:
+    """A map-style data set of (uint8 [H, W, C], label) over one of (PIL image, label).
 
-    def __init__(self, items: Any, form: ImageFormat, *, random_crop: bool = False) -> None:
-        self.items, self.form, self.random_crop = items, form, random_crop
+    With `random_crop`, a random resized crop (torchvision's) replaces resize and center crop.
+    Raises DataError, naming the image, if one cannot be read or has another size.
+    """
+
+    def __init__(
+        self, images: Any, image_format: ImageFormat, *, random_crop: bool = False
+    ) -> None:
+        self.images, self.format, self.random_crop = images, image_format, random_crop
+        interpolation = image_format.interpolation
         steps: list[Callable[[Image.Image], Image.Image]] = []
         if random_crop:
-            steps = [v2.RandomResizedCrop(form.shape, interpolation=form.interpolation)]
+            steps = [v2.RandomResizedCrop(image_format.shape, interpolation=interpolation)]
         else:
-            steps += [v2.Resize(form.resize, form.interpolation)] if form.resize else []
-            steps += [v2.CenterCrop(form.crop)] if form.crop else []
+            if image_format.resize:
+                steps.append(v2.Resize(image_format.resize, interpolation))
+            if image_format.crop:
+                steps.append(v2.CenterCrop(image_format.crop))
         self.transform = v2.Compose(steps) if steps else None
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        image, label = fetch(self.items, index)
-        if self.form.mode == "L" and image.mode not in GREY:
-            raise DataError(
-                f"{_name(self.items, index)} is in colour where others are grey; convert one or the other."
-            )
-        if image.mode != self.form.mode:
-            image = image.convert(self.form.mode)
-        if (
-            not self.random_crop
-            and not self.form.resize
-            and self.form.crop
-            and min(image.size) < self.form.crop
-        ):
-            size = f"{image.width}x{image.height}, less than data.crop={self.form.crop}"
-            raise DataError(f"{_name(self.items, index)} is {size}; set data.resize.")
+        image, label = fetch_image(self.images, index)
+        name, mode = image_name(self.images, index), self.format.mode
+        if mode == "L" and image.mode not in GRAY_MODES:
+            raise DataError(f"{name} is in color where others are gray; convert one or the other.")
+        if image.mode != mode:
+            image = image.convert(mode)
+        self._check_crop(image, name)
         pixels = np.array(self.transform(image) if self.transform else image)
-        if pixels.shape[:2] != self.form.shape:
-            raise _mixed(_name(self.items, index), pixels.shape[:2], self.form.shape)
-        return pixels.reshape(*self.form.shape, -1), label
+        if pixels.shape[:2] != self.format.shape:
+            raise mixed_sizes(name, pixels.shape[:2], self.format.shape)
+        return pixels.reshape(*self.format.shape, -1), label
+
+    def _check_crop(self, image: Image.Image, name: str) -> None:
+        """Refuse to crop an image that is too small: torchvision would pad it."""
+        if self.random_crop or self.format.resize or not self.format.crop:
+            return
+        if min(image.size) < self.format.crop:
+            size = f"{image.width}x{image.height}"
+            raise DataError(
+                f"{name} is {size}, less than data.crop={self.format.crop}; set data.resize."
+            )
+
+    def read_all(self) -> tuple[Tensor, Tensor]:
+        """Return all images uint8 [N, H, W, C] and labels int64 [N]."""
+        count = len(self)
+        images = np.empty((count, *self.format.shape, len(self.format.mode)), dtype=np.uint8)
+        labels = np.empty(count, dtype=np.int64)
+
+        def read(start: int) -> None:
+            for index in range(start, min(start + 64, count)):
+                images[index], labels[index] = self[index]
+
+        # Threads help, as PIL decodes without holding the interpreter's lock.
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            for _ in threads.map(read, range(0, count, 64)):
+                pass
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def fetch(items: Any, index: int) -> tuple[Image.Image, int]:
-    """Image `index` and its label. Raises DataError where either is not what it should be."""
+def fetch_image(images: Any, index: int) -> tuple[Image.Image, int]:
+    """Return image `index` and its label.
+
+    Raises DataError if the image is not of 8 bits a channel or the label is not an integer.
+    """
+    name = image_name(images, index)
     try:
-        image, label = items[index]
-    except (
-        Exception
-    ) as error:  # PIL raises OSError, SyntaxError, ValueError and more on damaged files
+        image, label = images[index]
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more
         reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name} cannot be read: {reason}; replace or remove it.") from error
+    if not isinstance(image, Image.Image):
+        kind = f"a {type(image).__name__}"
+    elif image.mode not in GRAY_MODES + COLOR_MODES:
+        kind = f"of mode {image.mode}"
+    else:
+        kind = ""
+    if kind:
         raise DataError(
-            f"{_name(items, index)} cannot be read: {reason}; replace or remove it."
-        ) from error
-    if not isinstance(image, Image.Image) or image.mode not in GREY + COLOUR:
-        kind = (
-            f"of mode {image.mode}"
-            if isinstance(image, Image.Image)
-            else f"a {type(image).__name__}"
-        )
-        raise DataError(
-            f"{_name(items, index)} is {kind}; images of 8 bits a channel are needed, or a data factory."
+            f"{name} is {kind}; images of 8 bits a channel are needed, or a data factory."
         )
     if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-        kind = type(label).__name__
         raise DataError(
-            f"{_name(items, index)} has a {kind} as label; whole numbers are needed, or a data factory."
+            f"{name} has a {type(label).__name__} as label; whole numbers are needed, or a data "
+            "factory."
         )
     return image, int(label)
 
 
-def _name(items: Any, index: int) -> str:
-    return str(items.samples[index][0]) if isinstance(items, DatasetFolder) else f"Image {index}"
+def image_name(images: Any, index: int) -> str:
+    """Return the image's file, if known, or its number."""
+    return str(images.samples[index][0]) if isinstance(images, DatasetFolder) else f"Image {index}"
 
 
-def _mixed(name: str, shape: tuple[int, ...], other: tuple[int, int]) -> DataError:
-    sizes = f"{name} is {shape[1]}x{shape[0]} where others are {other[1]}x{other[0]}"
-    return DataError(f"{sizes}; bring all to one size with data.resize and data.crop.")
-
-
-def decode(reader: Reader) -> tuple[Tensor, Tensor]:
-    """All images as uint8 [N,H,W,C] and their labels [N]; threads help, as PIL decodes outside the interpreter."""
-    count = len(reader)
-    images = np.empty((count, *reader.form.shape, len(reader.form.mode)), dtype=np.uint8)
-    labels = np.empty(count, dtype=np.int64)
-
-    def fill(start: int) -> None:
-        for index in range(start, min(start + 64, count)):
-            images[index], labels[index] = reader[index]
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for _ in threads.map(fill, range(0, count, 64)):
-            pass
-    return torch.from_numpy(images), torch.from_numpy(labels)
-
-
-def choose_format(source: Source, section: DataSection) -> ImageFormat:
-    """Size, colours and normalisation: the section's word, then that of its weights, then what the images show.
-
-    Images of one size up to 128 pixels stay as they are; larger ones are resized to 256 and cropped to 224.
-    Raises DataError where images and section do not fit together, UsageError on unknown weights.
-    """
-    section, interpolation = _with_weights(section)
-    sizes, grey = _probe(source)
-    resize, crop = section.resize, section.crop
-    if not source.sized and statistics.median(min(size) for size in sizes.values()) > SMALL_SIDE:
-        crop = crop or min(224, resize or 224)
-        resize = resize or max(256, crop)
-    if resize and crop and crop > resize:
-        raise DataError(
-            f"data.crop={crop} is larger than data.resize={resize}; make it {resize} or less."
-        )
-    shapes = {name: _shape(size, resize, crop) for name, size in sizes.items()}
-    shape = next(iter(shapes.values()))
-    for name, other in shapes.items():
-        if other != shape:
-            raise _mixed(name, other, shape)
-    widened = _widened(source, grey, section)
-    mode = "L" if grey and not widened else "RGB"
-    return ImageFormat(
-        tuple(section.mean), tuple(section.std), mode, resize, crop, shape, interpolation, widened
+def mixed_sizes(name: str, shape: tuple[int, ...], others: tuple[int, int]) -> DataError:
+    """Return the error for an image whose (height, width) differs from that of others."""
+    return DataError(
+        f"{name} is {shape[1]}x{shape[0]} where others are {others[1]}x{others[0]}; bring all to "
+        "one size with data.resize and data.crop."
     )
-
-
-def _with_weights(section: DataSection) -> tuple[DataSection, InterpolationMode]:
-    """The section with what it leaves open filled from the torchvision weights it names, and how to interpolate."""
-    if section.weights is None:
-        return section, InterpolationMode.BILINEAR
-    try:
-        preset: Any = get_weight(section.weights).transforms()
-        resize, crop, mean, std = (
-            preset.resize_size[0],
-            preset.crop_size[0],
-            list(preset.mean),
-            list(preset.std),
-        )
-    except (ValueError, KeyError, AttributeError) as error:
-        hint = "name those of a torchvision classifier, such as ResNet18_Weights.IMAGENET1K_V1"
-        raise UsageError(f"data.weights={section.weights} is not known; {hint}.") from error
-    if (section.mean, section.std) not in ((mean, std), (list(IMAGENET_MEAN), list(IMAGENET_STD))):
-        raise UsageError(
-            f"data.weights={section.weights} has its own mean and std; leave out data.mean and data.std."
-        )
-    filled = {
-        "mean": mean,
-        "std": std,
-        "resize": section.resize or resize,
-        "crop": section.crop or crop,
-    }
-    return section.model_copy(update=filled), preset.interpolation
-
-
-def _probe(source: Source) -> tuple[dict[str, tuple[int, int]], bool]:
-    """Width and height of some images of both splits by name, and whether all of them are grey."""
-    sizes, grey = {}, True
-    for split, items in (("train", source.train), ("evaluation", source.val)):
-        if len(items) == 0:
-            raise DataError(f"{source.place} holds no {split} images.")
-        for index in sorted({round(k * (len(items) - 1) / (PROBED - 1)) for k in range(PROBED)}):
-            image, _ = fetch(items, index)
-            sizes[f"{_name(items, index)} ({split})"] = image.size
-            grey = grey and image.mode in GREY
-    return sizes, grey
-
-
-def _shape(size: tuple[int, int], resize: int | None, crop: int | None) -> tuple[int, int]:
-    """Height and width of an image of width and height `size` once resized and cropped."""
-    if crop:
-        return crop, crop
-    if resize:
-        height, width = v2.functional.resize(torch.empty(1, size[1], size[0]), [resize]).shape[1:]
-        return height, width
-    return size[1], size[0]
-
-
-def _widened(source: Source, grey: bool, section: DataSection) -> bool:
-    """Whether grey images are to be read as RGB: only where three values were chosen for them, not left at default."""
-    given = len(section.mean)
-    if given == (1 if grey else 3):
-        return False
-    if not grey or given != 3:
-        has = "is grey (1 channel)" if grey else "is in colour (3 channels)"
-        raise DataError(
-            f"{source.place} {has}, but data.mean has {given} values; give one for each channel."
-        )
-    if section.weights is None and section.mean == list(IMAGENET_MEAN):
-        raise DataError(
-            f"{source.place} is grey, but data.mean has its default of 3 values; give what the model was trained with: "
-            "--set data.mean='[0.5]' --set data.std='[0.5]', or three values of your own to read grey as RGB."
-        )
-    return True

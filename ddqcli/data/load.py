@@ -1,4 +1,4 @@
-"""Training and evaluation data as batches on the device, and how their outcome is judged."""
+"""Load the data that a recipe names, with the loss and metric that judge a model's outputs."""
 
 from __future__ import annotations
 
@@ -7,240 +7,230 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from ddqcli.data.augment import Preprocess
-from ddqcli.data.batches import (
-    WHOLE,
-    Batches,
-    BatchOrder,
-    LoadedBatches,
-    MemoryBatches,
-    ReadyBatches,
-    Shard,
-)
+from ddqcli.data.batches import WHOLE, Batches, BatchOrder, Shard, as_batch
 from ddqcli.data.classification import Score, classification
-from ddqcli.data.images import ImageFormat, Reader, choose_format, decode
-from ddqcli.data.sources import (
-    Source,
-    call_factory,
-    is_torchvision,
-    open_folder,
-    open_npz,
-    open_torchvision,
-)
+from ddqcli.data.data_factory import call_factory, check_scores, factory_batches
+from ddqcli.data.image_folder import open_folder
+from ddqcli.data.image_format import choose_format
+from ddqcli.data.images import ImageFormat, ImageReader
+from ddqcli.data.loaded_batches import LoadedBatches
+from ddqcli.data.memory_batches import MemoryBatches
+from ddqcli.data.npz import open_npz
+from ddqcli.data.source import Source
+from ddqcli.data.torchvision_sets import is_torchvision, open_torchvision
 from ddqcli.errors import DataError, UsageError
 from ddqcli.recipe.schema import DataSection
 
-MEMORY_LIMIT = 2**30  # bytes, decoded, up to which a split is kept in memory
-SMALL_VAL_BATCH = 500
+MEMORY_LIMIT = 2**30  # bytes of decoded images up to which a split is kept in memory
+_SMALL_VAL_BATCH = 500  # samples; small images fit in larger batches for evaluation
 
 
 @dataclass(frozen=True)
 class Data:
-    """What `load_data` gives."""
+    """Training and evaluation data, and the functions that judge outputs on them."""
 
-    train: Batches  # shuffled, augmented; drops the last incomplete batch unless it is the only one
-    val: Batches  # in order, whole, no augmentation
+    train: Batches  # shuffled and augmented, without the last incomplete batch
+    val: Batches  # in order, complete, not augmented
     loss: Score  # (output, target) -> mean loss
-    metric: Score  # (output, target) -> [B] scores in 0..1; a hit of the first class by default
-    classes: tuple[str, ...] | None
-    note: str  # one line: what was found, and the preprocessing in force
-    augment: Preprocess | None = (
-        None  # what `train` passes images through; None where samples come ready
-    )
-    own_loss: bool = False  # whether `loss` is the user's
+    metric: Score  # (output, target) -> scores [B] in 0..1; top-1 hits by default
+    classes: tuple[str, ...] | None  # names, if known
+    note: str  # one line: the data found, and the preprocessing in force
+    augment: Preprocess | None = None  # of `train`; None if samples come ready for the model
+    own_loss: bool = False  # True if `loss` is the user's
 
     def fingerprint(self) -> str:
-        """Tells whether a run goes on with the data it was begun with."""
-        return f"{self.train.samples} {self.train.fingerprint()} {self.val.samples} {self.val.fingerprint()}"
+        """Return a text that differs for other data, to check that a run resumes with its own."""
+        train, val = self.train, self.val
+        return f"{train.samples} {train.fingerprint()} {val.samples} {val.fingerprint()}"
 
 
 def load_data(
     section: DataSection, *, seed: int, device: torch.device, shard: Shard = WHOLE
 ) -> Data:
-    """The data that `section` names, deterministic in `seed`; of each batch, one process's shard.
+    """Return the data that `section` names, deterministic in `seed`.
 
-    Raises DataError, UsageError.
+    Batches hold the `shard` of one process. Raises UsageError if the section names no data,
+    DataError if they cannot be read or used.
     """
     if shard.count > section.batch_size:
         raise UsageError(
-            f"A batch of {section.batch_size} is too small for {shard.count} processes; set data.batch_size."
+            f"A batch of {section.batch_size} is too small for {shard.count} processes; set "
+            "data.batch_size."
         )
-    source = section.source
-    if not source:
+    source = _open_source(section)
+    if source is None:
+        return _factory_data(section, seed, device, shard)
+    loss, metric = classification(source.count, exact=source.classes is not None)
+    load = _tensor_batches if isinstance(source.train, TensorDataset) else _image_batches
+    train, val, note, augment = load(source, section, seed, device, shard)
+    return Data(train, val, loss, metric, source.classes, note, augment)
+
+
+def _open_source(section: DataSection) -> Source | None:
+    """Open a folder, .npz file or data set of torchvision; None if the section names a factory."""
+    if not section.source:
         raise UsageError(
-            "No data are named; set data.source to a folder, a .npz file, DATASET:ROOT or module:factory."
+            "No data are named; set data.source to a folder, a .npz file, DATASET:ROOT or "
+            "module:factory."
         )
-    head, colon, tail = source.partition(":")
-    path = Path(source).expanduser()
+    path = Path(section.source).expanduser()
     if path.is_dir() or path.suffix == ".npz":
         try:
-            found = open_folder(path) if path.is_dir() else open_npz(path)
+            return open_folder(path) if path.is_dir() else open_npz(path)
         except OSError as error:
             raise DataError(
                 f"{error.filename or path} cannot be read: {error.strerror}."
             ) from error
-    elif colon and is_torchvision(head, tail):
-        found = open_torchvision(head, str(Path(tail).expanduser()), section.kwargs)
-    elif colon:
-        return _from_factory(source, section, seed, device, shard)
-    else:
-        raise DataError(
-            f"The data {source} do not exist; give a folder, a .npz file, DATASET:ROOT or module:factory."
-        )
-    loss, metric = classification(found.count, exact=found.classes is not None)
-    make = _from_tensors if isinstance(found.train, TensorDataset) else _from_images
-    train, val, note, augment = make(found, section, seed, device, shard)
-    return Data(train, val, loss, metric, found.classes, note, augment)
+    name, colon, root = section.source.partition(":")
+    if colon and is_torchvision(name, root):
+        return open_torchvision(name, str(Path(root).expanduser()), section.kwargs)
+    if colon:
+        return None
+    raise DataError(
+        f"The data {section.source} do not exist; give a folder, a .npz file, DATASET:ROOT or "
+        "module:factory."
+    )
 
 
-def _from_images(
+def _image_batches(
     source: Source, section: DataSection, seed: int, device: torch.device, shard: Shard
 ) -> tuple[Batches, Batches, str, Preprocess]:
-    """Images: small ones with crops after padding, large ones with crops of random size; in memory if they fit."""
-    form = choose_format(source, section)
-    pad = section.pad if form.small else 0
-    rank_seed = seed * shard.count + shard.rank
-    fill, flip = (
-        "black" if section.fill == "auto" else section.fill,
-        section.flip is True,
-    )  # until the model is asked
-    augment = Preprocess(form.mean, form.std, device, seed=rank_seed, pad=pad, fill=fill, flip=flip)
-    plain = Preprocess(form.mean, form.std, device)
-    val_size = max(SMALL_VAL_BATCH, section.batch_size) if form.small else section.batch_size
+    """Return the batches of both splits, a note, and the preprocessing of training images.
 
-    def batches(items: Any, order: BatchOrder, prepare: Preprocess, random_crop: bool) -> Batches:
-        reader = Reader(items, form, random_crop=random_crop)
-        if random_crop or len(items) * form.bytes > MEMORY_LIMIT:
-            return LoadedBatches(
-                reader, order, device, seed=seed, workers=section.workers, prepare=prepare
-            )
-        return MemoryBatches(*decode(reader), order, device, prepare)
-
-    train = batches(
-        source.train,
-        BatchOrder(len(source.train), section.batch_size, seed, shard),
-        augment,
-        not form.small,
+    Small images are cropped after padding, large ones by random resized crops. A split is kept in
+    memory if it fits and needs no random resized crops.
+    """
+    image_format = choose_format(source, section)
+    small = image_format.small
+    augment = Preprocess(
+        image_format.mean,
+        image_format.std,
+        device,
+        seed=seed * shard.count + shard.rank,
+        pad=section.pad if small else 0,
+        # `auto` is decided later, from the model.
+        fill="black" if section.fill == "auto" else section.fill,
+        flip=section.flip is True,
     )
-    val = batches(source.val, BatchOrder(len(source.val), val_size, shard=shard), plain, False)
-    return train, val, _note(source, form, section, train, val), augment
+    plain = Preprocess(image_format.mean, image_format.std, device)
+
+    def batches(images: Any, order: BatchOrder, prepare: Preprocess, random_crop: bool) -> Batches:
+        reader = ImageReader(images, image_format, random_crop=random_crop)
+        if random_crop or len(images) * image_format.bytes > MEMORY_LIMIT:
+            workers = section.workers
+            return LoadedBatches(reader, order, device, seed=seed, workers=workers, prepare=prepare)
+        return MemoryBatches(reader.read_all(), order, device, prepare)
+
+    train_order = BatchOrder(len(source.train), section.batch_size, seed, shard)
+    val_size = max(_SMALL_VAL_BATCH, section.batch_size) if small else section.batch_size
+    val_order = BatchOrder(len(source.val), val_size, shard=shard)
+    train = batches(source.train, train_order, augment, not small)
+    val = batches(source.val, val_order, plain, False)
+    return train, val, _image_note(source, image_format, section, train, val), augment
 
 
-def _from_tensors(
+def _tensor_batches(
     source: Source, section: DataSection, seed: int, device: torch.device, shard: Shard
 ) -> tuple[Batches, Batches, str, None]:
-    """Inputs that are ready for the model: passed on as they are."""
-    (inputs, targets), (val_inputs, val_targets) = source.train.tensors, source.val.tensors
-    train = MemoryBatches(
-        inputs, targets, BatchOrder(len(inputs), section.batch_size, seed, shard), device
-    )
-    val = MemoryBatches(
-        val_inputs,
-        val_targets,
-        BatchOrder(len(val_inputs), section.batch_size, shard=shard),
-        device,
-    )
-    shape = "x".join(str(side) for side in inputs.shape[1:])
-    if val_inputs.shape[1:] != inputs.shape[1:]:
+    """Return the batches of inputs that are ready for the model, and a note."""
+    train, val = as_batch(source.train.tensors), as_batch(source.val.tensors)
+    shape, val_shape = train[0].shape[1:], val[0].shape[1:]
+    if val_shape != shape:
         raise DataError(
-            f"{source.place}: training and evaluation images differ in shape; make them equal."
+            f"{source.location}: training and evaluation images differ in shape; make them equal."
         )
-    note = f"{_counts(source, train, val)}, float {shape}, passed on as they are: not normalised, not augmented"
-    return train, val, note, None
+    train_order = BatchOrder(len(source.train), section.batch_size, seed, shard)
+    val_order = BatchOrder(len(source.val), section.batch_size, shard=shard)
+    train_batches = MemoryBatches(train, train_order, device)
+    val_batches = MemoryBatches(val, val_order, device)
+    note = (
+        f"{_count_note(source, train_batches, val_batches)}, float {'x'.join(map(str, shape))}, "
+        "passed on as they are: not normalized, not augmented"
+    )
+    return train_batches, val_batches, note, None
 
 
-def _from_factory(
-    spec: str, section: DataSection, seed: int, device: torch.device, shard: Shard
-) -> Data:
-    """A user's own data, with their own loss and metric where given."""
-    made = call_factory(spec, section.kwargs)
-    size, workers = section.batch_size, section.workers
+def _factory_data(section: DataSection, seed: int, device: torch.device, shard: Shard) -> Data:
+    """Return a user's own data, with their loss and metric if given."""
+    spec = section.source or ""
+    data = call_factory(spec, section.kwargs)
 
-    def batches(part: Any, name: str, order_seed: int | None) -> Batches:
-        ready: Batches
-        if isinstance(part, torch.utils.data.IterableDataset) or not hasattr(part, "__getitem__"):
-            if not hasattr(part, "__iter__") or iter(part) is part:
-                kind = f"{name} of {spec} is a {type(part).__name__}"
-                raise DataError(
-                    f"{kind}; give a data set, or batches that can be run through again."
-                )
-            ready = ReadyBatches(part, device, seed=seed, shard=shard)
-        elif not hasattr(part, "__len__"):
-            raise DataError(f"{name} of {spec} has no length; give its class a __len__.")
-        elif isinstance(part, TensorDataset) and len(part.tensors) == 2:
-            ready = MemoryBatches(
-                *part.tensors, BatchOrder(len(part), size, order_seed, shard), device
-            )
-        else:
-            ready = LoadedBatches(
-                part,
-                BatchOrder(len(part), size, order_seed, shard),
-                device,
-                seed=seed,
-                workers=workers,
-            )
-        if ready.samples == 0:
-            raise DataError(f"{name} of {spec} holds no samples.")
-        return ready
+    def batches(split: Any, name: str, shuffle: bool) -> Batches:
+        return factory_batches(
+            split,
+            f"{name} of {spec}",
+            section,
+            seed=seed,
+            shuffle=shuffle,
+            device=device,
+            shard=shard,
+        )
 
-    train, val = batches(made["train"], "train", seed), batches(made["val"], "val", None)
+    train, val = batches(data.train, "train", True), batches(data.val, "val", False)
     loss, metric = classification(None, exact=False)
-    counts = f"{train.samples:,} train and {val.samples:,} evaluation samples"
-    own = [name for name in ("loss", "metric") if made[name] is not None]
-    note = f"{counts} from {spec}, prepared by it" + (
-        f"; its own {' and '.join(own)}" if own else ""
-    )
-    metric = _one_a_sample(made["metric"], spec) if made["metric"] else metric
+    own = [name for name in ("loss", "metric") if getattr(data, name) is not None]
+    note = f"{train.samples:,} train and {val.samples:,} evaluation samples from {spec}"
+    note += ", prepared by it" + (f"; its own {' and '.join(own)}" if own else "")
     return Data(
-        train, val, made["loss"] or loss, metric, None, note, own_loss=made["loss"] is not None
+        train=train,
+        val=val,
+        loss=data.loss or loss,
+        metric=check_scores(data.metric, spec) if data.metric else metric,
+        classes=None,
+        note=note,
+        own_loss=data.loss is not None,
     )
 
 
-def _one_a_sample(metric: Score, spec: str) -> Score:
-    def checked(output: Any, target: Tensor) -> Tensor:
-        scores = metric(output, target)
-        if not isinstance(scores, Tensor) or scores.shape != target.shape[:1]:
-            kind = (
-                f"shape {list(scores.shape)}"
-                if isinstance(scores, Tensor)
-                else f"a {type(scores).__name__}"
-            )
-            raise DataError(
-                f"The metric of {spec} returned {kind}; {len(target)} scores are needed, one a sample."
-            )
-        return scores
-
-    return checked
-
-
-def _counts(source: Source, train: Batches, val: Batches) -> str:
+def _count_note(source: Source, train: Batches, val: Batches) -> str:
     classes = f" of {source.count:,} classes" if source.count else ""
-    return f"{train.samples:,} train and {val.samples:,} evaluation images{classes} from {source.place}"
+    counts = f"{train.samples:,} train and {val.samples:,} evaluation images"
+    return f"{counts}{classes} from {source.location}"
 
 
-def _note(
-    source: Source, form: ImageFormat, section: DataSection, train: Batches, val: Batches
+def _image_note(
+    source: Source,
+    image_format: ImageFormat,
+    section: DataSection,
+    train: Batches,
+    val: Batches,
 ) -> str:
-    height, width = form.shape
-    size = f"{width}x{height}" + (
-        ", grey" if form.mode == "L" else ", grey read as RGB" if form.widened else ""
+    height, width = image_format.shape
+    size = f"{width}x{height}"
+    if image_format.mode == "L":
+        size += ", gray"
+    elif image_format.gray_as_rgb:
+        size += ", gray read as RGB"
+    if image_format.resize:
+        size = f"resized to {image_format.resize}, {size}"
+    storage = " and ".join(dict.fromkeys(_storage_note(part, section) for part in (train, val)))
+    mean, std = (
+        " ".join(f"{v:g}" for v in values) for values in (image_format.mean, image_format.std)
     )
-    if form.resize:
-        size = f"resized to {form.resize}, {size}"
-    kept = {
-        MemoryBatches: "kept in memory",
-        LoadedBatches: f"read by {section.workers} processes as needed",
-    }
-    kinds = list(dict.fromkeys(kept[type(part)] for part in (train, val)))  # type: ignore[index]
-    values = [" ".join(f"{value:g}" for value in part) for part in (form.mean, form.std)]
-    colour = "" if section.fill == "auto" else f" with {section.fill}"
-    steps = [f"crops after padding by {section.pad}{colour}"] if form.small and section.pad else []
-    steps += [] if form.small else ["crops of random size and place"]
-    steps += {True: ["flips"], "auto": ["flips if the model knows them"]}.get(section.flip, [])
     return (
-        f"{_counts(source, train, val)}, {size}, {' and '.join(kinds)}; mean {values[0]}, std {values[1]}; "
-        f"training with {' and '.join(steps) or 'no augmentation'}"
+        f"{_count_note(source, train, val)}, {size}, {storage}; mean {mean}, std {std}; "
+        f"training with {_augmentation_note(image_format, section)}"
     )
+
+
+def _storage_note(batches: Batches, section: DataSection) -> str:
+    if isinstance(batches, MemoryBatches):
+        return "kept in memory"
+    return f"read by {section.workers} processes as needed"
+
+
+def _augmentation_note(image_format: ImageFormat, section: DataSection) -> str:
+    steps = []
+    if not image_format.small:
+        steps.append("crops of random size and place")
+    elif section.pad:
+        color = "" if section.fill == "auto" else f" with {section.fill}"
+        steps.append(f"crops after padding by {section.pad}{color}")
+    if section.flip is True:
+        steps.append("flips")
+    elif section.flip == "auto":
+        steps.append("flips if the model knows them")
+    return " and ".join(steps) or "no augmentation"

@@ -1,4 +1,8 @@
-"""Random numbers that depend on a key alone, such as (seed, epoch, step)."""
+"""Random numbers that depend on a key alone, such as ("order", seed, epoch).
+
+Results then depend neither on how many processes read the data, nor on what ran before, nor on
+where a run was resumed.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +16,25 @@ import torch
 
 
 def key_seed(*key: str | int) -> int:
-    """A seed in 0..2**32-1 (torch's CPU generator uses no more bits), unrelated for unequal keys."""
+    """Return a seed in 0..2**32-1 that is unrelated for unequal keys.
+
+    PyTorch's CPU generator uses no more than 32 bits.
+    """
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 
 
 def generator(*key: str | int) -> torch.Generator:
-    """A CPU generator seeded from `key`."""
+    """Return a CPU generator seeded from `key`."""
     return torch.Generator().manual_seed(key_seed(*key))
 
 
 @contextmanager
 def seeded(*key: str | int) -> Iterator[None]:
-    """Seed the global CPU generators of torch, numpy and random from `key` inside; leave them untouched outside."""
+    """Seed the global CPU generators of torch, numpy and random from `key`; restore them after."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     seed = key_seed(*key)
-    torch.default_generator.manual_seed(
-        seed
-    )  # torch.manual_seed would reseed the accelerator as well
+    # torch.manual_seed would also reseed the accelerator.
+    torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
     try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddqcli.artifact.format import QuantizedTensor, read_artifact
 from ddqcli.checkpoint.tensors import CheckpointTensor, tensors_at
-from ddqcli.checkpoint.torch_zip import contents, read_tensor
+from ddqcli.checkpoint.torch_zip import load_structure, read_tensor
 from ddqcli.errors import DDQError
 from ddqcli.inspection.distribution import shape_of
 from ddqcli.inspection.report import read_report
@@ -122,7 +122,7 @@ def run_tensors(path: Path) -> Iterator[tuple[QuantizedTensor, CheckpointTensor]
     """Each quantized tensor of a run with the float weights behind it. Raises UsageError, and DDQError for a damaged run."""
     run = Run.open(path)
     file = run.path / FINAL
-    content = contents(file)
+    content = load_structure(file)
     try:
         weights = {tensor.name: tensor for tensor in tensors_at(file, content["weights"])}
         for entry in content["quantized"]:

@@ -165,7 +165,7 @@ def _row(tensor: CheckpointTensor, kind: str, path: Path) -> LayerRow:
 def summarize(tensor: CheckpointTensor, path: Path) -> Histogram:
     """A tensor's distribution in two passes over its pieces, the first for its range. Raises CheckpointError."""
     low, high = value_range(tensor, path)
-    parts = (Histogram.of(piece, BINS, low, high) for piece in tensor.pieces())
+    parts = (Histogram.of(piece, BINS, low, high) for piece in tensor.chunks())
     whole = next(parts)
     for part in parts:
         whole = whole + part
@@ -174,7 +174,7 @@ def summarize(tensor: CheckpointTensor, path: Path) -> Histogram:
 
 def value_range(tensor: CheckpointTensor, path: Path) -> tuple[float, float]:
     low, high = np.inf, -np.inf
-    for piece in tensor.pieces():
+    for piece in tensor.chunks():
         bounds = float(piece.min()), float(piece.max())
         if not np.isfinite(bounds).all():  # NaN anywhere makes both bounds NaN
             raise CheckpointError(
@@ -204,5 +204,5 @@ def fixed_errors(distribution: Histogram, bits: int) -> tuple[dict[str, float], 
 
 def _channels(tensor: CheckpointTensor) -> tuple[tuple[float, ...], ...]:
     """Five-number summaries [C, 5]; depthwise tensors are small."""
-    values = np.concatenate(list(tensor.pieces())).reshape(tensor.shape[0], -1)
+    values = np.concatenate(list(tensor.chunks())).reshape(tensor.shape[0], -1)
     return tuple(map(tuple, np.quantile(values, [0, 0.25, 0.5, 0.75, 1], axis=1).T.tolist()))

@@ -1,1 +1,1 @@
-"""Everything a run can be told: fields, defaults, YAML."""
+"""The recipe: everything a run can be told. schema.py is the list of fields with their defaults."""

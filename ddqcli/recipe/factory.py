@@ -1,4 +1,4 @@
-"""Importing the function that a recipe names: package.module:factory or path/to/file.py:factory."""
+"""Import the function that a recipe names, and report errors in user code as one sentence."""
 
 from __future__ import annotations
 
@@ -17,29 +17,52 @@ from ddqcli.errors import UsageError
 FACTORY_SPEC = "write it as package.module:factory or path/to/file.py:factory"
 
 
-# ---- factories
-
-
 def import_factory(spec: str) -> Callable[..., Any]:
-    """The function 'package.module:factory' or 'path/to/file.py:factory' names. Raises UsageError."""
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
+    """Return the function that `spec` names. Raises UsageError.
+
+    `spec` is `package.module:factory` or `path/to/file.py:factory`.
+    """
+    location, _, name = spec.rpartition(":")
+    if not location or not name:
         raise UsageError(f"{spec!r} names no function; {FACTORY_SPEC}.")
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    is_file = location.endswith(".py")
+    module = _import_file(Path(location)) if is_file else _import_module(location)
     factory: Callable[..., Any] | None = getattr(module, name, None)
     if callable(factory):
         return factory
-    public = [
-        key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-    ]
-    own = [
-        key for key in public if getattr(vars(module)[key], "__module__", None) == module.__name__
-    ] or public
-    near = difflib.get_close_matches(name, own, n=8, cutoff=0.0)
-    state = "is no function" if hasattr(module, name) else "is not there"
-    raise UsageError(
-        f"{name} {state} in {place}; {'it has ' + ', '.join(near) if near else 'it has no functions'}."
-    )
+    near = difflib.get_close_matches(name, _public_functions(module), n=8, cutoff=0.0)
+    fault = "is no function" if hasattr(module, name) else "is not there"
+    others = f"it has {', '.join(near)}" if near else "it has no functions"
+    raise UsageError(f"{name} {fault} in {location}; {others}.")
+
+
+@contextmanager
+def user_errors(source: str) -> Iterator[None]:
+    """Turn whatever a user's code raises, SystemExit included, into one UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        message = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"{source} raised {type(error).__name__}{': ' + message if message else ''}"
+        ) from error
+
+
+def _public_functions(module: ModuleType) -> list[str]:
+    """Return the module's public callables, without imported ones if it has any of its own."""
+    public = {
+        name: value
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_")
+    }
+    own = [n for n, value in public.items() if _module_of(value) == module.__name__]
+    return own or list(public)
+
+
+def _module_of(value: Any) -> str | None:
+    return getattr(value, "__module__", None)
 
 
 def _import_module(name: str) -> ModuleType:
@@ -57,7 +80,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """The file as a module, made once. It keeps the file's name, so that worker processes can import it too."""
+    """Import a file once, under its own name, so that worker processes can import it too."""
     if not path.is_file():
         raise UsageError(f"There is no file {path}.")
     path = path.resolve()
@@ -66,11 +89,12 @@ def _import_file(path: Path) -> ModuleType:
             return module
     name = path.stem if path.stem not in sys.modules else f"{path.stem}_{zlib.crc32(bytes(path)):x}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None  # nor is its loader, for a .py file
+    assert spec is not None  # a .py file has both
+    assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         with user_errors(str(path)), _first_on_path(path.parent):
-            spec.loader.exec_module(module)  # type: ignore[union-attr]
+            spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
         raise
@@ -79,7 +103,10 @@ def _import_file(path: Path) -> ModuleType:
 
 @contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
-    """Let imports find modules in `folder` first, as when a file in it is run; afterwards they find them last."""
+    """Put `folder` first on sys.path, as when a file in it is run; leave it there as the last.
+
+    Functions may import their neighbors later, but these must not hide other modules.
+    """
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -88,17 +115,3 @@ def _first_on_path(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
-
-
-@contextmanager
-def user_errors(what: str) -> Iterator[None]:
-    """Whatever a user's code raises, an exit included, as one UsageError."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (Exception, SystemExit) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"{what} raised {type(error).__name__}{': ' + said if said else ''}"
-        ) from error

@@ -1,4 +1,4 @@
-"""The recipe: everything `ddq finetune` can be told, with its defaults and what is allowed; knows no torch."""
+"""The fields of a recipe, their defaults and allowed values; any can be set with `--set`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Bits = Annotated[int, Field(ge=1, le=8)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Levels = Literal["learned", "uniform", "power_of_two"]
+Granularity = Literal["layer", "channel"]
 
 
-def _only_plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments travel in the exported file as JSON."""
+def _check_json_values(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what JSON cannot hold: keyword arguments are stored in the exported file."""
     stack: list[Any] = [value]
     while stack:
         item = stack.pop()
@@ -45,135 +48,142 @@ def _only_plain(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-Keywords = Annotated[dict[str, Any], AfterValidator(_only_plain)]
+Keywords = Annotated[dict[str, Any], AfterValidator(_check_json_values)]
 
 
 class _Section(BaseModel):
+    """A part of the recipe: immutable, without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and kind is not bool and True not in get_args(kind):
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        accepts_bool = annotation is bool or True in get_args(annotation)
+        if isinstance(value, bool) and not accepts_bool:
             raise ValueError("true and false have no meaning here")  # Python counts them as 1 and 0
         return value
 
 
 class ModelSection(_Section):
-    """Which network, and how to build it."""
+    """The network and how to build it."""
 
-    checkpoint: str | None = None
-    arch: str | None = (
-        None  # a torchvision name, package.module:factory, or path/to/file.py:factory
-    )
+    checkpoint: str | None = None  # file with the trained weights
+    # A torchvision name, package.module:factory, or path/to/file.py:factory. None: recognize a
+    # torchvision network by the checkpoint's keys and shapes.
+    arch: str | None = None
     kwargs: Keywords = {}  # keyword arguments of the factory
-    pickle: bool = False  # allow a pickled module: running its code is then possible
+    pickle: bool = False  # allow a pickled module, whose code then runs
 
 
 class DataSection(_Section):
-    """Where the images come from and what is done to them."""
+    """The images or other samples, and their preprocessing."""
 
-    source: str | None = None  # a folder, a .npz, DATASET:ROOT of torchvision, or module:factory
-    kwargs: Keywords = {}  # keyword arguments of the factory
+    # A folder with train/ and val/, a .npz file, DATASET:ROOT of torchvision, or module:factory.
+    source: str | None = None
+    kwargs: Keywords = {}  # keyword arguments of the data set or factory
     weights: str | None = None  # a torchvision weights entry whose preprocessing to use
-    mean: list[Finite] = list(IMAGENET_MEAN)
-    std: list[Positive] = list(IMAGENET_STD)
-    resize: Annotated[int, Field(ge=1)] | None = (
-        None  # shorter side, pixels; None keeps small images, 256 for large ones
-    )
-    crop: Annotated[int, Field(ge=1)] | None = (
-        None  # centre (validation) or random (training) crop, pixels
-    )
-    pad: Annotated[int, Field(ge=0)] = (
-        4  # training: random crop after padding by so many pixels (small images)
-    )
-    # What they are padded with; auto: as the model's BatchNorm knows them, or black.
+    mean: list[Finite] = list(IMAGENET_MEAN)  # normalization: mean of each channel, of values 0..1
+    std: list[Positive] = list(IMAGENET_STD)  # normalization: standard deviation of each channel
+    # Resize the shorter side to this many pixels. None keeps small images; 256 for large ones.
+    resize: PositiveCount | None = None
+    crop: PositiveCount | None = None  # pixels; center crop in validation, random in training
+    pad: Count = 4  # training on small images: random crop after padding by this many pixels
+    # Color of the padding. auto: the one that fits the model's BatchNorm statistics, else black.
     fill: Literal["auto", "black", "mean"] = "auto"
-    # Training: random horizontal flip; auto: if the float model reads mirrored images as well.
+    # Training: random horizontal flips. auto: if the float model recognizes flipped images too.
     flip: Literal[True, False, "auto"] = "auto"
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    workers: Annotated[int, Field(ge=0)] = (
-        2  # processes that decode, where a set is too large for memory
-    )
+    batch_size: PositiveCount = 128
+    workers: Count = 2  # processes that load samples of a data set too large for memory
 
     @model_validator(mode="after")
-    def _one_std_for_each_mean(self) -> DataSection:
+    def _check_channels(self) -> DataSection:
         if len(self.mean) != len(self.std):
             raise ValueError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give one of each for a channel"
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give one of each for a "
+                "channel"
             )
         return self
 
 
 class WeightsSection(_Section):
-    """Quantization of weights (Eqn 3) and of biases (Eqn 5)."""
+    """Quantization of weights (Eqn 3) and biases (Eqn 5)."""
 
     levels: Levels = "learned"
     max_bits: Bits = 8
     min_bits: Bits = 1
-    granularity: Literal["layer", "channel"] = "layer"
-    init: Literal["lloyd_max", "uniform"] = "lloyd_max"
+    granularity: Granularity = "layer"  # one set of levels for a layer, or for each output channel
+    init: Literal["lloyd_max", "uniform"] = "lloyd_max"  # levels before training
     bias_bits: Bits | None = 8  # None keeps biases in float
 
     @model_validator(mode="after")
-    def _ordered(self) -> WeightsSection:
+    def _check_order(self) -> WeightsSection:
         if self.min_bits > self.max_bits:
             raise ValueError(f"min_bits {self.min_bits} is above max_bits {self.max_bits}")
         return self
 
 
 class ActivationsSection(_Section):
-    """Quantization of each quantized layer's input; None keeps activations in float."""
+    """Quantization of the input of each quantized layer."""
 
-    bits: Bits | None = None  # the first and the last layer's have 8, if no override says otherwise
-    levels: Literal["auto", "learned", "uniform"] = (
-        "auto"  # auto: learned up to 4 bits, a learned uniform step above
-    )
+    # None keeps activations in float. The first and last layer get 8 bits unless overridden.
+    bits: Bits | None = None
+    # auto: learned levels up to 4 bits, uniform levels with a learned step size above.
+    levels: Literal["auto", "learned", "uniform"] = "auto"
 
 
 class Override(_Section):
-    """What differs for the layers that match; later overrides win over earlier ones."""
+    """Other values for the layers that match; later overrides win over earlier ones."""
 
-    match: str | None = None  # a name, or a pattern with * and ?
+    match: str | None = None  # a layer's name, or a pattern with * and ?
     type: str | None = None  # a module type: Conv2d, Linear, ...
-    skip: bool = False  # keep in float
-    bits: Bits | None = None  # fixed: these layers take no part in the trade of bits
+    skip: bool = False  # keep the layer in float
+    bits: Bits | None = None  # a fixed bit-width, not subject to the gates
     min_bits: Bits | None = None
     max_bits: Bits | None = None
     levels: Levels | None = None
-    granularity: Literal["layer", "channel"] | None = None
-    act_bits: Annotated[int, Field(ge=0, le=8)] | None = None  # 0 keeps this layer's input in float
+    granularity: Granularity | None = None
+    act_bits: Annotated[int, Field(ge=0, le=8)] | None = None  # 0 keeps the layer's input in float
 
     @model_validator(mode="after")
-    def _matches_something(self) -> Override:
+    def _check_condition(self) -> Override:
         if self.match is None and self.type is None:
             raise ValueError("says nothing about which layers it is for; give match or type")
         return self
 
 
-class BudgetSection(_Section):
-    """What the result may weigh; at most one of the two. Without either, every layer stays at max_bits."""
+class Budget(_Section):
+    """The memory that a quantized model may take.
 
-    target_bits: Annotated[Finite, Field(gt=0, le=32)] | None = (
-        None  # average stored bits a quantized weight
-    )
-    target_size: str | None = None  # all tensors of the file: 150kB, 1.8MB, 12%
-    count: Literal["bytes", "eqn6"] = "bytes"  # eqn6: the paper's sum of N * 2^s, as printed
+    Give `target_bits` or `target_size`, not both. Without either, every layer stays at its
+    `max_bits`. What counts are bytes of the exported file: packed indices, levels, scales and
+    gates; for `target_size` also all that stays float. Raises ValueError for unknown sizes.
+
+    >>> Budget(target_bits=4).target
+    '4 bits'
+    >>> Budget(target_size="150kB").target
+    '150kB'
+    """
+
+    # Average stored bits of a quantized weight, levels and gates included.
+    target_bits: Annotated[Finite, Field(gt=0, le=32)] | None = None
+    # Bytes of all tensors in the file: 150kB, 1.8MB, or 12% of the float model.
+    target_size: str | None = None
+    # Unit of target_bits. bytes: as in the file. eqn6: the paper's sum of N * 2^s, as printed.
+    count: Literal["bytes", "eqn6"] = "bytes"
 
     @field_validator("target_size", mode="before")
     @classmethod
-    def _is_a_size(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(
-            value, bool
-        ):  # 150000, which YAML takes for a number
-            value = str(value)
+    def _check_size(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # YAML reads 150000 as a number
         if isinstance(value, str):
-            parse_size(value, 2**30)  # of whatever model
+            parse_size(value, 2**30)  # syntax only; the model's size is not known here
         return value
 
     @model_validator(mode="after")
-    def _one_target(self) -> BudgetSection:
+    def _check_single_target(self) -> Budget:
         if self.target_bits is not None and self.target_size is not None:
             raise ValueError("target_bits and target_size are both given; give one")
         if self.target_size is not None and self.count == "eqn6":
@@ -182,79 +192,76 @@ class BudgetSection(_Section):
 
     @property
     def target(self) -> str:
-        """The target in words: `4 bits`, `150kB`."""
-        return self.target_size or (
-            f"{self.target_bits:g} bits" if self.target_bits is not None else "none"
-        )
+        """The target in words: `4 bits`, `150kB`, `none`."""
+        if self.target_size:
+            return self.target_size
+        return "none" if self.target_bits is None else f"{self.target_bits:g} bits"
 
 
 class GatesSection(_Section):
-    """How gates move. `fisher` is ours (see README); `paper` is the literal rule of Sec. 4.2; `fixed` allocates once."""
+    """The rule by which gates change the bit-widths.
+
+    `fisher`: this project's rule (see README). `paper`: the rule of Sec. 4.2, as printed.
+    `fixed`: one allocation before training.
+    """
 
     rule: Literal["fisher", "paper", "fixed"] = "fisher"
-    looks: Annotated[int, Field(ge=1)] = (
-        20  # about as often are gates weighed before they freeze (fisher)
-    )
-    descent: Fraction = (
-        0.0  # share of the run over which the budget falls from max_bits to the target (fisher)
-    )
-    freeze: Fraction = 0.5  # share of the run after which gates no longer move
-    lr: Positive = 1e-8  # paper rule: step size of the gate logits
-    init: Positive = 1e-8  # paper rule: first value of the gate logits
-    alpha: Annotated[
-        float, Field(le=0, allow_inf_nan=False)
-    ] = -0.02  # Eqn 7's exponent while the budget is exceeded
+    # fisher: about how many times bit-widths are reconsidered before the gates freeze.
+    looks: PositiveCount = 20
+    # fisher: fraction of the run in which the budget falls from max_bits to the target.
+    descent: Fraction = 0.0
+    freeze: Fraction = 0.5  # fraction of the run after which the gates freeze
+    lr: Positive = 1e-8  # paper: step size of the gate logits
+    init: Positive = 1e-8  # paper: initial value of the gate logits
+    # paper: exponent of Eqn 7 while the budget is exceeded.
+    alpha: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.02
 
 
 class DistillSection(_Section):
-    """Learning from the float model's scores [B,K] beside the labels (Hinton et al. 2015)."""
+    """Distillation from the float model's scores [B, K] (Hinton et al. 2015)."""
 
-    weight: Fraction | None = (
-        None  # of the loss; 1 needs no labels; by default 0.9, or 0 if the data bring their own loss
-    )
+    # Weight in the loss; 1 needs no labels. None: 0.9, or 0 if the data bring their own loss.
+    weight: Fraction | None = None
     temperature: Positive = 4.0
 
 
 class TrainSection(_Section):
-    """The finetuning itself."""
+    """The finetuning."""
 
-    epochs: Annotated[int, Field(ge=0)] = 5
-    max_steps: Annotated[int, Field(ge=0)] | None = None  # ends the run earlier
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive = 0.01  # of weights, falling to 0 along a cosine
+    epochs: Count = 5
+    max_steps: Count | None = None  # end the run after this many steps, if that is earlier
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # of weights
+    lr: Positive = 0.01  # of weights; falls to 0 along a cosine
     momentum: Fraction = 0.9  # sgd
     weight_decay: NonNegative = 1e-4
-    levels_lr: Positive = 0.1  # of levels, in steps of the level grid (1/255 of the range); Adam
-    correction: NonNegative = (
-        1.0  # gradient correction (Eqn 9) as a multiple of the layer's Fisher; 0 switches it off
-    )
+    levels_lr: Positive = 0.1  # of levels (Adam), in steps of the level grid: 1/255 of the range
+    # Gradient correction (Eqn 9) as a multiple of the layer's Fisher information; 0 turns it off.
+    correction: NonNegative = 1.0
     distill: DistillSection = DistillSection()
-    # Share of the run, rounded up to an epoch, after which BatchNorm's statistics, estimated anew, stay; not before the bits do.
+    # Fraction of the run, rounded up to an epoch, after which BatchNorm statistics are estimated
+    # anew and then frozen; not before the gates freeze.
     bn_freeze: Fraction = 0.75
-    bn_batches: Annotated[int, Field(ge=0)] = (
-        64  # over which they are estimated; 0: the running ones stay
-    )
-    save_every: Annotated[int, Field(ge=1)] = 500  # steps between two checkpoints
+    bn_batches: Count = 64  # batches for that estimate; 0 keeps the running statistics
+    save_every: PositiveCount = 500  # steps between two training states on disk
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class Recipe(_Section):
-    """A whole recipe."""
+    """A complete recipe."""
 
-    name: str | None = None
+    name: str | None = None  # names the run folder; by default the checkpoint's name
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     weights: WeightsSection = WeightsSection()
     activations: ActivationsSection = ActivationsSection()
     overrides: list[Override] = []
-    budget: BudgetSection = BudgetSection()
+    budget: Budget = Budget()
     gates: GatesSection = GatesSection()
     train: TrainSection = TrainSection()
 
-    def of(self, checkpoint: Path) -> Recipe:
-        """This recipe for the model in `checkpoint`."""
-        return self.model_copy(
-            update={"model": self.model.model_copy(update={"checkpoint": str(checkpoint)})}
-        )
+    def with_checkpoint(self, checkpoint: Path) -> Recipe:
+        """Return this recipe for the weights in the file `checkpoint`."""
+        model = self.model.model_copy(update={"checkpoint": str(checkpoint)})
+        return self.model_copy(update={"model": model})

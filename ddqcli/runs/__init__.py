@@ -1,1 +1,1 @@
-"""The run folder and its files."""
+"""The run folder: names.py lists its files, folder.py finds it, run.py reads and writes it."""

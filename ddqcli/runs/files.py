@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and locks."""
+"""Atomic writes, file locks, and disk errors as one sentence."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import IO, Any
 
 from ddqcli.errors import DDQError, UsageError
 
-_WRONG_PLACES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_WRONG_PLACE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place.
+    """Let `write` fill a temporary file beside `path`, then move it to `path`.
 
-    Raises UsageError for a place that cannot be written to, DDQError if the disk refuses.
+    Readers see the old file or the new one, also after a crash. Raises UsageError if the place
+    cannot be written to, DDQError if the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
@@ -31,30 +32,29 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Take the file's lock, which ends with the process, however that ends; False if another process has it."""
+    """Take the file's lock until the process ends; return False if another process holds it."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (ImportError, OSError):  # no POSIX system, or a file system without locks
+    except (ImportError, OSError):  # not a POSIX system, or a file system without locks
         pass
     return True
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses into one sentence."""
+    """Turn an OSError while writing `path` into UsageError (wrong place) or DDQError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = (
-            error.__context__ if isinstance(error, RuntimeError) else error
-        )  # torch.save hides it behind its own
+        # torch.save raises a RuntimeError in place of the OSError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
-        kind = UsageError if isinstance(cause, _WRONG_PLACES) else DDQError
+        kind = UsageError if isinstance(cause, _WRONG_PLACE) else DDQError
         raise kind(
             f"{path} cannot be written: {cause.strerror}; what was there before is kept."
         ) from error

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddqcli.data.batches import WHOLE, Shard, digest
+from ddqcli.data.batches import WHOLE, Shard
+from ddqcli.data.fingerprint import sha256_of_tensors
 from ddqcli.errors import DDQError
 
 _LOST = ("closed by peer", "reset by peer", "remote process exit")
@@ -116,7 +117,7 @@ def check_identical(tensors: Iterable[Tensor], what: str) -> None:
     if shard().count == 1:
         return
     found: list[Any] = [None] * shard().count
-    dist.all_gather_object(found, digest(tensors))
+    dist.all_gather_object(found, sha256_of_tensors(tensors))
     if len(set(found)) > 1:
         raise DDQError(
             f"{what} differ between the processes; this run cannot go on. Resume it from its last state."

@@ -222,7 +222,7 @@ def dying_at(moment: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Trainer._train_step = watched(Trainer._train_step)
-        runs.Run.add_metrics = watched(runs.Run.add_metrics, after=True)
+        runs.Run.append_metrics = watched(runs.Run.append_metrics, after=True)
         files.os.fsync = watched(os.fsync)
         files.os.replace = watched(os.replace, after=True)
 

@@ -207,7 +207,7 @@ def test_json_keys_are_these(result):
 
 
 def test_a_large_tensor_is_read_in_pieces_with_the_same_result(path, result, monkeypatch):
-    monkeypatch.setattr("ddqcli.checkpoint.tensors.PIECE", 1000)
+    monkeypatch.setattr("ddqcli.checkpoint.chunks.CHUNK_VALUES", 1000)
     pieced = inspect(path)
     for row, whole in zip(pieced.layers, result.layers, strict=True):
         assert (row.histogram, row.distribution, row.min) == (

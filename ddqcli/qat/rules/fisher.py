@@ -59,7 +59,9 @@ class FisherRule(Rule):
         best = allocate(options, limit)
         in_force = {t.name: t.quantizer.bits[0] for t in self.model.tensors}
         if self.cost() <= limit:
-            now, then = (sum(o.loss_increase[bits[o.name]] for o in options) for bits in (in_force, best))
+            now, then = (
+                sum(o.loss_increase[bits[o.name]] for o in options) for bits in (in_force, best)
+            )
             if then >= _REALLOCATE_BELOW * now:
                 return
         self.refit({name: s for name, s in best.items() if s != in_force[name]})

@@ -1,0 +1,117 @@
+"""Batches repeat, resume anywhere, and do not depend on the number of workers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_files import CPU, load, same_batches, write_folder, write_npz
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ddqcli.data.batches import BatchOrder
+from ddqcli.data.loaded_batches import LoadedBatches
+from ddqcli.data.ready_batches import ReadyBatches
+from ddqcli.errors import DataError
+
+
+@pytest.mark.parametrize(("samples", "size", "batches"), [(30, 7, 4), (28, 7, 4), (5, 7, 1)])
+def test_training_order_holds_each_sample_at_most_once_in_whole_batches(samples, size, batches):
+    order = BatchOrder(samples, size, seed=3)
+    epochs = [torch.cat(order.batches(epoch)) for epoch in (0, 1)]
+    assert len(order) == len(order.batches(0)) == batches
+    for indices in epochs:
+        assert len(indices) == len(indices.unique()) == min(samples, batches * size)
+        assert indices.min() >= 0
+        assert indices.max() < samples
+    assert not torch.equal(*epochs)
+
+
+def test_evaluation_runs_through_every_sample_once_in_order():
+    order = BatchOrder(30, 7)
+    assert len(order) == 5
+    assert torch.equal(torch.cat(order.batches(9)), torch.arange(30))
+
+
+class Noisy(Dataset):
+    """Adds noise from every global generator, as transforms do."""
+
+    read: list[int]
+
+    def __init__(self, length: int = 22) -> None:
+        self.length, self.read = length, []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.read.append(index)
+        return index + torch.rand(3) + random.random() + float(np.random.rand()), index % 3
+
+
+def make_batches(kind: str, tmp_path: Path, seed: int) -> Any:
+    if kind == "memory":
+        return load(write_npz_once(tmp_path), seed=seed, batch_size=5).train
+    if kind == "random crops":
+        folder = tmp_path / "large"
+        return load(
+            folder if folder.exists() else write_folder(folder, size=(150, 140), each=6),
+            seed,
+            batch_size=3,
+        ).train
+    if kind == "ready":
+        return ReadyBatches(DataLoader(Noisy(), batch_size=5, shuffle=True), CPU, seed=seed)
+    workers = 2 if kind == "two workers" else 0
+    return LoadedBatches(Noisy(), BatchOrder(22, 5, seed), CPU, seed=seed, workers=workers)
+
+
+def write_npz_once(folder: Path) -> Path:
+    return folder / "a.npz" if (folder / "a.npz").exists() else write_npz(folder / "a.npz")
+
+
+@pytest.mark.parametrize("kind", ["memory", "random crops", "loaded", "two workers", "ready"])
+def test_batches_depend_on_seed_and_epoch_alone_and_resume_anywhere(kind, tmp_path):
+    torch.manual_seed(1)
+    whole = list(make_batches(kind, tmp_path, 7).epoch(2))
+    torch.manual_seed(2)
+    random.seed(2)
+    before = torch.get_rng_state()
+    batches = make_batches(kind, tmp_path, 7)
+    assert same_batches(list(batches.epoch(2)), whole)
+    assert same_batches(list(batches.epoch(2, start=2)), whole[2:])
+    assert list(batches.epoch(2, start=len(batches))) == []
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(whole) == len(batches)
+    assert not same_batches(list(batches.epoch(3)), whole)
+    assert not same_batches(list(make_batches(kind, tmp_path, 8).epoch(2)), whole)
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    none, two = (make_batches(kind, tmp_path, 5) for kind in ("loaded", "two workers"))
+    assert same_batches(list(none.epoch(1)), list(two.epoch(1)))
+
+
+def test_resuming_reads_no_earlier_sample():
+    samples, order = Noisy(), BatchOrder(22, 5, seed=0)
+    batches = LoadedBatches(samples, order, CPU, seed=0, workers=0)
+    assert len(list(batches.epoch(0, start=3))) == 1
+    assert samples.read == order.batches(0)[3].tolist()
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_ready_batches_count_their_samples(drop_last):
+    loader = DataLoader(Noisy(), batch_size=5, drop_last=drop_last)
+    counted = ReadyBatches(loader, CPU, seed=0)
+    passed = ReadyBatches([batch for batch in loader], CPU, seed=0)
+    expected = (4, 20) if drop_last else (5, 22)
+    assert (len(counted), counted.samples) == (len(passed), passed.samples) == expected
+
+
+def test_samples_of_unequal_shape_cannot_be_stacked():
+    ragged = [(torch.zeros(index + 1), 0) for index in range(4)]
+    with pytest.raises(DataError, match="do not fit together"):
+        list(LoadedBatches(ragged, BatchOrder(4, 4), CPU, seed=0, workers=0).epoch(0))
