@@ -61,7 +61,7 @@ def run(
 
     def watched(step: int, loss: float) -> None:
         after_backward(step, loss)
-        bits.append(bits_in_force(running.converted))
+        bits.append(bits_in_force(running.quantized))
 
     running.gates.after_backward = watched
     running.run(lambda metrics: None, lambda: None)
@@ -153,7 +153,7 @@ def test_a_finished_run_keeps_its_budget(name: str, rule: str, steps: int) -> No
     }
     recipe = told(rule, sections.pop("budget"), **sections)
     finished, history = run(recipe, steps)
-    converted, budget = finished.converted, finished.gates.budget
+    converted, budget = finished.quantized, finished.gates.budget
     assert budget.limit is not None
     assert finished.gates.cost() == cost_of(converted, eqn6=budget.eqn6)
     assert_kept(converted, budget.limit, used=True, eqn6=budget.eqn6)
@@ -175,7 +175,7 @@ def test_a_finished_run_keeps_its_budget(name: str, rule: str, steps: int) -> No
 def test_without_a_budget_every_tensor_keeps_its_most_bits(rule: str) -> None:
     finished, _ = run(told(rule, None, weights={"max_bits": 5}), 3)
     assert finished.gates.budget.limit is None
-    assert bits_in_force(finished.converted) == (5, 8) * 5
+    assert bits_in_force(finished.quantized) == (5, 8) * 5
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_the_smallest_possible_budget_is_accepted() -> None:
     least = cost_of(probe, {t.name: t.min_bits for t in probe.tensors})
     least += sum(value.numel() * value.element_size() for value in probe.float_tensors().values())
     finished, _ = run(told("fisher", {"target_size": f"{least}"}), 3)
-    assert bits_in_force(finished.converted) == (1, 8) * 5
+    assert bits_in_force(finished.quantized) == (1, 8) * 5
     with pytest.raises(BudgetError):
         make_budget(probe, told("fisher", {"target_size": f"{least - 1}"}))
 
@@ -256,7 +256,7 @@ def test_layers_without_gradients_share_the_budget_too() -> None:
     model.unused = nn.Identity()
     model.unused.layer = nn.Linear(70, 70)
     finished, _ = run(told("fixed", {"target_bits": 4}), 2, model)
-    assert_kept(finished.converted, finished.gates.budget.limit or 0, used=True)
+    assert_kept(finished.quantized, finished.gates.budget.limit or 0, used=True)
 
 
 @pytest.mark.parametrize(
@@ -336,11 +336,11 @@ def test_buffers_that_a_forward_pass_makes_are_in_the_budget(grows: str) -> None
     finished, _ = run(recipe, 8, nn.Sequential(*network(), Buffered(grows)))
     finished.gates.check_kept()
     assert len(finished.model[-1].seen) >= 200
-    assert file_bytes(finished.converted) <= 7000
+    assert file_bytes(finished.quantized) <= 7000
     report = build_report(
-        finished.converted, finished.gates.budget, accuracy=None, source={}, run={}
+        finished.quantized, finished.gates.budget, accuracy=None, source={}, run={}
     )
-    assert report["totals"]["bytes"] == file_bytes(finished.converted)
+    assert report["totals"]["bytes"] == file_bytes(finished.quantized)
     assert grows != "once" or report["totals"]["bytes"] > 0.98 * 7000
     with pytest.raises(BudgetError, match=r"The largest there: .*, 10.seen in float \(1,200\)"):
         run(
@@ -371,19 +371,19 @@ def test_the_input_of_a_layer_that_is_never_called_costs_nothing() -> None:
     unconverted = deepcopy(model)
     finished, _ = run(told("fisher", {"target_size": "9kB"}, activations={"bits": 4}), 2, model)
     report = build_report(
-        finished.converted, finished.gates.budget, accuracy=None, source={}, run={}
+        finished.quantized, finished.gates.budget, accuracy=None, source={}, run={}
     )
     assert len(report["activations"]) == 5
-    assert report["totals"]["bytes"] == file_bytes(finished.converted)
+    assert report["totals"]["bytes"] == file_bytes(finished.quantized)
     assert 0.98 * 9000 < report["totals"]["bytes"] <= 9000
-    least = cost_of(finished.converted, {t.name: t.min_bits for t in finished.converted.tensors})
+    least = cost_of(finished.quantized, {t.name: t.min_bits for t in finished.quantized.tensors})
     least += report["totals"]["kept_bytes"]
     finished, _ = run(
         told("fisher", {"target_size": f"{least}"}, activations={"bits": 4}),
         2,
         deepcopy(unconverted),
     )
-    assert file_bytes(finished.converted) == least
+    assert file_bytes(finished.quantized) == least
     with pytest.raises(BudgetError, match=f"smallest reachable size is {least:,} bytes"):
         run(
             told("fisher", {"target_size": f"{least - 1}"}, activations={"bits": 4}), 2, unconverted
@@ -436,7 +436,7 @@ def test_a_frozen_layer_gets_about_the_bits_that_it_would_get_otherwise(frozen: 
     model[frozen].requires_grad_(False)
     held, _ = run(recipe, 1, model)
     before, after = (
-        {t.name: t.quantizer.bits[0] for t in r.converted.tensors} for r in (free, held)
+        {t.name: t.quantizer.bits[0] for t in r.quantized.tensors} for r in (free, held)
     )
     assert f"{frozen}.weight" not in held.gates.fisher
     assert abs(before[f"{frozen}.weight"] - after[f"{frozen}.weight"]) <= 1
@@ -469,7 +469,7 @@ def test_weights_that_few_levels_hold_leave_no_bytes_idle(
             }
             parameter.mul_(kept[weights])
     finished, _ = run(told(rule, {"target_bits": bits}), 3, model)
-    assert_kept(finished.converted, finished.gates.budget.limit or 0, used=True)
+    assert_kept(finished.quantized, finished.gates.budget.limit or 0, used=True)
 
 
 def error_by_channel(weight: torch.Tensor, bits: int) -> float:
@@ -545,10 +545,10 @@ def test_the_state_survives_a_round_trip(rule: str) -> None:
     gates.load(torch.load(file, weights_only=True))
     assert gates.state() == running.gates.state()
     assert gates.cost() == running.gates.cost()
-    assert bits_in_force(fresh) == bits_in_force(running.converted)
+    assert bits_in_force(fresh) == bits_in_force(running.quantized)
     assert any(t.quantizer.correction > 0 for t in fresh.tensors)
     assert [t.quantizer.correction for t in fresh.tensors] == [
-        t.quantizer.correction for t in running.converted.tensors
+        t.quantizer.correction for t in running.quantized.tensors
     ]
 
 
