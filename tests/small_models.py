@@ -12,9 +12,8 @@ from ddqcli.data.load import Data
 from ddqcli.qat.budget import make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.model import QuantizedModel
-from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
-from ddqcli.training.calibrate import calibrate
+from ddqcli.training.session import build_trainer
 from ddqcli.training.trainer import Trainer
 
 
@@ -25,14 +24,14 @@ def recipe(*overrides: dict[str, Any], **weights: Any) -> Recipe:
     )
 
 
-def fit_inputs(converted: QuantizedModel, *args: Any, **kwargs: Any) -> list[str]:
-    """Calibrate the activations on one call; returns the layers that were not reached."""
-    for quantizer in converted.activations.values():
+def fit_inputs(quantized: QuantizedModel, *args: Any, **kwargs: Any) -> list[str]:
+    """Calibrate the input quantizers on one call; return the layers that it did not reach."""
+    for quantizer in quantized.activations.values():
         quantizer.observing = True
-    converted.model.eval()
+    quantized.model.eval()
     with torch.no_grad():
-        converted.model(*args, **kwargs)
-    return [name for name, quantizer in converted.activations.items() if not quantizer.fit()]
+        quantized.model(*args, **kwargs)
+    return [name for name, quantizer in quantized.activations.items() if not quantizer.fit()]
 
 
 def small() -> nn.Sequential:
@@ -45,10 +44,11 @@ def small() -> nn.Sequential:
     )
 
 
-def bits_of(converted: QuantizedModel) -> dict[str, tuple[int, int]]:
+def bits_of(quantized: QuantizedModel) -> dict[str, tuple[int, int]]:
+    """Fewest and most bits of each weight, by layer."""
     return {
         t.name.removesuffix(".weight"): (t.min_bits, t.max_bits)
-        for t in converted.tensors
+        for t in quantized.tensors
         if t.kind != "bias"
     }
 
@@ -58,7 +58,10 @@ def images(channels: int, *sides: int) -> Tensor:
 
 
 class Nested(nn.Module):
-    """Layers in lists and dictionaries, one called twice, one never, and one whose weight is read past its forward."""
+    """Layers in lists and dictionaries.
+
+    One is called twice, one never, and of one the weight is read without calling its forward.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class Nested(nn.Module):
 
 
 class RandomBatches:
-    """Batches of a pattern for each class under noise; a function of the epoch and the number of the batch alone."""
+    """Noisy patterns, one for each class. A function of epoch and batch number alone."""
 
     def __init__(self, count: int = 4, size: int = 8, side: int = 6, classes: int = 10) -> None:
         self.count, self.size, self.side, self.classes = count, size, side, classes
@@ -121,11 +124,7 @@ def random_data(**sizes: int) -> Data:
 def trainer(
     model: nn.Module, recipe: Recipe, steps: int, data: Data, teacher: nn.Module | None = None
 ) -> Trainer:
-    """A run that is ready to start, as `ddq finetune` makes it ready."""
-    converted = convert(model, recipe)
-    budget = make_budget(converted, recipe)
-    gates = make_rule(recipe.gates.rule, converted, recipe, budget, steps, 8)
-    calibrate(converted, data, 2, gates.watch)
-    gates.recount()
-    gates.start()
-    return Trainer(converted, teacher, data, gates, recipe, steps)
+    """A calibrated trainer at its first step, as `ddq finetune` builds it."""
+    quantized = convert(model, recipe)
+    budget = make_budget(quantized, recipe)
+    return build_trainer(quantized, teacher, data, budget, recipe, steps)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli import plots
-from ddqcli.commands.finetune import FinetuneResult, Listener, finetune, opened
+from ddqcli.commands.finetune import FinetuneResult, finetune, opened
 from ddqcli.errors import BudgetError, DDQError, UsageError
 from ddqcli.inspection.figures import folder
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.training import distributed
 from ddqcli.training.device import resolve_device
+from ddqcli.training.listener import Listener, main_listener
 
 SWEEP_VERSION = 1
 PICTURE = "size-accuracy"
@@ -35,7 +36,7 @@ def sweep(
     `run` is an unfinished sweep to go on with; otherwise a new one is made at `run_dir`. All targets are checked before the
     first is trained.
     """
-    listener = listener if listener and distributed.is_main() else Listener()
+    listener = main_listener(listener)
     recipes = [recipe.with_checkpoint(checkpoint_path) for recipe in recipes]
     checked = [(recipe, _dry(checkpoint_path, recipe)) for recipe in recipes]
     budgets: dict[int, str] = {}

@@ -1,1 +1,1 @@
-"""Algorithm 1: calibration, the training loop, evaluation."""
+"""Finetuning: calibration, Algorithm 1's training loop, evaluation."""

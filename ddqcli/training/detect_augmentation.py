@@ -1,8 +1,9 @@
-"""Which augmentation the float model was trained with: padding and flips."""
+"""Detect how the float model's training images were augmented: padding color and flips."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,83 +14,107 @@ from ddqcli.data.load import Data
 from ddqcli.recipe.schema import DataSection
 from ddqcli.training.evaluate import output_of
 
-_ENOUGH = 512  # samples, for means
-_NEARLY = 0.95  # of 512 images the quickstart's model reads 512 plain and 176 mirrored, a CIFAR ResNet-20 493 and 499
+_SAMPLES = 512  # enough for stable means
+# Correct on 512 original and flipped images: the quickstart's model 512 and 176, a CIFAR ResNet-20
+# 493 and 499.
+_FLIP_INVARIANT = 0.95
+
+
+@dataclass(frozen=True)
+class DetectedAugmentation:
+    """Augmentation that the float model gives away. None where the recipe or nothing decides."""
+
+    fill: str | None = None  # a key of Preprocess.fills
+    flip: bool | None = None
+
+    def apply(self, data: Data) -> None:
+        """Augment the training images alike."""
+        if data.augment and self.fill is not None:
+            data.augment.fill = self.fill
+        if data.augment and self.flip is not None:
+            data.augment.flip = self.flip
 
 
 def detect_augmentation(
     model: nn.Module, data: Data, section: DataSection, *, labels: bool
-) -> dict[str, Any]:
-    """Let `fill` and `flip` of `data.augment` be as the model was trained, where `section` leaves them to it; what it tells."""
-    found: dict[str, Any] = {}
-    if data.augment and section.fill == "auto" and (fill := detect_padding_fill(model, data)):
-        found["fill"] = data.augment.fill = fill
+) -> DetectedAugmentation:
+    """Detect and apply what `section` leaves to the model (`fill: auto`, `flip: auto`).
+
+    Without `labels`, the model's own predictions stand for them.
+    """
+    detected = DetectedAugmentation()
+    if data.augment and section.fill == "auto":
+        detected = DetectedAugmentation(detect_padding_fill(model, data))
+        detected.apply(data)  # flips are then judged on images padded as the model knows them
     if data.augment and section.flip == "auto":
-        found["flip"] = data.augment.flip = is_flip_invariant(model, data, labels=labels)
-    return found
+        flip = is_flip_invariant(model, data, labels=labels)
+        detected = DetectedAugmentation(detected.fill, flip)
+        detected.apply(data)
+    return detected
 
 
 @torch.no_grad()
 def is_flip_invariant(model: nn.Module, data: Data, *, labels: bool = True) -> bool:
-    """Whether `model` knows mirrored images: of some hundred in training it has right nearly as many as of the plain ones.
+    """True if accuracy on flipped training images is more than 95 % of that on the originals.
 
-    Without `labels`, right is what it makes of the plain one.
+    Without `labels`, accuracy is agreement with the predictions on the originals.
     """
-    right = torch.zeros(2, dtype=torch.float64)
-    for x, y in _some(data.train):
-        mirrored = x.flip(-1)  # first, since a network may change its input in place
-        plain = output_of(model(x))
-        for number, output in enumerate((plain, output_of(model(mirrored)))):
-            right[number] += (
-                data.metric(output, y if labels else plain.argmax(-1)).double().sum().cpu()
-            )
-    return bool(right[1] > _NEARLY * right[0])
-
-
-def _some(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first batches, of some hundred samples in all."""
-    seen = 0
-    for x, y in batches.epoch(0):
-        yield x, y
-        seen += len(x)
-        if seen >= _ENOUGH:
-            return
+    correct = torch.zeros(2, dtype=torch.float64)  # originals, flipped
+    for x, y in _first_samples(data.train):
+        flipped = x.flip(-1)  # copied first: a network may change its input in place
+        original_output = output_of(model(x))
+        target = y if labels else original_output.argmax(-1)
+        for index, output in enumerate((original_output, output_of(model(flipped)))):
+            correct[index] += data.metric(output, target).double().sum().cpu()
+    return bool(correct[1] > _FLIP_INVARIANT * correct[0])
 
 
 @torch.no_grad()
 def detect_padding_fill(model: nn.Module, data: Data) -> str | None:
-    """Which of `Prepare.fills` the images that `model` was trained on were padded with; None if nothing tells.
+    """Return the padding color (a key of `Preprocess.fills`) that fits the model's BatchNorm best.
 
-    With each, the means over some hundred samples are held against BatchNorm's running means, in running deviations.
+    For each color, the channel means of the training images are compared with BatchNorm's running
+    means, in running standard deviations. None without padding or BatchNorm, or if all colors fit
+    equally well.
     """
     augment = data.augment
     norms = [
-        m
-        for m in model.modules()
-        if type(m).forward is nn.BatchNorm2d.forward and m.running_mean is not None
+        module
+        for module in model.modules()
+        if type(module).forward is nn.BatchNorm2d.forward and module.running_mean is not None
     ]
     if not (augment and augment.pad and norms):
         return None
-    means: dict[nn.Module, list[Tensor]] = {}
+    batch_means: dict[nn.Module, list[Tensor]] = {}
 
-    def look(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def observe(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(iter((*args, *kwargs.values())))
-        means.setdefault(norm, []).append(x.float().transpose(0, 1).flatten(1).mean(1))
+        batch_means.setdefault(norm, []).append(x.float().transpose(0, 1).flatten(1).mean(1))
 
     def distance(norm: Any) -> float:
-        off = torch.stack(means[norm]).mean(0) - norm.running_mean
-        return float((off.square() / (norm.running_var + norm.eps)).mean())
+        difference = torch.stack(batch_means[norm]).mean(0) - norm.running_mean
+        return float((difference.square() / (norm.running_var + norm.eps)).mean())
 
-    hooks = [norm.register_forward_pre_hook(look, with_kwargs=True) for norm in norms]
-    found, in_force = {}, augment.fill
+    hooks = [norm.register_forward_pre_hook(observe, with_kwargs=True) for norm in norms]
+    distances, current_fill = {}, augment.fill
     for fill in augment.fills:
         augment.fill = fill
-        means.clear()
-        for x, _ in _some(data.train):
+        batch_means.clear()
+        for x, _ in _first_samples(data.train):
             model(x)
-        found[fill] = sum(map(distance, means))
+        distances[fill] = sum(map(distance, batch_means))
     for hook in hooks:
         hook.remove()
-    augment.fill = in_force
-    nearest = min(found, key=lambda fill: found[fill])
-    return nearest if found[nearest] < max(found.values()) else None
+    augment.fill = current_fill
+    nearest = min(distances, key=lambda fill: distances[fill])
+    return nearest if distances[nearest] < max(distances.values()) else None
+
+
+def _first_samples(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the first batches of an epoch, of 512 samples or a few more in all."""
+    seen = 0
+    for x, y in batches.epoch(0):
+        yield x, y
+        seen += len(x)
+        if seen >= _SAMPLES:
+            return

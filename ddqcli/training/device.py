@@ -1,4 +1,4 @@
-"""Devices and memory formats."""
+"""Device and memory format of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ddqcli.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that train.device means. Raises UsageError where there is none."""
+    """Return the device for `train.device` (auto, cpu or cuda). Raises UsageError without CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "train.device is cuda, and no CUDA device is available here; use auto or cpu."
@@ -20,6 +20,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def place_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on the device, in the memory format that is faster for images."""
-    images = any(isinstance(m, nn.Conv2d) for m in model.modules())
-    return model.to(device, memory_format=torch.channels_last) if images else model.to(device)
+    """Move the model to the device, in channels_last format if it has 2d convolutions."""
+    model = model.to(device)
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        model = model.to(memory_format=torch.channels_last)
+    return model

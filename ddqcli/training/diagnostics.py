@@ -1,115 +1,121 @@
-"""What a finished training should not hide: levels without weights, layers that became constant, gates that never moved."""
+"""Warnings of a finished run: rollback, constant layers, unused levels, idle gates."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddqcli.qat.model import QuantizedParameter
 from ddqcli.training.trainer import Trainer
 
-ROLLED_BACK = 0.1  # of the step size, after training diverged
-_MANY = 0.25  # share of dead levels worth a word
-_ENOUGH = 4  # values a level, from which on each level should have some
+_UNUSED_SHARE = 0.25  # of a tensor's levels, from which on they are worth a warning
+_VALUES_PER_LEVEL = 4  # a tensor with fewer cannot be expected to use every level
 
 
 def find_warnings(trainer: Trainer, metrics: list[dict[str, Any]]) -> list[str]:
-    """One sentence for each thing that went wrong, with its remedy; `metrics` are all that the run reported."""
-    found = [
-        _rolled_back(trainer),
-        _collapsed(trainer),
-        _dead_levels(trainer),
+    """Return one sentence for each problem of the run, with its remedy.
+
+    `metrics` are the run's lines of metrics.jsonl, as StepMetrics has them.
+    """
+    warnings = [
+        _rollback(trainer),
+        _constant_tensors(trainer),
+        _unused_levels(trainer),
         _idle_gates(trainer, metrics),
     ]
-    return [warning for warning in found if warning]
+    return [warning for warning in warnings if warning]
 
 
-def _rolled_back(trainer: Trainer) -> str | None:
+def _rollback(trainer: Trainer) -> str | None:
     if trainer.lr_scale == 1:
         return None
-    lr = trainer.recipe.train.lr
-    return f"training diverged once and went on with a tenth of the step size; take a smaller train.lr (now {lr:g})"
+    return (
+        "training diverged once and continued at a tenth of the learning rate; take a smaller "
+        f"train.lr (now {trainer.recipe.train.lr:g})"
+    )
 
 
 @torch.no_grad()
-def _collapsed(trainer: Trainer) -> str | None:
-    """Tensors that training made constant."""
+def _constant_tensors(trainer: Trainer) -> str | None:
+    """Name the tensors that training made constant."""
     names = [
-        t.name
-        for t in trainer.converted.tensors
-        if t.parameter.numel() > 1
-        and _constant(t.quantizer(t.parameter))
-        and not t.float_is_constant
+        tensor.name
+        for tensor in trainer.quantized.tensors
+        if tensor.parameter.numel() > 1
+        and _is_constant(tensor.quantizer(tensor.parameter))
+        and not tensor.float_is_constant
     ]
     if not names:
         return None
     return (
-        f"every value of {_some(names)} is the same after quantization, so what follows learns nothing from it; give it more "
-        f"bits by an override (min_bits), or take a smaller train.lr (now {trainer.recipe.train.lr:g})"
+        f"every value of {_join(names)} is the same after quantization, so later layers learn "
+        "nothing from it; give it more bits by an override (min_bits), or take a smaller "
+        f"train.lr (now {trainer.recipe.train.lr:g})"
     )
-
-
-def _constant(values: torch.Tensor) -> bool:
-    return bool((values == values.flatten()[0]).all())
 
 
 @torch.no_grad()
-def _dead_levels(trainer: Trainer) -> str | None:
-    """Tensors with many levels in force that no weight takes. With 8 bits the levels are the whole grid, so none is."""
-    found = []
-    for tensor in trainer.converted.tensors:
+def _unused_levels(trainer: Trainer) -> str | None:
+    """Name the tensors with many levels that no value takes.
+
+    At 8 bits the levels are the grid itself and take no bytes.
+    """
+    names = []
+    for tensor in trainer.quantized.tensors:
         bits = tensor.quantizer.bits
+        levels = sum(2**s for s in bits)
         if (
             tensor.kind == "bias"
             or max(bits) == 8
-            or tensor.parameter.numel() < _ENOUGH * sum(2**s for s in bits)
+            or tensor.parameter.numel() < _VALUES_PER_LEVEL * levels
         ):
             continue
-        used, levels = _levels_used(tensor), sum(2**s for s in bits)
-        if levels - used >= _MANY * levels:
-            found.append(f"{tensor.name} ({levels - used} of {levels})")
-    if not found:
+        unused = levels - _used_levels(tensor)
+        if unused >= _UNUSED_SHARE * levels:
+            names.append(f"{tensor.name} ({unused} of {levels})")
+    if not names:
         return None
-    lr = trainer.recipe.train.levels_lr
     return (
-        f"levels that no weight takes cost bytes for nothing in {_some(found)}; take a smaller train.levels_lr (now {lr:g}), "
-        "or give these layers fewer bits by an override (max_bits)"
+        f"levels that no weight takes cost bytes for nothing in {_join(names)}; take a smaller "
+        f"train.levels_lr (now {trainer.recipe.train.levels_lr:g}), or give these layers fewer "
+        "bits by an override (max_bits)"
     )
-
-
-def _levels_used(tensor: QuantizedParameter) -> int:
-    """Different values that the quantized tensor holds, summed over its groups."""
-    values = tensor.quantizer(tensor.parameter)
-    groups = len(tensor.quantizer.bits)
-    rows = (
-        values.reshape(1, -1)
-        if groups == 1
-        else values.movedim(tensor.quantizer.axis, 0).reshape(groups, -1)
-    )
-    return sum(len(row.unique()) for row in rows)
 
 
 def _idle_gates(trainer: Trainer, metrics: list[dict[str, Any]]) -> str | None:
-    """Under the paper's rule: no gate moved before they froze, so the budget was met by force."""
+    """Report that under the paper's rule no gate moved before the freeze."""
     gates, recipe = trainer.gates, trainer.recipe
-    before = [
-        entry["bits"] for entry in metrics if "bits" in entry and entry["step"] <= gates.frozen_from
+    before_freeze = [
+        line["bits"] for line in metrics if "bits" in line and line["step"] <= gates.frozen_from
     ]
-    if (
-        recipe.gates.rule != "paper"
-        or not gates.moving
-        or not before
-        or any(bits != before[0] for bits in before)
-    ):
+    if recipe.gates.rule != "paper" or gates.budget.limit is None or not before_freeze:
         return None
-    if all(before[0][t.name] < t.max_bits for t in trainer.converted.tensors if not t.fixed):
+    first = before_freeze[0]
+    moved_before_first_report = all(
+        first[t.name] < t.max_bits for t in trainer.quantized.tensors if not t.fixed
+    )
+    if moved_before_first_report or any(bits != first for bits in before_freeze):
         return None
     return (
-        f"no gate moved in the {gates.frozen_from} steps before the gates froze, so the budget was met by closing gates at "
-        f"once; raise gates.lr (now {recipe.gates.lr:g}), or take gates.rule=fisher, which needs no tuning"
+        f"no gate moved in the {gates.frozen_from} steps before the gates froze, so the budget was "
+        f"met by closing gates at once; raise gates.lr (now {recipe.gates.lr:g}), or take "
+        "gates.rule=fisher, which needs no tuning"
     )
 
 
-def _some(names: list[str]) -> str:
+def _is_constant(values: Tensor) -> bool:
+    return bool((values == values.flatten()[0]).all())
+
+
+def _used_levels(tensor: QuantizedParameter) -> int:
+    """Count the distinct values of the quantized tensor, summed over its groups."""
+    quantizer = tensor.quantizer
+    values, groups = quantizer(tensor.parameter), len(quantizer.bits)
+    rows = values if groups == 1 else values.movedim(quantizer.axis, 0)
+    return sum(torch.unique(row).numel() for row in rows.reshape(groups, -1))
+
+
+def _join(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

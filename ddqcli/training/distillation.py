@@ -9,37 +9,53 @@ from ddqcli.data.load import Data
 from ddqcli.errors import DataError
 from ddqcli.recipe.schema import DistillSection
 
+_DEFAULT_WEIGHT = 0.9
+
 
 def distillation_weight(distill: DistillSection, data: Data) -> float:
-    """Which share of the loss is distillation, 0 to 1."""
-    default = 0.0 if data.own_loss else 0.9
-    return default if distill.weight is None else distill.weight
+    """Return the share of the loss (0 to 1) that is distillation.
+
+    The default is 0 where the data bring their own loss, since their outputs may not be class
+    scores, and 0.9 otherwise.
+    """
+    if distill.weight is not None:
+        return distill.weight
+    return 0.0 if data.own_loss else _DEFAULT_WEIGHT
 
 
 def flips_at_random(data: Data) -> bool:
-    """Whether training mirrors images at random, so that to the network an image and its mirror image are one."""
+    """True if training flips images at random, so that an image and its flip share one target."""
     return data.augment is not None and data.augment.flip
 
 
-def check_distillable(seen: dict[str, Tensor] | None) -> None:
-    """Raise DataError if what `probe` saw of a model is not finite scores [B,K] of two classes or more."""
-    output = seen["output"] if seen else None
+def check_distillable(probed: dict[str, Tensor] | None) -> None:
+    """Raise DataError unless the output in `probe`'s result is finite class scores [B, K >= 2]."""
+    output = probed["output"] if probed else None
     if output is None:
-        kind = "no tensor"
+        problem = "no tensor"
     elif output.dim() != 2 or output.shape[1] < 2:
-        kind = f"of shape {list(output.shape)}"
+        problem = f"of shape {list(output.shape)}"
     elif not output.isfinite().all():
-        kind = "partly infinite or NaN"
+        problem = "partly infinite or NaN"
     else:
         return
-    scores = "Distillation is of finite scores [B,K] of two classes or more"
-    raise DataError(f"{scores}, and the model's output is {kind}; set train.distill.weight=0.")
+    raise DataError(
+        "Distillation needs finite scores [B, K] of two classes or more, and the model's output "
+        f"is {problem}; set train.distill.weight=0."
+    )
 
 
 def distillation(output: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the outputs from the float model's, both softened (Hinton et al. 2015); mean over the batch.
+    """Return temperature^2 * KL(softened target || softened output), mean over the batch.
 
-    In float32 always: rounded to bfloat16, two outputs that are alike differ mostly by rounding.
+    Args:
+        output: scores [B, K] of the quantized model.
+        target: scores [B, K] of the float model.
+
+    Computed in float32 even under autocast. In bfloat16, two similar outputs differ mostly by
+    rounding.
     """
-    soft, goal = (F.log_softmax(scores.float() / temperature, -1) for scores in (output, target))
-    return F.kl_div(soft, goal, reduction="batchmean", log_target=True) * temperature**2
+    log_output, log_target = (
+        F.log_softmax(scores.float() / temperature, -1) for scores in (output, target)
+    )
+    return F.kl_div(log_output, log_target, reduction="batchmean", log_target=True) * temperature**2

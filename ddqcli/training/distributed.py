@@ -1,7 +1,8 @@
-"""More than one device: `torchrun` starts the processes, and this is all that sets them apart from a single one.
+"""Data-parallel training: collectives that are no-ops in a single process.
 
-Every process holds the whole model and a shard of each batch; DDP averages the gradients, so weights, levels and gates move alike
-everywhere. What only one process may decide or write, process 0 does.
+`torchrun` starts one process (rank) per device. Every rank holds the whole model and a shard of
+each batch. DistributedDataParallel averages the gradients, so weights, levels and gates change
+identically on all ranks. Rank 0 alone makes decisions, writes files and prints.
 """
 
 from __future__ import annotations
@@ -21,22 +22,26 @@ from ddqcli.data.batches import WHOLE, Shard
 from ddqcli.data.fingerprint import sha256_of_tensors
 from ddqcli.errors import DDQError
 
-_LOST = ("closed by peer", "reset by peer", "remote process exit")
+# gloo and NCCL have no exception class for this.
+_LOST_PEER_MESSAGES = ("closed by peer", "reset by peer", "remote process exit")
+
+
+# ---- ranks and devices
 
 
 def shard() -> Shard:
-    """This process's rank and the number of processes, as torchrun says; (0, 1) without it."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    return Shard(int(os.environ["RANK"]), count) if count > 1 else WHOLE
+    """Return this process's rank and the world size, read from torchrun's environment."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Shard(int(os.environ["RANK"]), world_size) if world_size > 1 else WHOLE
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and reports."""
+    """True on rank 0, which writes and reports."""
     return shard().rank == 0
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's own device of that kind."""
+    """Return this rank's own device: `cuda:LOCAL_RANK` for CUDA, else `device`."""
     if device.type != "cuda" or shard().count == 1:
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -44,7 +49,7 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Within: the processes can talk to each other, over NCCL for CUDA devices and gloo otherwise."""
+    """Hold the default process group open: NCCL for CUDA, gloo otherwise. May be nested."""
     if shard().count == 1 or dist.is_initialized():
         yield
         return
@@ -58,67 +63,76 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """The model with its gradients averaged over all processes; itself where there is but one."""
+    """Wrap the model in DistributedDataParallel. Returns it unchanged in a single process."""
     if shard().count == 1:
         return model
-    warnings.filterwarnings(
-        "ignore", "Grad strides do not match bucket view strides"
-    )  # costs a copy of small tensors
+    # The mismatch costs only a copy of small tensors.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
+# ---- collectives: every rank must call them, in the same order
+
+
 def broadcast(value: Any) -> Any:
-    """Process 0's value, in every process; plain objects and tensors on the CPU."""
+    """Return rank 0's value on every rank. For picklable objects and CPU tensors."""
     if shard().count == 1:
         return value
-    box = [value if is_main() else None]
-    dist.broadcast_object_list(box)
-    return box[0]
+    objects = [value if is_main() else None]
+    dist.broadcast_object_list(objects)
+    return objects[0]
 
 
 def barrier() -> None:
-    """Until all processes are here: what process 0 wrote can then be read."""
+    """Wait until every rank is here. Files that rank 0 wrote before can then be read."""
     if shard().count > 1:
         dist.barrier()
 
 
-def any_rank(wish: bool, now: bool) -> bool:
-    """Whether any process wishes it. Asked where `now` is true only; a single process needs to ask nobody."""
+def any_rank(flag: bool, sync: bool) -> bool:
+    """True on every rank if true on any rank.
+
+    Ranks communicate only where `sync` is true, which must be the same on all of them; elsewhere
+    False. A single process returns its flag at once.
+    """
     if shard().count == 1:
-        return wish
-    return now and bool(sum_ranks(torch.tensor(float(wish))))
+        return flag
+    return sync and bool(sum_ranks(torch.tensor(float(flag))))
 
 
 def sum_ranks(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """Return the sum over all ranks. The tensor may be reduced in place."""
     if shard().count > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        value = value.to(device)
+        value = value.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(value)
     return value
 
 
 def mean_ranks(value: float) -> float:
-    """The mean of a number over all processes."""
+    """Return the mean over all ranks."""
     return value if shard().count == 1 else float(sum_ranks(torch.tensor(value))) / shard().count
 
 
+# ---- failures
+
+
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether `error` is how a process learns that another one is gone; gloo and NCCL have no class of their own for it."""
+    """True if `error` is gloo's or NCCL's report that another rank has died."""
     return (
         shard().count > 1
         and isinstance(error, RuntimeError)
-        and any(word in str(error) for word in _LOST)
+        and any(message in str(error) for message in _LOST_PEER_MESSAGES)
     )
 
 
 def check_identical(tensors: Iterable[Tensor], what: str) -> None:
-    """Raise DDQError if the tensors are not bit for bit the same in all processes."""
+    """Raise DDQError if the tensors are not bit-identical on all ranks."""
     if shard().count == 1:
         return
-    found: list[Any] = [None] * shard().count
-    dist.all_gather_object(found, sha256_of_tensors(tensors))
-    if len(set(found)) > 1:
+    digests: list[Any] = [None] * shard().count
+    dist.all_gather_object(digests, sha256_of_tensors(tensors))
+    if len(set(digests)) > 1:
         raise DDQError(
-            f"{what} differ between the processes; this run cannot go on. Resume it from its last state."
+            f"{what} differ between the processes; this run cannot continue. Resume it from its "
+            "last state."
         )

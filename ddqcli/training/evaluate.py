@@ -1,4 +1,4 @@
-"""Accuracy on held-out data, and outputs to compare an exported model with."""
+"""Evaluation on held-out data, and outputs to compare an exported model with."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from torch.nn.utils import parametrize
 from ddqcli.data.load import Data
 from ddqcli.training import distributed
 
-_PROBE = 8  # samples
-OnProgress = Callable[[str, int, int], None]  # what is going on, done, total
+_PROBE_SAMPLES = 8
+OnProgress = Callable[[str, int, int], None]  # (activity, batches done, batches in all)
 
 
 def output_of(result: Any) -> Any:
-    """The main output of a model that returns several while training (torchvision's GoogLeNet and Inception)."""
+    """Return the main output of a model that returns several in train mode.
+
+    torchvision's GoogLeNet and Inception do.
+    """
     return result.logits if hasattr(result, "logits") else result
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = None) -> float:
-    """Mean of the metric over every held-out sample once, in percent."""
+    """Return the mean metric over all held-out samples, in percent. Leaves the model in eval mode.
+
+    Each rank evaluates its shard; the result is the same on all of them.
+    """
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     for done, (x, y) in enumerate(data.val.epoch(0)):
         if not len(x):
-            continue  # a last batch with fewer samples than there are processes
+            continue  # the last batch may have fewer samples than there are ranks
         with parametrize.cached():
             scores = data.metric(output_of(model(x)), y)
         total += scores.double().sum().cpu()
@@ -39,16 +45,22 @@ def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = N
 
 @torch.no_grad()
 def probe(model: nn.Module, data: Data) -> dict[str, Tensor] | None:
-    """The first held-out inputs and what the model makes of them, to compare a loaded one with; None for no tensor."""
+    """Return the first held-out inputs and the model's outputs, as "input" and "output" on the CPU.
+
+    A model that is loaded again can be compared with them. None if the output is not a tensor.
+    """
     model.eval()
-    x = next(iter(data.val.epoch(0)))[0][:_PROBE]
+    x = next(iter(data.val.epoch(0)))[0][:_PROBE_SAMPLES]
     output = output_of(model(x.clone()))  # a network may change its input in place
     return {"input": x.cpu(), "output": output.cpu()} if isinstance(output, Tensor) else None
 
 
-def sample_differences(found: Tensor, expected: Tensor) -> Tensor:
-    """[B]: root mean square of each sample's difference, as a share of that of all expected values; infinite for NaN."""
-    error = (found.double() - expected.double()).flatten(1).square().mean(1).sqrt()
-    return (error / expected.double().square().mean().sqrt()).nan_to_num(nan=torch.inf) * (
-        error != 0
-    )
+def sample_differences(actual: Tensor, expected: Tensor) -> Tensor:
+    """Return each sample's relative error [B].
+
+    It is the root mean square of the sample's difference over the root mean square of all expected
+    values; infinite where a value is NaN.
+    """
+    error = (actual.double() - expected.double()).flatten(1).square().mean(1).sqrt()
+    relative = error / expected.double().square().mean().sqrt()
+    return relative.nan_to_num(nan=torch.inf) * (error != 0)

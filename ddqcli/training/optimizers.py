@@ -1,49 +1,64 @@
-"""One optimizer for the network's parameters, one for levels and step sizes."""
+"""Optimizers: one for the network's parameters, one for the quantizers' levels and step sizes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.optim import Optimizer
 
 from ddqcli.qat.model import QuantizedModel, quantizers
 from ddqcli.recipe.schema import TrainSection
 
-_STEP_LR = 0.05  # log2 of a learned step or clip moves by this share of levels_lr
+_STEP_SIZE_LR = 0.05  # of levels_lr, for the log2 of a learned step size or clip
 
 
 def make_optimizers(
-    converted: QuantizedModel, train: TrainSection
-) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
-    """One for the network's own parameters, one (Adam: its steps are in units of the level grid) for the quantizers'."""
-    of_quantizers = {id(p) for q in quantizers(converted) for p in q.parameters()}
-    own = [
-        p for p in converted.model.parameters() if id(p) not in of_quantizers and p.requires_grad
-    ]
-    groups = [
-        {"params": [p for p in own if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if train.optimizer == "sgd":
-        first: torch.optim.Optimizer = torch.optim.SGD(
-            groups, lr=train.lr, momentum=train.momentum, fused=True
-        )
-    else:
-        first = torch.optim.AdamW(groups, lr=train.lr, fused=True)
-    learned = {
-        id(p): (n, p)
-        for q in quantizers(converted)
-        for n, p in q.named_parameters()
-        if p.requires_grad
-    }
-    levels = [p for n, p in learned.values() if n.endswith("levels")]
-    scales = [p for n, p in learned.values() if "log2" in n]
-    groups = [
-        {"params": levels, "lr": train.levels_lr},
-        {"params": scales, "lr": train.levels_lr * _STEP_LR},
-    ]
-    groups = [g for g in groups if g["params"]]
-    second = torch.optim.Adam(groups, fused=True) if groups else None
-    for optimizer in (first, second):
+    quantized: QuantizedModel, train: TrainSection
+) -> tuple[Optimizer, Optimizer | None]:
+    """Return the optimizers of the network's own parameters and of the quantizers.
+
+    The second is None if the quantizers learn nothing. Gates are in neither: their rule moves them.
+    Each parameter group keeps its first learning rate as "initial_lr".
+    """
+    network, levels = _network_optimizer(quantized, train), _levels_optimizer(quantized, train)
+    for optimizer in (network, levels):
         for group in optimizer.param_groups if optimizer else ():
             group["initial_lr"] = group["lr"]
-    return first, second
+    return network, levels
+
+
+def _network_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer:
+    """SGD or AdamW. Weight decay applies to matrices and kernels, not to biases and norms."""
+    of_quantizers = {id(p) for quantizer in quantizers(quantized) for p in quantizer.parameters()}
+    own = [
+        p for p in quantized.model.parameters() if id(p) not in of_quantizers and p.requires_grad
+    ]
+    groups = _without_empty(
+        {"params": [p for p in own if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+    )
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=train.lr, fused=True)
+
+
+def _levels_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer | None:
+    """Adam, so that the learning rate is the size of a step, in units of the level grid."""
+    learned = {
+        id(p): (name, p)
+        for quantizer in quantizers(quantized)
+        for name, p in quantizer.named_parameters()
+        if p.requires_grad
+    }
+    levels = [p for name, p in learned.values() if name.endswith("levels")]
+    step_sizes = [p for name, p in learned.values() if "log2" in name]
+    groups = _without_empty(
+        {"params": levels, "lr": train.levels_lr},
+        {"params": step_sizes, "lr": train.levels_lr * _STEP_SIZE_LR},
+    )
+    return torch.optim.Adam(groups, fused=True) if groups else None
+
+
+def _without_empty(*groups: dict[str, Any]) -> list[dict[str, Any]]:
+    return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM held back until a training step has ended."""
+"""Deferred SIGINT and SIGTERM, so that no training step is cut in two."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from contextlib import contextmanager
 
 @contextmanager
 def hold_signals() -> Iterator[list[int]]:
-    """Within: SIGINT and SIGTERM are only noted, so that no step is cut in two. One that is left in the list comes at the end."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield caught
+    """Hold SIGINT and SIGTERM back while the block runs. Yields the list of those received.
+
+    A caller that handles a signal clears the list. Otherwise the first signal is raised when the
+    block ends. Does nothing outside the main thread, where handlers cannot be set.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
         return
 
-    def note(number: int, _: object) -> None:
-        caught.append(number)
-        # The data loader's processes may have got the same signal; torch would raise for each that ends, amid the step.
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        # The data loader's workers may have received the same signal. torch would raise in the
+        # middle of the step for each worker that ends.
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    before = {
+    handlers = {
         number: signal.getsignal(number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
     }
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+        signal.signal(number, receive)
     try:
-        yield caught
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        if caught:
-            signal.raise_signal(caught[0])
+        if received:
+            signal.raise_signal(received[0])

@@ -1,4 +1,4 @@
-"""Levels and quantization errors at moments of a run."""
+"""Snapshots of levels and quantization errors during a run."""
 
 from __future__ import annotations
 
@@ -8,47 +8,49 @@ import torch
 
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
 
-_MOMENTS = (
-    40  # snapshots a run, about; one costs about as much as the quantizers do in a training step
-)
+# One snapshot costs about as much as the quantizers do in one training step.
+_SNAPSHOTS_PER_RUN = 40
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A line of metrics.jsonl of its own kind: the others have no `levels`."""
+    """One line of metrics.jsonl. Its `levels` tell it from the lines of StepMetrics.
 
-    step: int  # steps done
-    error: dict[str, float]  # ||q - w||² / ||w||², by tensor
-    levels: dict[
-        str, list[float]
-    ]  # level values in force, ascending; of tensors with one set of them and up to 7 bits
-
-
-def snapshot(converted: QuantizedModel, step: int) -> Snapshot:
-    """The tensors as they are now. Changes nothing, and takes no random numbers.
-
-    At 8 bits the levels are the grid itself and have nothing to show; levels by channel are too many to be drawn.
+    Attributes:
+        step: steps done.
+        error: ||q - w||² / ||w||², by tensor.
+        levels: the levels in force in units of the weights, ascending, by tensor. Only of tensors
+            with one set of levels and at most 7 bits: at 8 bits the levels are the grid itself,
+            and levels by channel are too many to draw.
     """
+
+    step: int
+    error: dict[str, float]
+    levels: dict[str, list[float]]
+
+
+def snapshot(quantized: QuantizedModel, step: int) -> Snapshot:
+    """Return the current levels and errors. Changes nothing and draws no random numbers."""
     return Snapshot(
         step,
-        {tensor.name: relative_error(tensor) for tensor in converted.tensors},
+        {tensor.name: relative_error(tensor) for tensor in quantized.tensors},
         {
-            t.name: _levels(t)
-            for t in converted.tensors
-            if len(t.quantizer.bits) == 1 and t.quantizer.bits[0] < 8
+            tensor.name: _levels(tensor)
+            for tensor in quantized.tensors
+            if len(tensor.quantizer.bits) == 1 and tensor.quantizer.bits[0] < 8
         },
     )
 
 
 def is_snapshot_step(step: int, steps: int, every: int) -> bool:
-    """Whether to take a snapshot at `step` of a run of `steps` that reports `every` so many steps."""
-    span = max(1, steps // _MOMENTS)
-    return step // span > (step - every) // span
+    """True at about 40 evenly spread multiples of `every` in a run of `steps`."""
+    interval = max(1, steps // _SNAPSHOTS_PER_RUN)
+    return step // interval > (step - every) // interval
 
 
 @torch.no_grad()
 def relative_error(tensor: QuantizedParameter) -> float:
-    """Sum of squared differences between quantized and float values over the sum of squares (1 if all are 0), to 6 digits."""
+    """Return ||q - w||² / ||w||² (||q||² if w is all zeros), to 6 significant digits."""
     x = tensor.parameter.detach().double()
     error = float((tensor.quantizer(tensor.parameter).double() - x).square().sum())
     return float(f"{error / (float(x.square().sum()) or 1.0):.6g}")

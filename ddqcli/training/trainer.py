@@ -1,4 +1,4 @@
-"""Algorithm 1's loop: quantize, forward, backward with gradient correction, update weights, levels and gates."""
+"""Algorithm 1 of the DDQ paper: quantize, forward, loss, backward, update."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -23,107 +22,250 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.training import distributed
 from ddqcli.training.batch_norm import batch_norms, reestimate_batch_norm
 from ddqcli.training.distillation import distillation, distillation_weight, flips_at_random
+from ddqcli.training.divergence import explain_loss, require_finite
 from ddqcli.training.evaluate import output_of
+from ddqcli.training.metrics import REPORT_EVERY, StepMeans, StepMetrics
 from ddqcli.training.optimizers import make_optimizers
 from ddqcli.training.signals import hold_signals
 
-REPORT_EVERY = 10  # steps
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What a run says of itself every few steps."""
-
-    step: int  # steps done
-    steps: int
-    epoch: int
-    loss: float  # mean since the last report
-    train_accuracy: float  # percent, mean since the last report
-    lr: float
-    average_bits: float  # stored, a weight: what the report calls so
-    seconds: float  # all steps so far, at this process's pace
-    bits: dict[str, float]  # by tensor
-
-    @property
-    def remaining(self) -> float:
-        """Seconds left at the pace so far."""
-        return self.seconds / max(1, self.step) * (self.steps - self.step)
-
-
-class Diverged(DDQError):
-    """Training left the finite numbers; the message says at which step and in which layer."""
-
 
 class Trainer:
-    """One finetuning run: all of its state, and the loop."""
+    """Trains a calibrated model to the end of its run, from its first step or a saved state.
+
+    Args:
+        quantized: the model to train, with its gates at their first bits.
+        teacher: the float model, for distillation.
+        data: training batches and loss.
+        gates: the rule that decides bit-widths.
+        recipe: optimizers, schedules and precision.
+        steps: steps of the whole run.
+    """
 
     def __init__(
         self,
-        converted: QuantizedModel,
+        quantized: QuantizedModel,
         teacher: nn.Module | None,
         data: Data,
         gates: Rule,
         recipe: Recipe,
         steps: int,
     ) -> None:
-        self.converted, self.data, self.gates, self.recipe = converted, data, gates, recipe
-        self.model, self.steps, self.step = converted.model, steps, 0
-        self.lr_scale = 1.0  # of every step size
-        self.distilled = distillation_weight(recipe.train.distill, data)  # of the loss
-        self.teacher = teacher if self.distilled else None
+        self.quantized, self.data, self.gates, self.recipe = quantized, data, gates, recipe
+        self.model, self.steps, self.step = quantized.model, steps, 0
+        self.lr_scale = 1.0  # factor on every learning rate
+        self.distill_weight = distillation_weight(recipe.train.distill, data)
+        self.teacher = teacher if self.distill_weight else None
         self.model.train()
-        self.bn_frozen_from = self._bn_frozen_from()
+        self.bn_frozen_from = self._bn_freeze_step()
         self.parallel = distributed.data_parallel(self.model)
-        self.weights_optimizer, self.levels_optimizer = make_optimizers(converted, recipe.train)
+        self.weights_optimizer, self.levels_optimizer = make_optimizers(quantized, recipe.train)
+
+    # ---- the loop
 
     def run(self, on_step: Callable[[StepMetrics], None], on_save: Callable[[], None]) -> None:
-        """Train from `self.step` to the end. `on_save` is called where the state is worth keeping.
+        """Train from `self.step` to the end.
 
-        Ctrl-C and SIGTERM wait for the step's end, save, and raise Interrupted. Raises Diverged; what was saved is finite.
+        `on_step` gets metrics every few steps. `on_save` is called at each checkpoint, when all
+        parameters are finite. SIGINT and SIGTERM take effect at the end of a step, after a
+        checkpoint. Raises Interrupted and Diverged.
         """
-        began, first = time.monotonic(), self.step
-        loss_sum, hits, count = 0.0, 0.0, 0
-        self._train_mode()
-        with hold_signals() as caught:
+        began, first_step, means = time.monotonic(), self.step, StepMeans()
+        self._set_train_mode()
+        with hold_signals() as signals:
             for x, y in self._batches():
                 self.gates.before_step(self.step)
-                loss, score = self._train_step(x, y)
-                loss_sum, hits, count = loss_sum + loss, hits + score, count + 1
+                means.add(*self._train_step(x, y))
                 self.step += 1
                 if self.step % REPORT_EVERY == 0 or self.step == self.steps:
-                    on_step(
-                        self._metrics(
-                            loss_sum / count, 100 * hits / count, (time.monotonic() - began), first
-                        )
-                    )
-                    loss_sum, hits, count = 0.0, 0.0, 0
-                stopping = distributed.any_rank(bool(caught), self.step % REPORT_EVERY == 0)
-                if stopping or self._is_checkpoint_step():
-                    self._check(dict(self.model.named_parameters()), "A parameter")
+                    step_seconds = (time.monotonic() - began) / (self.step - first_step)
+                    on_step(self._metrics(means, step_seconds))
+                    means = StepMeans()
+                stop = distributed.any_rank(bool(signals), sync=self.step % REPORT_EVERY == 0)
+                if stop or self._is_checkpoint_step():
+                    parameters = dict(self.model.named_parameters())
+                    require_finite(parameters, "A parameter", self._at(self.step))
                     on_save()
-                if stopping:
-                    number = caught[0] if caught else signal.SIGTERM
-                    caught.clear()
+                if stop:
+                    number = signals[0] if signals else signal.SIGTERM
+                    signals.clear()
                     raise Interrupted(f"Stopped at step {self.step} of {self.steps}", number)
         self.gates.finish()
         if self.steps == self.bn_frozen_from:
             self._freeze_batch_norm()
 
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one batch per remaining step. Freezes BatchNorm when its step has come."""
+        per_epoch = len(self.data.train)
+        while self.step < self.steps:
+            if self.step == self.bn_frozen_from:
+                self._freeze_batch_norm()  # a pass over the data, so not during another one
+            epoch, start = divmod(self.step, per_epoch)
+            first_step = self.step
+            for number, batch in enumerate(self.data.train.epoch(epoch, start), start + 1):
+                yield batch
+                if self.step in (self.steps, self.bn_frozen_from) or number >= per_epoch:
+                    break
+            if self.step == first_step:
+                raise DataError(
+                    f"Epoch {epoch + 1} of the training data ended after {start} batches; its "
+                    f"length is {per_epoch}."
+                )
+
+    def _is_checkpoint_step(self) -> bool:
+        """True every `save_every` steps, at epoch ends and after the last step."""
+        intervals = (self.recipe.train.save_every, len(self.data.train), self.steps)
+        return any(self.step % interval == 0 for interval in intervals)
+
+    def _metrics(self, means: StepMeans, step_seconds: float) -> StepMetrics:
+        return StepMetrics(
+            step=self.step,
+            steps=self.steps,
+            epoch=(self.step - 1) // len(self.data.train) + 1,
+            loss=means.loss,
+            train_accuracy=means.accuracy,
+            lr=self.weights_optimizer.param_groups[0]["lr"],
+            average_bits=average_bits(self.quantized),
+            seconds=step_seconds * self.step,
+            bits={
+                t.name: sum(t.quantizer.bits) / len(t.quantizer.bits)
+                for t in self.quantized.tensors
+            },
+        )
+
+    def _at(self, step: int) -> str:
+        return f"at step {step} of {self.steps}"
+
+    # ---- one step: Algorithm 1
+
+    def _train_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """Return the loss, and the mean score of the batch in 0..1."""
+        self._set_learning_rates()
+        self._seed()
+        with self.quantized.batched():  # backward too may quantize, under activation checkpointing
+            output, loss = self._forward(x, y)
+            loss_value = float(loss.detach())
+            self._backward(x, loss, loss_value)
+        self._update(loss_value)
+        return loss_value, float(self.data.metric(output.detach().float(), y).float().mean())
+
+    def _set_learning_rates(self) -> None:
+        """Decay every learning rate to 0 along half a cosine."""
+        factor = self.lr_scale * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+    def _seed(self) -> None:
+        """Make dropout and the like a function of the step and the rank alone."""
+        rank = distributed.shard().rank
+        torch.manual_seed(self.recipe.train.seed * 1_000_003 + self.step + 2**40 * rank)
+
+    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Lines 1 to 3: quantize weights, biases and inputs; compute the output and the loss."""
+        bfloat16 = self.recipe.train.precision == "bfloat16"
+        with (
+            torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16),
+            parametrize.cached(),  # a weight that is read more than once is quantized once
+        ):
+            target = self._target(x)
+            output = output_of(self.parallel(x))
+            return output, self._loss(output, y, target)
+
+    @torch.no_grad()
+    def _target(self, x: Tensor) -> Tensor | None:
+        """Return the float model's output for x, or None without distillation.
+
+        Where training flips images at random, it is the mean of the outputs for x and for its flip.
+        """
+        if self.teacher is None:
+            return None
+        # Clones, since a network may change its input in place.
+        views = [x.clone(), x.flip(-1)] if flips_at_random(self.data) else [x.clone()]
+        return torch.stack([output_of(self.teacher(view)).float() for view in views]).mean(0)
+
+    def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+        if target is None:
+            return self.data.loss(output, y)
+        divergence = distillation(output, target, self.recipe.train.distill.temperature)
+        if self.distill_weight == 1:
+            return divergence
+        return self.distill_weight * divergence + (1 - self.distill_weight) * self.data.loss(
+            output, y
+        )
+
+    def _backward(self, x: Tensor, loss: Tensor, loss_value: float) -> None:
+        """Lines 4 and 5: gradients of weights, levels and gates, with gradient correction (Eqn 9).
+
+        Raises Diverged if the loss or a gradient is not finite, DDQError if `x` is not.
+        """
+        at = self._at(self.step + 1)
+        # With several ranks, the averaged gradients make all of them raise at once.
+        if not math.isfinite(loss_value) and distributed.shard().count == 1:
+            raise explain_loss(self.model, x, loss_value, at)
+        penalty = self.gates.penalty()  # Eqn 7
+        torch.autograd.backward(loss * penalty if penalty != 1 else loss)
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        require_finite(gradients, "The gradient", at)
+
+    def _update(self, loss_value: float) -> None:
+        """Line 6: update gates, weights and levels."""
+        self.gates.after_backward(self.step, distributed.mean_ranks(loss_value))
+        for optimizer in self._optimizers():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [o for o in (self.weights_optimizer, self.levels_optimizer) if o]
+
+    # ---- BatchNorm
+
+    def _bn_freeze_step(self) -> int:
+        """Return the step from which BatchNorm's statistics stay fixed.
+
+        It comes after the gates have frozen, and at the end of an epoch if one is left.
+        """
+        if not batch_norms(self.model):
+            return self.steps
+        per_epoch = len(self.data.train)
+        earliest = max(int(self.recipe.train.bn_freeze * self.steps), self.gates.frozen_from + 1)
+        epoch_end = math.ceil(earliest / per_epoch) * per_epoch
+        return min(self.steps, epoch_end if epoch_end < self.steps else earliest)
+
+    def _freeze_batch_norm(self) -> None:
+        """Re-estimate BatchNorm's statistics with the current weights, then keep them fixed."""
+        if self.steps:
+            torch.manual_seed(self.recipe.train.seed)
+            batches = self.data.train.epoch(self.recipe.train.epochs)
+            reestimate_batch_norm(self.model, islice(batches, self.recipe.train.bn_batches))
+            self._set_train_mode()
+
+    def _set_train_mode(self) -> None:
+        """Set the model to train mode, but for frozen BatchNorm layers."""
+        self.model.train()
+        if self.step >= self.bn_frozen_from:
+            for norm in batch_norms(self.model):
+                norm.training = False
+
+    # ---- saved state
+
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs: random numbers follow from seed, epoch and step, so none are stored."""
+        """Return all that a resumed run needs.
+
+        Random numbers follow from seed, epoch and step, so no generator states are included.
+        """
         return {
             "step": self.step,
             "lr_scale": self.lr_scale,
             "model": self.model.state_dict(),
             "weights_optimizer": self.weights_optimizer.state_dict(),
-            "levels_optimizer": self.levels_optimizer.state_dict()
-            if self.levels_optimizer
-            else None,
+            "levels_optimizer": (
+                self.levels_optimizer.state_dict() if self.levels_optimizer else None
+            ),
             "gates": self.gates.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; raises DDQError if it is not one of this model."""
+        """Continue from a saved state. Raises DDQError if it does not fit this model."""
         self.model.zero_grad(set_to_none=True)
         try:
             self.step, self.lr_scale = state["step"], state["lr_scale"]
@@ -134,173 +276,6 @@ class Trainer:
             self.gates.load_state(state["gates"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DDQError(
-                "The saved state does not fit this model: another version of ddq wrote it, or a forward pass resizes a buffer."
+                "The saved state does not fit this model: another version of ddq wrote it, or a "
+                "forward pass resizes a buffer."
             ) from error
-
-    def _is_checkpoint_step(self) -> bool:
-        """Whether this step is one to save at: every so many, at each epoch's end, and the last."""
-        ends = (self.recipe.train.save_every, len(self.data.train), self.steps)
-        return any(self.step % end == 0 for end in ends)
-
-    def _bn_frozen_from(self) -> int:
-        """The step from which BatchNorm's statistics stay: after the bits have frozen, and between epochs if it can be."""
-        if not batch_norms(self.model):
-            return self.steps
-        per_epoch = len(self.data.train)
-        first = max(int(self.recipe.train.bn_freeze * self.steps), self.gates.frozen_from + 1)
-        epoch_end = math.ceil(first / per_epoch) * per_epoch
-        return min(self.steps, epoch_end if epoch_end < self.steps else first)
-
-    def _train_mode(self) -> None:
-        self.model.train()
-        if self.step >= self.bn_frozen_from:
-            for norm in batch_norms(self.model):
-                norm.training = False
-
-    def _freeze_batch_norm(self) -> None:
-        """Estimate BatchNorm's statistics anew, with the weights as they now are, and leave them so from here on."""
-        if self.steps:
-            torch.manual_seed(self.recipe.train.seed)
-            batches = self.data.train.epoch(self.recipe.train.epochs)
-            reestimate_batch_norm(self.model, islice(batches, self.recipe.train.bn_batches))
-            self._train_mode()
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        per_epoch = len(self.data.train)
-        while self.step < self.steps:
-            if (
-                self.step == self.bn_frozen_from
-            ):  # between two passes over the data, since this is one of its own
-                self._freeze_batch_norm()
-            epoch, start = divmod(self.step, per_epoch)
-            before = self.step
-            for number, batch in enumerate(self.data.train.epoch(epoch, start)):
-                yield batch
-                if (
-                    self.step in (self.steps, self.bn_frozen_from)
-                    or number + start + 1 >= per_epoch
-                ):
-                    break
-            if self.step == before:
-                raise DataError(
-                    f"The training data gave {start} batches in epoch {epoch + 1}, where {per_epoch} were counted."
-                )
-
-    def _train_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        train, shard = self.recipe.train, distributed.shard()
-        factor = self.lr_scale * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        for optimizer in self._optimizers():
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-        # Dropout and the like: a function of the step alone.
-        torch.manual_seed(train.seed * 1_000_003 + self.step + 2**40 * shard.rank)
-        autocast = torch.autocast(
-            x.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"
-        )
-        with (
-            self.converted.batched()
-        ):  # the backward pass, too, may quantize: whatever is recomputed there
-            with (
-                autocast,
-                parametrize.cached(),
-            ):  # a weight that is read more than once is quantized once
-                target = self._target(x)
-                output = output_of(self.parallel(x))
-                loss = self._loss(output, y, target)
-            value = float(loss.detach())
-            if not math.isfinite(value) and shard.count == 1:
-                raise self._divergence(
-                    x, value
-                )  # with more, the averaged gradients tell all processes at once
-            penalty = self.gates.penalty()
-            (loss * penalty if penalty != 1 else loss).backward()
-        self._check(
-            {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None},
-            "The gradient",
-        )
-        self.gates.after_backward(self.step, distributed.mean_ranks(value))
-        for optimizer in self._optimizers():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return value, float(self.data.metric(output.detach().float(), y).float().mean())
-
-    @torch.no_grad()
-    def _check(self, tensors: dict[str, Tensor], what: str) -> None:
-        """Raise Diverged if one of the tensors is not finite, naming the last: gradients go wrong from the end on."""
-        norms = torch._foreach_norm(list(tensors.values()))
-        if math.isfinite(float(torch.stack(norms).sum())):
-            return
-        name = next(
-            (n for n, tensor in reversed(tensors.items()) if not tensor.isfinite().all()), None
-        )
-        if name is not None:
-            raise Diverged(
-                f"{what} of {_plain(name)} became NaN or infinite at step {self.step + 1} of {self.steps}"
-            )
-
-    @torch.no_grad()
-    def _divergence(self, x: Tensor, loss: float) -> DDQError:
-        """What a loss that is not finite came from: the first layer in whose output something is not."""
-        at = f"at step {self.step + 1} of {self.steps}"
-        if not x.isfinite().all():
-            return DDQError(
-                f"The batch {at} holds NaN or infinite values; repair the data and resume."
-            )
-        found: list[str] = []
-
-        def look(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                    found.append(_plain(name))
-
-            return hook
-
-        hooks = [
-            module.register_forward_hook(look(name))
-            for name, module in self.model.named_modules()
-            if name
-        ]
-        self.model(x)
-        for handle in hooks:
-            handle.remove()
-        return Diverged(
-            f"The loss became {loss} {at}, {f'first in {found[0]}' if found else 'though not the output'}"
-        )
-
-    @torch.no_grad()
-    def _target(self, x: Tensor) -> Tensor | None:
-        """The float model's output for x; where training mirrors images at random, its mean with that for the mirrored ones.
-
-        Of copies of x, since a network may change its input in place.
-        """
-        if self.teacher is None:
-            return None
-        views = [x.clone(), x.flip(-1)] if flips_at_random(self.data) else [x.clone()]
-        return torch.stack([output_of(self.teacher(view)).float() for view in views]).mean(0)
-
-    def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
-        if target is None:
-            return self.data.loss(output, y)
-        divergence = distillation(output, target, self.recipe.train.distill.temperature)
-        if self.distilled == 1:
-            return divergence
-        return self.distilled * divergence + (1 - self.distilled) * self.data.loss(output, y)
-
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        return [o for o in (self.weights_optimizer, self.levels_optimizer) if o]
-
-    def _metrics(self, loss: float, accuracy: float, seconds: float, first: int) -> StepMetrics:
-        bits = {
-            t.name: sum(t.quantizer.bits) / len(t.quantizer.bits) for t in self.converted.tensors
-        }
-        pace = seconds / max(1, self.step - first)
-        return StepMetrics(
-            self.step, self.steps, (self.step - 1) // len(self.data.train) + 1, loss, accuracy,
-            self.weights_optimizer.param_groups[0]["lr"], average_bits(self.converted), pace * self.step, bits,
-        )  # fmt: skip
-
-
-def _plain(name: str) -> str:
-    """conv1.parametrizations.weight.original as conv1.weight."""
-    layer, inside, rest = name.partition("parametrizations.")
-    return layer + rest.partition(".")[0] if inside else name

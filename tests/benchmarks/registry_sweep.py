@@ -33,7 +33,8 @@ from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training.calibrate import calibrate
 from ddqcli.training.evaluate import evaluate
-from ddqcli.training.trainer import StepMetrics, Trainer
+from ddqcli.training.metrics import StepMetrics
+from ddqcli.training.trainer import Trainer
 
 CLASSES = 10
 BATCH = 2

@@ -1,4 +1,4 @@
-"""`ddq finetune`: what it leaves behind, that nothing is lost however it ends, and that it says when training goes wrong."""
+"""`ddq finetune`: the files of a run, kills and resuming, and training that goes wrong."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_project import STEPS, ddq, exit_code, in_child
+from tiny_project import STEPS, ddq, exit_code, in_child, inside
 
 from ddqcli.runs import files
 from ddqcli.runs import run as runs
@@ -30,6 +28,7 @@ BEGIN, RESUME, EXPORT = (
     f"finetune --resume --run-dir {RUN}",
     f"export {RUN}",
 )
+REMEDY = f"`ddq finetune --resume --run-dir {RUN}` continues it."
 
 
 def artifact(run: str = RUN) -> bytes:
@@ -37,7 +36,7 @@ def artifact(run: str = RUN) -> bytes:
 
 
 def steps(run: str = RUN) -> list[int]:
-    """The steps of which the run reported the loss."""
+    """The steps at which the run reported its loss."""
     return [entry["step"] for entry in metrics(run) if "loss" in entry]
 
 
@@ -46,21 +45,19 @@ def metrics(run: str = RUN) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def unharmed(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The file that a run gives which nothing disturbs."""
-    folder = tmp_path_factory.mktemp("unharmed") / "project"
+def undisturbed(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The exported file of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "project"
     shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("runs"))
-    before = Path.cwd()
-    os.chdir(folder)
-    assert exit_code(in_child(BEGIN, EXPORT)) == 0
-    os.chdir(before)
-    return artifact(folder / RUN)
+    with inside(folder):
+        assert exit_code(in_child(BEGIN, EXPORT)) == 0
+        return artifact()
 
 
-# ---- what a run leaves
+# ---- the files of a run
 
 
-def test_a_run_meets_its_budget_and_says_so_in_its_folder_and_its_answer(project: Path) -> None:
+def test_a_run_meets_its_budget_and_reports_it_in_its_folder_and_its_output(project: Path) -> None:
     data = ddq("finetune", "model.pt", "--json", "-q").data
     totals = data["totals"]
     assert totals["bytes"] <= totals["budget_bytes"] < totals["float_bytes"]
@@ -104,76 +101,71 @@ def buffered(grows):
 def test_buffers_that_a_forward_pass_makes_are_within_the_budget(project: Path) -> None:
     Path("buffered.py").write_text(BUFFERED)
     torch.save(torch.load("model.pt") | {"9.seen": torch.zeros(0)}, "model.pt")
-    told = [
-        "finetune",
-        "model.pt",
-        "--arch",
-        "buffered.py:buffered",
-        "--target-size",
-        "1800",
-        "--set",
-    ]
-    report = ddq(*told, "model.kwargs.grows=once", "--run-dir", "once", "--json", "-q").data
+    command = ["finetune", "model.pt", "--arch", "buffered.py:buffered", "--max-steps", "2"]
+    command += ["--target-size", "1800", "--set"]
+    report = ddq(*command, "model.kwargs.grows=once", "--run-dir", "once", "--json", "-q").data
     totals = report["totals"]
     assert 1700 < totals["bytes"] <= 1800
     final = torch.load("once/final.pt")
     assert len(final["floats"]["9.seen"]) == 100
     inputs = sum(row["bytes"] for row in report["activations"])
     assert totals["kept_bytes"] == inputs + sum(value.nbytes for value in final["floats"].values())
-    answer = ddq(*told, "model.kwargs.grows=evaluated", "--run-dir", "evaluated", "-q")
+    answer = ddq(*command, "model.kwargs.grows=evaluated", "--run-dir", "evaluated", "-q")
     assert answer.code == 1
     assert (
         "buffers grew while it ran; register those that need not be stored with persistent=False"
         in answer.err
     )
-    told[told.index("1800")] = "1000"
-    answer = ddq(*told, "model.kwargs.grows=once", "--run-dir", "none", "-q")
+    command[command.index("1800")] = "1000"
+    answer = ddq(*command, "model.kwargs.grows=once", "--run-dir", "none", "-q")
     assert answer.code == 2
     assert "9.seen in float (400)" in answer.err
     assert not Path("none").exists()
 
 
-def test_padding_is_chosen_by_the_model_unless_the_recipe_says_it(project: Path) -> None:
-    fill = "crops are padded with"
-    chosen = ddq("finetune", "model.pt", "--run-dir", "chosen").err
-    assert fill in chosen
-    assert (
-        fill not in ddq("finetune", "model.pt", "--set", "data.fill=mean", "--run-dir", "mean").err
-    )
-    assert fill not in ddq("finetune", "model.pt", "--set", "data.pad=0", "--run-dir", "none").err
-    ddq("finetune", "model.pt", "--set", "data.fill=black", "--run-dir", "black")
-    levels = {
-        name: torch.load(f"{name}/final.pt")["weights"] for name in ("chosen", "mean", "black")
+SHORT = ("finetune", "model.pt", "--max-steps", "2")
+
+
+def test_padding_is_chosen_by_the_model_unless_the_recipe_sets_it(project: Path) -> None:
+    note = "crops are padded with"
+    auto = ddq(*SHORT, "--run-dir", "auto").err
+    assert note in auto
+    assert note not in ddq(*SHORT, "--set", "data.fill=mean", "--run-dir", "mean").err
+    assert note not in ddq(*SHORT, "--set", "data.pad=0", "--run-dir", "none").err
+    ddq(*SHORT, "--set", "data.fill=black", "--run-dir", "black")
+    weights = {
+        name: torch.load(f"{name}/final.pt")["weights"] for name in ("auto", "mean", "black")
     }
-    same = "black" if f"{fill} black" in chosen else "mean"
-    torch.testing.assert_close(levels["chosen"], levels[same], rtol=0, atol=0)
-    assert any((levels["mean"][name] != value).any() for name, value in levels["black"].items())
+    same = "black" if f"{note} black" in auto else "mean"
+    torch.testing.assert_close(weights["auto"], weights[same], rtol=0, atol=0)
+    assert any((weights["mean"][name] != value).any() for name, value in weights["black"].items())
 
 
-def test_whether_images_are_mirrored_is_chosen_by_the_model_unless_the_recipe_says_it(
-    project: Path,
-) -> None:
-    chosen = ddq("finetune", "model.pt", "--set", "data.flip=auto", "--run-dir", "auto").err
-    found = re.search("images are (not )?mirrored", chosen)
-    assert found
-    assert ("mean of each image and its mirror image" in chosen) == (found[1] is None)
-    for flip in ("true", "false"):
-        said = ddq("finetune", "model.pt", "--set", f"data.flip={flip}", "--run-dir", flip).err
-        assert not re.search("images are (not )?mirrored", said)
-        assert ("mean of each image and its mirror image" in said) == (flip == "true")
-    levels = {name: torch.load(f"{name}/final.pt")["weights"] for name in ("auto", "true", "false")}
-    same = "false" if found[1] else "true"
-    torch.testing.assert_close(levels["auto"], levels[same], rtol=0, atol=0)
-    assert any((levels["true"][name] != value).any() for name, value in levels["false"].items())
+def test_flips_are_chosen_by_the_model_unless_the_recipe_sets_them(project: Path) -> None:
+    note, view = "images are (not )?flipped", "mean of each image and its flip"
+    auto = ddq(*SHORT, "--set", "data.flip=auto", "--run-dir", "auto").err
+    match = re.search(note, auto)
+    assert match
+    flips = match[1] is None
+    assert (view in auto) == flips
+    for flip in (True, False):
+        err = ddq(*SHORT, "--set", f"data.flip={str(flip).lower()}", "--run-dir", f"{flip}").err
+        assert not re.search(note, err)
+        assert (view in err) == flip
+    weights = {
+        name: torch.load(f"{name}/final.pt")["weights"] for name in ("auto", "True", "False")
+    }
+    torch.testing.assert_close(weights["auto"], weights[f"{flips}"], rtol=0, atol=0)
+    assert any((weights["True"][name] != value).any() for name, value in weights["False"].items())
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    project: Path, unharmed: bytes
+    project: Path, undisturbed: bytes
 ) -> None:
     assert exit_code(in_child(BEGIN, EXPORT)) == 0
-    assert artifact() == unharmed
+    assert artifact() == undisturbed
     assert exit_code(in_child("finetune model.pt --seed 1 --run-dir runs/b", "export runs/b")) == 0
-    assert artifact("runs/b") != unharmed
+    assert artifact("runs/b") != undisturbed
 
 
 def test_a_dry_run_checks_model_recipe_and_budget_and_writes_nothing(project: Path) -> None:
@@ -184,14 +176,14 @@ def test_a_dry_run_checks_model_recipe_and_budget_and_writes_nothing(project: Pa
     assert not Path("runs").exists()
 
 
-def test_a_dry_run_says_where_its_bits_are_not_yet_within_the_budget(project: Path) -> None:
+def test_a_dry_run_warns_if_the_first_bits_exceed_the_budget(project: Path) -> None:
     assert ddq("finetune", "model.pt", "--dry-run", "--json").data["warnings"] == []
     answer = ddq("finetune", "model.pt", "--dry-run", "--set", "gates.rule=paper")
     assert answer.code == 0
     assert "first bits; gates.rule=paper comes down to the budget while training" in answer.out
 
 
-def test_the_model_may_be_named_by_the_recipe_alone(project: Path) -> None:
+def test_the_recipe_alone_may_name_the_model(project: Path) -> None:
     assert ddq("finetune", "--dry-run").code == 0
 
 
@@ -199,20 +191,23 @@ def test_the_model_may_be_named_by_the_recipe_alone(project: Path) -> None:
 
 
 def dying_at(moment: int) -> Callable[[], None]:
-    """Let the process kill itself at its `moment`-th step, metrics line, or stage of writing a file (counted if < 0)."""
+    """Let the process kill itself at its `moment`-th step, metrics line, or stage of a file write.
+
+    With a negative moment it only counts them, in moments.txt.
+    """
 
     def before() -> None:
         seen = itertools.count()
 
         def watched(function: Callable[..., Any], after: bool = False) -> Callable[..., Any]:
-            def watching(*args: Any) -> Any:
+            def call(*args: Any) -> Any:
                 maybe_die()
                 result = function(*args)
                 if after:
                     maybe_die()
                 return result
 
-            return watching
+            return call
 
         def maybe_die() -> None:
             number = next(seen)
@@ -229,48 +224,40 @@ def dying_at(moment: int) -> Callable[[], None]:
     return before
 
 
-def test_a_kill_at_any_step_and_in_any_write_loses_nothing(project: Path, unharmed: bytes) -> None:
+def test_a_kill_at_any_step_and_in_any_write_loses_nothing(
+    project: Path, undisturbed: bytes
+) -> None:
+    """At the first and last moment and three between; tests/benchmarks/kill_resume.py does more."""
     assert exit_code(in_child("finetune model.pt --run-dir runs/count", before=dying_at(-1))) == 0
-    undisturbed = [(sorted(entry), entry["step"]) for entry in metrics("runs/count")]
+    expected_metrics = [(sorted(entry), entry["step"]) for entry in metrics("runs/count")]
     moments = range(int(Path("moments.txt").read_text()))
     assert len(moments) > 30
-    first, last = moments[2], moments[-1]  # before: the recipe is not yet in its place
-    for moment in [first, last, *random.Random(0).sample(moments[3:-1], 6)]:
+    first, last = moments[2], moments[-1]  # before the first, the recipe is not yet in its place
+    for moment in [first, last, *random.Random(0).sample(moments[3:-1], 3)]:
         shutil.rmtree(RUN, ignore_errors=True)
         assert exit_code(in_child(BEGIN, before=dying_at(moment))) == -signal.SIGKILL
         assert exit_code(in_child(RESUME, EXPORT)) == 0, (moment, Path("child.txt").read_text())
-        assert artifact() == unharmed, moment
-        assert [(sorted(entry), entry["step"]) for entry in metrics()] == undisturbed, moment
+        assert artifact() == undisturbed, moment
+        assert [(sorted(entry), entry["step"]) for entry in metrics()] == expected_metrics, moment
         assert not list(Path(RUN).glob(".*.tmp")), moment
 
 
-def test_processes_that_are_killed_again_and_again_end_with_the_same_bytes(
-    project: Path, unharmed: bytes
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    project: Path, undisturbed: bytes
 ) -> None:
-    """Real processes and real kills, two of them; tests/benchmarks/kill_resume.py does twenty."""
-    command = [
-        sys.executable,
-        "-m",
-        "ddqcli",
-        *BEGIN.split(),
-        "--resume",
-    ]  # begins where there is nothing to resume
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for wanted in ("recipe.yaml", "metrics.jsonl"):
-        process = subprocess.Popen(
-            command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        while not (Path(RUN) / wanted).exists() and process.poll() is None:
+    """Kills from outside, at no chosen moment."""
+    for file in ("recipe.yaml", "metrics.jsonl"):
+        child = in_child(f"{BEGIN} --resume")  # begins where there is nothing to resume
+        while not (Path(RUN) / file).exists():
             time.sleep(0.002)
-        process.kill()
-        process.wait()
-    subprocess.run(command, env=env, check=True, capture_output=True)
-    assert exit_code(in_child(EXPORT)) == 0
-    assert artifact() == unharmed
+        os.kill(child, signal.SIGKILL)
+        assert exit_code(child) == -signal.SIGKILL
+    assert exit_code(in_child(f"{BEGIN} --resume", EXPORT)) == 0
+    assert artifact() == undisturbed
 
 
 def slowly() -> None:
-    """Let each step take a moment, so that a signal finds the run in its midst."""
+    """Let each step take a moment, so that a signal comes in the middle of the run."""
     step = Trainer._train_step
 
     def slow(*args: Any) -> Any:
@@ -282,26 +269,24 @@ def slowly() -> None:
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_save_and_leave(
-    project: Path, unharmed: bytes, sent: int, code: int
+    project: Path, undisturbed: bytes, sent: int, code: int
 ) -> None:
     child = in_child(BEGIN, before=slowly)
     while not (Path(RUN) / "last.pt").exists():
         time.sleep(0.002)
-    time.sleep(0.12)  # into the second or third step, none of which is one to save at
+    time.sleep(0.12)  # into the second or third step, neither of which has a checkpoint
     os.kill(child, sent)
     assert exit_code(child) == code
-    said = Path("child.txt").read_text()
     step = torch.load(Path(RUN) / "last.pt")["step"]
     assert 1 <= step <= STEPS
-    assert (
-        said
-        == f"Error: Stopped at step {step} of 12; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
-    )
+    assert Path("child.txt").read_text() == f"Error: Stopped at step {step} of 12; {REMEDY}\n"
     assert exit_code(in_child(RESUME, EXPORT)) == 0
-    assert artifact() == unharmed
+    assert artifact() == undisturbed
 
 
-def test_a_signal_before_the_first_step_can_be_resumed_too(project: Path, unharmed: bytes) -> None:
+def test_a_signal_before_the_first_step_can_be_resumed_too(
+    project: Path, undisturbed: bytes
+) -> None:
     def slow_start() -> None:
         from ddqcli.commands import finetune
 
@@ -316,66 +301,64 @@ def test_a_signal_before_the_first_step_can_be_resumed_too(project: Path, unharm
     time.sleep(0.1)
     os.kill(child, signal.SIGTERM)
     assert exit_code(child) == 143
-    assert (
-        Path("child.txt").read_text()
-        == f"Error: Terminated; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
-    )
+    assert Path("child.txt").read_text() == f"Error: Terminated; {REMEDY}\n"
     assert exit_code(in_child(RESUME, EXPORT)) == 0
-    assert artifact() == unharmed
+    assert artifact() == undisturbed
 
 
-def test_a_signal_is_not_taken_for_a_fault_of_what_it_falls_into(
-    project: Path, unharmed: bytes
+def test_a_signal_is_not_taken_for_an_error_of_the_code_it_interrupts(
+    project: Path, undisturbed: bytes
 ) -> None:
     def stopped_while_compiling() -> None:
-        from ddqcli.commands import finetune
-        from ddqcli.quant import compiled as fusion
+        from ddqcli.quant import compiled
+        from ddqcli.training import session
 
-        finetune._FUSE_FROM = 0
-        fusion.compiled = lambda *_: lambda _: signal.raise_signal(signal.SIGTERM)
+        session._COMPILE_FROM = 0
+        compiled.compiled = lambda *_: lambda _: signal.raise_signal(signal.SIGTERM)
 
     child = in_child(BEGIN, before=stopped_while_compiling)
     assert exit_code(child) == 143
-    said = Path("child.txt").read_text()
-    assert said == f"Error: Terminated; `ddq finetune --resume --run-dir {RUN}` goes on with it.\n"
+    assert Path("child.txt").read_text() == f"Error: Terminated; {REMEDY}\n"
     assert exit_code(in_child(RESUME, EXPORT)) == 0
-    assert artifact() == unharmed
+    assert artifact() == undisturbed
 
 
 # ---- resuming
 
 
+@pytest.fixture(scope="module")
+def killed(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run, killed halfway; not to be changed."""
+    folder = tmp_path_factory.mktemp("killed") / "project"
+    shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("runs"))
+    with inside(folder):
+        assert exit_code(in_child(BEGIN, before=dying_at(20))) == -signal.SIGKILL
+    return folder
+
+
 @pytest.fixture
-def halfway(project: Path) -> Path:
-    """A run that was killed in its midst."""
-    assert exit_code(in_child(BEGIN, before=dying_at(20))) == -signal.SIGKILL
-    return project
+def halfway(killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it; the test runs there."""
+    folder = tmp_path / "project"
+    shutil.copytree(killed, folder)
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def test_resume_alone_finds_the_newest_unfinished_run_and_its_recipe(
-    halfway: Path, unharmed: bytes
+    halfway: Path, undisturbed: bytes
 ) -> None:
     Path("ddq.yaml").unlink()
     assert exit_code(in_child("finetune --resume", EXPORT)) == 0
-    assert artifact() == unharmed
+    assert artifact() == undisturbed
     assert "resumed runs/a at step " in Path("child.txt").read_text()
 
 
 def test_the_same_flags_as_before_are_accepted(project: Path) -> None:
-    flags = [
-        "model.pt",
-        "--epochs",
-        "2",
-        "--set",
-        "train.lr=0.02",
-        "--run-dir",
-        RUN,
-        "--arch",
-        "net.py:build",
-    ]
-    assert (
-        exit_code(in_child(f"finetune {' '.join(flags)}", before=dying_at(20))) == -signal.SIGKILL
-    )
+    flags = ["model.pt", "--epochs", "2", "--set", "train.lr=0.02", "--run-dir", RUN]
+    flags += ["--arch", "net.py:build"]
+    child = in_child(f"finetune {' '.join(flags)}", before=dying_at(20))
+    assert exit_code(child) == -signal.SIGKILL
     assert ddq("finetune", *flags, "--resume").code == 0
     assert ddq("finetune", project / "model.pt", *flags[1:], "--resume").code == 0, (
         "the same file by another path"
@@ -407,19 +390,19 @@ def test_another_recipe_is_refused_saying_what_differs(
 
 
 def test_resume_works_from_another_folder(
-    halfway: Path, unharmed: bytes, monkeypatch: pytest.MonkeyPatch
+    halfway: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (halfway / "else").mkdir()
     monkeypatch.chdir(halfway / "else")
     assert exit_code(in_child("finetune --resume --run-dir ../runs/a", "export ../runs/a")) == 0
-    assert artifact("../runs/a") == unharmed
+    assert artifact("../runs/a") == undisturbed
 
 
-def test_resume_works_after_the_folder_moved_as_a_whole(halfway: Path, unharmed: bytes) -> None:
+def test_resume_works_after_the_folder_moved_as_a_whole(halfway: Path, undisturbed: bytes) -> None:
     moved = halfway.rename(halfway.parent / "moved")
     os.chdir(moved)
     assert exit_code(in_child(RESUME, EXPORT)) == 0
-    assert artifact() == unharmed
+    assert artifact() == undisturbed
 
 
 def test_resume_with_a_model_begins_where_nothing_was_begun(project: Path) -> None:
@@ -436,13 +419,13 @@ def test_resuming_a_finished_run_makes_its_result_again(finished: Path) -> None:
 
 
 def test_data_that_vanish_while_resuming_leave_the_run_as_it_was(
-    halfway: Path, unharmed: bytes
+    halfway: Path, undisturbed: bytes
 ) -> None:
     Path("images.npz").rename("away.npz")
     assert ddq(*RESUME.split()).code == 2
     Path("away.npz").rename("images.npz")
     assert exit_code(in_child(RESUME, EXPORT)) == 0
-    assert artifact() == unharmed
+    assert artifact() == undisturbed
 
 
 # ---- training that goes wrong
@@ -468,15 +451,16 @@ def make(bad=(), kind="gradient"):
         return value * torch.nan if kind == "loss" else value + (output[0, 0] * 0).sqrt() * 0
 
     arrays = np.load("images.npz")
-    x, y = torch.tensor(arrays["x_train"] / 255.0, dtype=torch.float32)[:, None], torch.tensor(arrays["y_train"])
+    x = torch.tensor(arrays["x_train"] / 255.0, dtype=torch.float32)[:, None]
+    y = torch.tensor(arrays["y_train"])
     if kind == "data" and not bad:
         x[5] = torch.nan
     return {"train": TensorDataset(x, y), "val": TensorDataset(x[:4], y[:4]), "loss": loss}
 """
 
 
-def troubled(bad: list[int], kind: str, *flags: str) -> Any:
-    """`ddq finetune` where the loss goes wrong at these of its calls, counted from 1."""
+def finetune_with_bad_loss(bad: list[int], kind: str, *flags: str) -> Any:
+    """`ddq finetune` whose loss goes wrong at these of its training calls, counted from 1."""
     Path("data.py").write_text(LOSS)
     settings = ["--data", "data.py:make", "--set", f"data.kwargs={{bad: {bad}, kind: {kind}}}"]
     return ddq("finetune", "model.pt", "--run-dir", RUN, *settings, *flags)
@@ -485,20 +469,20 @@ def troubled(bad: list[int], kind: str, *flags: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "what"), [("loss", "The loss became nan"), ("gradient", "The gradient of 8.")]
 )
-def test_training_that_diverges_goes_back_once_with_a_smaller_step(
+def test_training_that_diverges_rolls_back_once_with_a_smaller_learning_rate(
     project: Path, kind: str, what: str
 ) -> None:
-    answer = troubled([5], kind)
+    answer = finetune_with_bad_loss([5], kind)
     assert answer.code == 0, answer.err
-    said = next(line for line in answer.err.splitlines() if what in line)
-    assert said.startswith("warning: ")
-    assert "at step 5 of 12" in said
-    assert said.endswith("; went back to step 4, on with train.lr 0.001")
+    note = next(line for line in answer.err.splitlines() if what in line)
+    assert note.startswith("warning: ")
+    assert "at step 5 of 12" in note
+    assert note.endswith("; rolled back to step 4, continuing with train.lr 0.001")
     assert steps() == [10, 12]
     (warning,) = ddq("report", "--json").data["warnings"]
-    assert (
-        "training diverged once and went on with a tenth of the step size; take a smaller train.lr (now 0.01)"
-        in warning
+    assert warning == (
+        "training diverged once and continued at a tenth of the learning rate; "
+        "take a smaller train.lr (now 0.01)"
     )
     assert max(entry["lr"] for entry in metrics() if "lr" in entry) < 0.001
 
@@ -509,23 +493,16 @@ def build():
 
 def regression():
     loss = lambda output, target: (output[:, 0] - target).square().mean()
-    return {**make(), "loss": loss, "metric": lambda output, target: 1 / (1 + (output[:, 0] - target).abs())}
+    metric = lambda output, target: 1 / (1 + (output[:, 0] - target).abs())
+    return {**make(), "loss": loss, "metric": metric}
 """
 
 
 def test_outputs_that_are_no_scores_of_classes_are_not_distilled(project: Path) -> None:
     Path("one.py").write_text(LOSS + ONE_OUTPUT)
     torch.save({"1.weight": torch.randn(1, 64) / 64, "1.bias": torch.zeros(1)}, "one.pt")
-    command = [
-        "finetune",
-        "one.pt",
-        "--arch",
-        "one.py:build",
-        "--data",
-        "one.py:regression",
-        "--max-steps",
-        "2",
-    ]
+    command = ["finetune", "one.pt", "--arch", "one.py:build", "--data", "one.py:regression"]
+    command += ["--max-steps", "2"]
     assert ddq(*command).code == 0
     answer = ddq(*command, "--set", "train.distill.weight=0.5", "--run-dir", "none")
     assert answer.code == 2
@@ -536,12 +513,12 @@ def test_outputs_that_are_no_scores_of_classes_are_not_distilled(project: Path) 
 
 
 def test_training_that_diverges_again_stops_with_a_usable_run_folder(project: Path) -> None:
-    answer = troubled([5, 6], "loss")  # the second try begins with the sixth call
+    answer = finetune_with_bad_loss([5, 6], "loss")  # the second try begins with the sixth call
     assert answer.code == 1
-    said = answer.err.splitlines()[-1]
-    assert "The loss became nan at step 5 of 12" in said
-    assert f"also with a tenth of the step size. The state at step 4 is kept in {RUN}" in said
-    assert said.endswith("begin a new run with a smaller --set train.lr (now 0.01).")
+    error = answer.err.splitlines()[-1]
+    assert "The loss became nan at step 5 of 12" in error
+    assert f"at a tenth of the learning rate. The state at step 4 is kept in {RUN}" in error
+    assert error.endswith("begin a new run with a smaller --set train.lr (now 0.01).")
     state = torch.load(Path(RUN) / "last.pt")
     assert (state["step"], state["lr_scale"]) == (4, 0.1)
     assert all(
@@ -550,41 +527,51 @@ def test_training_that_diverges_again_stops_with_a_usable_run_folder(project: Pa
     assert "recipe.yaml" in os.listdir(RUN)
 
 
-def test_a_step_size_far_too_large_names_the_layer_where_it_shows(project: Path) -> None:
+def test_a_learning_rate_far_too_large_names_the_layer_where_it_shows(project: Path) -> None:
     answer = ddq("finetune", "model.pt", "--set", "train.lr=1e30", "--run-dir", RUN)
     assert answer.code == 1
     first, last = answer.err.splitlines()[-2:]
     assert first.startswith("warning: ")
     assert re.search(
-        r"(first in|of) [0138]\.(weight|bias).* at step [123] of 12|at step [123] of 12, first in [0138]",
+        r"(first in|of) [0138]\.(weight|bias).* at step [123] of 12"
+        r"|at step [123] of 12, first in [0138]",
         first,
     )
     assert "begin a new run with a smaller --set train.lr (now 1e+30)" in last
 
 
-def test_data_that_are_not_finite_are_blamed_and_not_the_step_size(project: Path) -> None:
-    answer = troubled([], "data")
+def test_data_that_are_not_finite_are_blamed_and_not_the_learning_rate(project: Path) -> None:
+    answer = finetune_with_bad_loss([], "data")
     assert (answer.code, answer.err.splitlines()[-1]) == (
-        2, "Error: Batch 2 of the training data holds NaN or infinite values; repair the data.",
-    )  # fmt: skip
+        2,
+        "Error: Batch 2 of the training data holds NaN or infinite values; repair the data.",
+    )
 
 
 def test_a_batch_that_is_not_finite_is_blamed_too(project: Path) -> None:
-    answer = troubled([5], "data")
+    answer = finetune_with_bad_loss([5], "data")
     assert (answer.code, answer.err.splitlines()[-1]) == (
-        1, "Error: The batch at step 6 of 12 holds NaN or infinite values; repair the data and resume.",
-    )  # fmt: skip
+        1,
+        "Error: The batch at step 6 of 12 holds NaN or infinite values; "
+        "repair the data and resume.",
+    )
     assert "warning" not in answer.err
 
 
-def test_a_network_that_fails_while_training_is_one_sentence(project: Path) -> None:
+MOODY = """
+class Moody(nn.Sequential):
+    def forward(self, x):
+        assert not self.training, "no training"
+        return super().forward(x)
+
+def moody():
+    return Moody(*build())
+"""
+
+
+def test_an_error_of_the_network_in_training_is_one_sentence(project: Path) -> None:
     with open("net.py", "a") as file:
-        file.write(
-            "\nclass Moody(nn.Sequential):\n    def forward(self, x):\n        assert not self.training, 'no training'\n"
-        )
-        file.write(
-            "        return super().forward(x)\n\ndef moody():\n    return Moody(*build())\n"
-        )
+        file.write(MOODY)
     answer = ddq("finetune", "model.pt", "--arch", "net.py:moody")
     assert answer.code == 1
     assert answer.err.splitlines()[-1] == (
@@ -592,7 +579,7 @@ def test_a_network_that_fails_while_training_is_one_sentence(project: Path) -> N
     )
 
 
-def test_a_full_memory_names_the_remedy(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_the_remedy(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -600,5 +587,5 @@ def test_a_full_memory_names_the_remedy(project: Path, monkeypatch: pytest.Monke
     answer = ddq("finetune", "model.pt")
     assert answer.code == 1
     assert answer.err.splitlines()[-1] == (
-        "Error: Training failed: the memory is full; try a smaller --set data.batch_size (now 16)."
+        "Error: Training failed: out of memory; try a smaller --set data.batch_size (now 16)."
     )

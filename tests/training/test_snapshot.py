@@ -11,13 +11,16 @@ from small_models import random_data, small, trainer
 from torch import nn
 
 from ddqcli.recipe.schema import Recipe
+from ddqcli.training.metrics import REPORT_EVERY
 from ddqcli.training.snapshot import is_snapshot_step, relative_error, snapshot
-from ddqcli.training.trainer import REPORT_EVERY, Trainer
+from ddqcli.training.trainer import Trainer
+
+STEPS = 10
 
 
-def ready(**weights: object) -> Trainer:
+def begin(**weights: object) -> Trainer:
     torch.manual_seed(0)
-    told = {
+    sections = {
         "budget": {"target_bits": 5},
         "data": {"batch_size": 8},
         "weights": weights,
@@ -26,21 +29,20 @@ def ready(**weights: object) -> Trainer:
     network = nn.Sequential(
         *small()[:2], nn.AdaptiveAvgPool2d(2), *small()[2:4], nn.Dropout(0.5), nn.Linear(16, 10)
     )
-    return trainer(network, Recipe.model_validate(told), 24, random_data(count=6))
+    return trainer(network, Recipe.model_validate(sections), STEPS, random_data(count=6))
 
 
 def test_errors_and_levels_are_those_of_brute_force() -> None:
-    running = ready()
+    running = begin()
     running.run(lambda metrics: None, lambda: None)
-    taken = snapshot(running.converted, 24)
-    assert taken.step == 24
-    assert set(taken.error) == {t.name for t in running.converted.tensors}
-    for tensor in running.converted.tensors:
+    taken = snapshot(running.quantized, STEPS)
+    assert taken.step == STEPS
+    assert set(taken.error) == {t.name for t in running.quantized.tensors}
+    for tensor in running.quantized.tensors:
         x = tensor.parameter.detach().double().reshape(-1)
         q = tensor.quantizer(tensor.parameter).detach().double().reshape(-1)
-        exact = sum((a - b) ** 2 for a, b in zip(q.tolist(), x.tolist(), strict=True)) / sum(
-            v**2 for v in x.tolist()
-        )
+        difference = sum((a - b) ** 2 for a, b in zip(q.tolist(), x.tolist(), strict=True))
+        exact = difference / sum(v**2 for v in x.tolist())
         assert taken.error[tensor.name] == pytest.approx(exact, rel=1e-5)
         bits = tensor.quantizer.bits[0]
         assert (tensor.name in taken.levels) == (bits < 8)
@@ -52,31 +54,31 @@ def test_errors_and_levels_are_those_of_brute_force() -> None:
 
 
 def test_levels_by_channel_are_left_out() -> None:
-    taken = snapshot(ready(granularity="channel", max_bits=4, bias_bits=None).converted, 0)
+    taken = snapshot(begin(granularity="channel", max_bits=4, bias_bits=None).quantized, 0)
     assert len(taken.error) == 4
     assert taken.levels == {}
 
 
-def test_a_tensor_of_zeros_has_an_error_of_zero_or_at_least_a_finite_one() -> None:
-    tensor = ready().converted.tensors[0]
+def test_the_error_of_a_tensor_of_zeros_is_finite_and_zero_after_a_refit() -> None:
+    tensor = begin().quantized.tensors[0]
     tensor.parameter.data.zero_()
-    left = float(tensor.quantizer(tensor.parameter).detach().double().square().sum())
-    assert relative_error(tensor) == pytest.approx(left, rel=1e-5)
+    energy = float(tensor.quantizer(tensor.parameter).detach().double().square().sum())
+    assert relative_error(tensor) == pytest.approx(energy, rel=1e-5)
     tensor.quantizer.fit(tensor.parameter, 4)
     assert relative_error(tensor) == 0
 
 
 def test_snapshots_change_nothing() -> None:
     states = []
-    for looking in (False, True):
-        running = ready()
+    for takes_snapshots in (False, True):
+        running = begin()
 
-        def look(*_: object, running: Trainer = running, looking: bool = looking) -> None:
-            if looking:
-                snapshot(running.converted, running.step)
+        def hook(*_: object, running: Trainer = running, takes: bool = takes_snapshots) -> None:
+            if takes:
+                snapshot(running.quantized, running.step)
 
-        look()
-        running.run(look, look)
+        hook()
+        running.run(hook, hook)
         states.append((copy.deepcopy(running.state()), torch.get_rng_state()))
     (one, random_one), (other, random_other) = states
     assert torch.equal(random_one, random_other)

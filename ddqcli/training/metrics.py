@@ -1,0 +1,64 @@
+"""Metrics that a run reports every few training steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REPORT_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl: a run's state after a step.
+
+    Attributes:
+        step: steps done.
+        steps: steps of the whole run.
+        epoch: epoch of the step, from 1.
+        loss: mean since the last report.
+        train_accuracy: percent, mean since the last report.
+        lr: learning rate of the weights.
+        average_bits: stored bits per quantized value, levels and gates included.
+        seconds: time of all steps so far at this process's pace.
+        bits: bit-width by tensor, mean over its groups.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    train_accuracy: float
+    lr: float
+    average_bits: float
+    seconds: float
+    bits: dict[str, float]
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left at the pace so far."""
+        return self.seconds / max(1, self.step) * (self.steps - self.step)
+
+
+@dataclass
+class StepMeans:
+    """Means over the steps since the last report."""
+
+    loss_sum: float = 0.0
+    score_sum: float = 0.0
+    steps: int = 0
+
+    def add(self, loss: float, score: float) -> None:
+        """Add one step: its loss, and its mean score in 0..1."""
+        self.loss_sum += loss
+        self.score_sum += score
+        self.steps += 1
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return self.loss_sum / self.steps
+
+    @property
+    def accuracy(self) -> float:
+        """Mean score in percent."""
+        return 100 * self.score_sum / self.steps

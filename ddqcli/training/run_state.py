@@ -1,0 +1,56 @@
+"""What last.pt holds beside the trainer's state, so that a run can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ddqcli.training.detect_augmentation import DetectedAugmentation
+
+_STATE_FORMAT = 1  # raised when the contents of last.pt change
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Facts that a resumed run must share with the saved state; `Run.saved` compares them.
+
+    Attributes:
+        format: version of the state's contents.
+        sha256: hash of the float checkpoint.
+        recipe: text of recipe.yaml.
+        steps: training steps in all.
+        data: fingerprint of the data.
+    """
+
+    format: int = _STATE_FORMAT
+    sha256: str
+    recipe: str
+    steps: int
+    data: str
+
+    def state(self) -> dict[str, Any]:
+        """Return the facts by name."""
+        return asdict(self)
+
+    def shared_state(self) -> dict[str, Any]:
+        """Return the facts that all targets of a sweep share: all but the recipe."""
+        return {name: fact for name, fact in self.state().items() if name != "recipe"}
+
+
+@dataclass(frozen=True)
+class FloatBaseline:
+    """What a run measures on the float model; a resumed run takes it from the saved state."""
+
+    accuracy: float  # percent, on held-out data
+    augmentation: DetectedAugmentation
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> FloatBaseline:
+        """Read the baseline from a saved state."""
+        return cls(state["float_accuracy"], DetectedAugmentation(**state["augmentation"]))
+
+    def state(self) -> dict[str, Any]:
+        """Return the entries of the saved state. Augmentation that was not detected is left out."""
+        detected = {k: v for k, v in asdict(self.augmentation).items() if v is not None}
+        return {"float_accuracy": self.accuracy, "augmentation": detected}

@@ -1,0 +1,140 @@
+"""A training session: calibrate, then train in a run folder with checkpoints and one rollback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ddqcli.data.load import Data
+from ddqcli.errors import DDQError
+from ddqcli.qat.budget import ResolvedBudget
+from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.rules.registry import make_rule
+from ddqcli.quant.compiled import can_compile
+from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.run import LAST, Run
+from ddqcli.training import distributed
+from ddqcli.training.calibrate import calibrate
+from ddqcli.training.device import resolve_device
+from ddqcli.training.distillation import distillation_weight
+from ddqcli.training.divergence import Diverged
+from ddqcli.training.listener import Listener
+from ddqcli.training.metrics import REPORT_EVERY, StepMetrics
+from ddqcli.training.run_state import FloatBaseline, RunIdentity
+from ddqcli.training.snapshot import is_snapshot_step, snapshot
+from ddqcli.training.trainer import Trainer
+
+ROLLBACK_LR_SCALE = 0.1
+_CALIBRATION_BATCHES = 16
+_COMPILE_FROM = 2e9  # values quantized in a run; fewer do not repay the seconds of compiling
+
+
+def total_steps(recipe: Recipe, data: Data) -> int:
+    """Return the steps of the whole run."""
+    steps = recipe.train.epochs * len(data.train)
+    return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
+
+
+def build_trainer(
+    quantized: QuantizedModel,
+    teacher: nn.Module | None,
+    data: Data,
+    budget: ResolvedBudget,
+    recipe: Recipe,
+    steps: int,
+    saved: dict[str, Any] | None = None,
+) -> Trainer:
+    """Calibrate the model, choose its first bits, and return a trainer.
+
+    The trainer stands at its first step, or at that of the `saved` state. Raises BudgetError if the
+    first forward pass shows that the budget cannot be met.
+    """
+    batch_size = round(data.train.samples / len(data.train))  # data from a factory have their own
+    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, steps, batch_size)
+    needs_labels = distillation_weight(recipe.train.distill, data) < 1
+    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, None if needs_labels else teacher)
+    gates.recount()
+    gates.start()
+    _compile_if_worthwhile(quantized, steps, recipe.train.device)
+    trainer = Trainer(quantized, teacher, data, gates, recipe, steps)
+    if saved:
+        trainer.load(saved)
+    elif distributed.shard().count > 1:  # each rank has calibrated on its own shard
+        trainer.load(distributed.broadcast(trainer.state()))
+    return trainer
+
+
+def _compile_if_worthwhile(quantized: QuantizedModel, steps: int, device: str) -> None:
+    """Let torch.compile fuse the quantizers' elementwise operations in a long run."""
+    values = sum(activation.values for activation in quantized.activations.values())
+    values += sum(tensor.parameter.numel() for tensor in quantized.tensors)
+    use_compiled = steps * values >= _COMPILE_FROM and can_compile(resolve_device(device))
+    for tensor in quantized.tensors:
+        tensor.quantizer.use_compiled = use_compiled
+    for activation in quantized.activations.values():
+        activation.use_compiled = use_compiled
+
+
+def train(
+    trainer: Trainer,
+    run: Run,
+    identity: RunIdentity,
+    baseline: FloatBaseline,
+    listener: Listener,
+) -> None:
+    """Train to the end, with metrics, snapshots and checkpoints in the run folder.
+
+    If training diverges, it returns to the last checkpoint, once in a run, and continues at a tenth
+    of the learning rate. Raises DDQError if it diverges again.
+    """
+
+    def report(metrics: StepMetrics) -> None:
+        run.append_metrics(metrics)
+        if (
+            is_snapshot_step(metrics.step, metrics.steps, REPORT_EVERY)
+            and metrics.step < metrics.steps
+        ):
+            run.append_metrics(snapshot(trainer.quantized, metrics.step))
+        listener.step(metrics)
+
+    def save() -> None:
+        distributed.check_identical(trainer.model.parameters(), "The weights, levels and gates")
+        run.save(LAST, {**trainer.state(), **identity.state(), **baseline.state()})
+
+    if trainer.step == 0:
+        save()
+        _add_snapshot_once(trainer, run)
+    while True:
+        try:
+            trainer.run(report, save)
+            break
+        except Diverged as error:
+            _roll_back(trainer, run, error)
+            save()
+            run.truncate_metrics(trainer.step)
+            lr = ROLLBACK_LR_SCALE * trainer.recipe.train.lr
+            listener.note(
+                f"warning: {error}; rolled back to step {trainer.step}, continuing with train.lr "
+                f"{lr:g}"
+            )
+    _add_snapshot_once(trainer, run)
+
+
+def _roll_back(trainer: Trainer, run: Run, error: Diverged) -> None:
+    """Load the last checkpoint and lower the learning rate. Raises DDQError the second time."""
+    distributed.barrier()
+    trainer.load(run.load(LAST))
+    if trainer.lr_scale != 1:
+        raise DDQError(
+            f"{error}, also at a tenth of the learning rate. The state at step {trainer.step} is "
+            f"kept in {run.path}; begin a new run with a smaller --set train.lr "
+            f"(now {trainer.recipe.train.lr:g})."
+        ) from error
+    trainer.lr_scale = ROLLBACK_LR_SCALE
+
+
+def _add_snapshot_once(trainer: Trainer, run: Run) -> None:
+    """Add a snapshot of this step, unless the run was killed after it had been added."""
+    if not any(entry["step"] == trainer.step for entry in run.snapshots()):
+        run.append_metrics(snapshot(trainer.quantized, trainer.step))
