@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddqcli.artifact.format import QuantizedTensor
+from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.errors import UsageError
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 from ddqcli.quant.grid import GRID_CELLS

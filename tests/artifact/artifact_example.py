@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, encode_artifact
+from ddqcli.artifact.tensors import BFLOAT16, ActivationTable, QuantizedTensor
+from ddqcli.artifact.write import encode_artifact
 
 
 @dataclass(frozen=True)
