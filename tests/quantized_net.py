@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.artifact.format import QuantizedTensor, write_artifact
-from ddqcli.commands.export import _activation, _numpy, _quantized
 from ddqcli.qat.convert import convert
-from ddqcli.qat.frozen import freeze
+from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.recipe.schema import Recipe
 
 
@@ -38,21 +37,9 @@ def quantize(
         converted.model(x)
     for quantizer in converted.activations.values():
         quantizer.fit()
-    frozen = freeze(converted)
-    aliases = frozen["aliases"].items()
-    weights = [_quantized(entry) for entry in frozen["quantized"]]
-    floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
-    write_artifact(
-        path,
-        weights,
-        [_activation(a) for a in frozen["activations"]],
-        floats,
-        frozen["aliases"],
-        {},
-    )
-    by_name = {tensor.name: tensor for tensor in weights}
-    by_name |= {alias: by_name[name] for alias, name in aliases if name in by_name}
-    return Quantized(converted.model, path, by_name)
+    frozen = FrozenModel.from_state(freeze(converted))
+    write_artifact(path, frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, {})
+    return Quantized(converted.model, path, frozen.weights())
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,42 +1,154 @@
-"""A finished model as plain tensors."""
+"""The one schema of a finished model, of which `final.pt` and the exported file are made.
+
+`freeze` writes the schema and needs torch. `FrozenModel` reads it and needs numpy alone. Its keys:
+
+    quantized    [{name, shape, axis (None: one group), indices, levels, scale, zero_point}]
+    activations  [{name of the layer, levels, scale, zero_point}]
+    floats       {name: tensor that stays float, of any dtype}
+    aliases      {further name of a shared tensor: name under which it is stored}
+    trained      {name: float32 values of a quantized tensor, as the exported file must give}
+    weights      {name: float weights behind them, to inspect or to start another run from}
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from ddqcli.qat.model import QuantizedModel, QuantizedParameter
+from ddqcli.artifact import decoder
+from ddqcli.artifact.tensors import ActivationTable, QuantizedTensor
+from ddqcli.errors import DDQError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddqcli.qat.model import QuantizedModel, QuantizedParameter
+
+Array = NDArray[Any]
+ToArray = Callable[[Any], Array]  # of a torch.Tensor, or of a tensor's location in a file
+
+INPUT = " (input)"  # suffix of a layer's name for the levels of its input
 
 
-@torch.no_grad()
-def freeze(converted: QuantizedModel) -> dict[str, Any]:
-    """Everything the exported file needs, in plain tensors; beside it the trained values that it must reproduce, and the
-    float `weights` behind them, for those who want to look.
+@dataclass(frozen=True)
+class FrozenModel:
+    """A finished model as numpy arrays."""
+
+    quantized: list[QuantizedTensor]
+    activations: list[ActivationTable]  # named after their layer, with the suffix INPUT
+    floats: dict[str, Array]
+    aliases: dict[str, str]
+    trained: dict[str, Array]
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], to_array: ToArray | None = None) -> FrozenModel:
+        """Parse what `freeze` returned.
+
+        Args:
+            state: the schema, as torch.load or ddqcli.checkpoint.torch_zip.contents reads it.
+            to_array: reads one tensor of it; by default `tensor_to_array`.
+
+        Raises DDQError for a dtype that no file can hold, and AttributeError, LookupError,
+        TypeError or ValueError for a damaged state.
+        """
+        read = to_array or tensor_to_array
+        return cls(
+            quantized=[quantized_tensor(entry, read) for entry in state["quantized"]],
+            activations=[activation_table(entry, read) for entry in state["activations"]],
+            floats={name: read(value) for name, value in state["floats"].items()},
+            aliases=dict(state["aliases"]),
+            trained={name: read(value) for name, value in state["trained"].items()},
+        )
+
+    def weights(self) -> dict[str, QuantizedTensor]:
+        """The quantized tensors under all of their names."""
+        stored = {tensor.name: tensor for tensor in self.quantized}
+        shared = {alias: stored[name] for alias, name in self.aliases.items() if name in stored}
+        return stored | shared
+
+    def expected(self) -> dict[str, Array]:
+        """Return every array that a reader of the exported file must get, by name."""
+        tensors = self.trained | self.floats
+        tensors |= {alias: tensors[name] for alias, name in self.aliases.items()}
+        return tensors | {table.name: table.values() for table in self.activations}
+
+
+def quantized_tensor(entry: Mapping[str, Any], to_array: ToArray) -> QuantizedTensor:
+    """Parse one entry of the state's `quantized`."""
+    return QuantizedTensor(
+        name=entry["name"],
+        shape=tuple(entry["shape"]),
+        axis=entry["axis"],
+        indices=to_array(entry["indices"]).reshape(-1),
+        levels=tuple(to_array(levels) for levels in entry["levels"]),
+        scale=to_array(entry["scale"]),
+        zero_point=to_array(entry["zero_point"]),
+    )
+
+
+def activation_table(entry: Mapping[str, Any], to_array: ToArray) -> ActivationTable:
+    """Parse one entry of the state's `activations`."""
+    return ActivationTable(
+        name=entry["name"] + INPUT,
+        levels=to_array(entry["levels"]),
+        scale=entry["scale"],
+        zero_point=entry["zero_point"],
+    )
+
+
+def tensor_to_array(tensor: torch.Tensor) -> Array:
+    """Return a CPU tensor as an array of the same bits.
+
+    Raises DDQError for a dtype that no file can hold.
     """
-    return {
-        "quantized": [_frozen(t) for t in converted.tensors],
-        "trained": {
-            t.name: t.quantizer(t.parameter).detach().cpu().contiguous() for t in converted.tensors
-        },
-        "activations": [{"name": name, **a.table()} for name, a in converted.activations.items()],
-        "floats": {
-            name: value.detach().cpu().contiguous()
-            for name, value in converted.float_tensors().items()
-        },
-        "aliases": dict(converted.aliases),
-        "weights": {t.name: t.parameter.detach().cpu().contiguous() for t in converted.tensors},
-    }
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+        return np.asarray(tensor.view(torch.uint16).numpy()).view(decoder.BFLOAT16)
+    try:
+        return np.asarray(tensor.numpy())
+    except TypeError as error:
+        raise DDQError(
+            f"A tensor of {tensor.dtype} cannot be stored; keep it out of the model's state dict."
+        ) from error
 
 
-def _frozen(tensor: QuantizedParameter) -> dict[str, Any]:
-    levels, scale, zero_point = tensor.quantizer.effective_levels()
+def freeze(model: QuantizedModel) -> dict[str, Any]:
+    """Return the state of a finished model: the schema above, with CPU tensors."""
+    import torch
+
+    with torch.no_grad():
+        return {
+            "quantized": [_quantized_entry(tensor) for tensor in model.tensors],
+            "trained": {t.name: _stored(t.quantizer(t.parameter)) for t in model.tensors},
+            "activations": [
+                {"name": name, **quantizer.table()} for name, quantizer in model.activations.items()
+            ],
+            "floats": {name: _stored(value) for name, value in model.float_tensors().items()},
+            "aliases": dict(model.aliases),
+            "weights": {t.name: _stored(t.parameter) for t in model.tensors},
+        }
+
+
+def _quantized_entry(tensor: QuantizedParameter) -> dict[str, Any]:
+    import torch
+
+    quantizer = tensor.quantizer
+    levels, scale, zero_point = quantizer.effective_levels()
     return {
         "name": tensor.name,
         "shape": tensor.shape,
-        "axis": tensor.quantizer.axis if len(tensor.quantizer.bits) > 1 else None,
-        "indices": tensor.quantizer.indices(tensor.parameter).cpu().contiguous(),
+        "axis": quantizer.axis if len(quantizer.bits) > 1 else None,
+        "indices": _stored(quantizer.indices(tensor.parameter)),
         "levels": [level.to(torch.uint8).cpu() for level in levels],
         "scale": scale.cpu(),
         "zero_point": zero_point.to(torch.uint8).cpu(),
     }
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous()

@@ -12,10 +12,9 @@ from torch import nn
 
 from ddqcli.artifact.format import BFLOAT16, ActivationTable, decode_model
 from ddqcli.errors import CheckpointError
+from ddqcli.qat.frozen import INPUT
 from ddqcli.qat.input_hooks import attach_input_quantizer, disable_nested_tensors
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
-
-INPUT = " (input)"  # what a file puts behind a layer's name for the levels of its input
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
