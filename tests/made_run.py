@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddqcli.artifact.format import QuantizedTensor, write_artifact
+from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.artifact.write import write_artifact
 from ddqcli.inspection.report import embedded_report
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.run import Run

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddqcli.artifact.format import QuantizedTensor, write_artifact
+from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.artifact.write import encode_artifact
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.recipe.schema import Recipe
@@ -38,7 +39,8 @@ def quantize(
     for quantizer in converted.activations.values():
         quantizer.fit()
     frozen = FrozenModel.from_state(freeze(converted))
-    write_artifact(path, frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, {})
+    parts = frozen.quantized, frozen.activations, frozen.floats, frozen.aliases
+    path.write_bytes(encode_artifact(*parts, {})[0])
     return Quantized(converted.model, path, frozen.weights())
 
 

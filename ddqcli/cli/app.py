@@ -192,12 +192,11 @@ def finetune(
             )
 
     def show(result: Any) -> None:
+        from ddqcli.commands.finetune import FinetuneResult
         from ddqcli.render import console as output
-        from ddqcli.render import report as render
-        from ddqcli.render import sweep
+        from ddqcli.render import finetune, sweep
 
-        data = result.data()
-        (sweep.swept if "targets" in data else render.finetuned)(data, output.out)
+        (finetune if isinstance(result, FinetuneResult) else sweep).show(result, output.out)
 
     run_command("finetune", work, show, as_json)
 
@@ -272,9 +271,9 @@ def report(
             return compare(*diff)
         result = command(target, limits)
         if html:
-            from ddqcli.inspection.report_page import write_page
+            from ddqcli.inspection.report_page import write_report_page
 
-            result = replace(result, page=write_page(result.source, result.report, html))
+            result = replace(result, page=write_report_page(result.source, result.report, html))
         return result
 
     def show(result: Any) -> None:
@@ -293,7 +292,7 @@ def report(
                 render.as_csv(result.report) if as_csv else render.as_markdown(result.report)
             )
         else:
-            render.table(result.report, output.out)
+            render.show(result.report, output.out)
             if result.page:
                 output.out.print(f"page       {result.page}", markup=False, soft_wrap=True)
 
@@ -369,7 +368,7 @@ def export(
         from ddqcli.render import console as output
         from ddqcli.render import export as render
 
-        render.exported(result.data(), output.out)
+        render.show(result, output.out)
 
     run_command("export", work, show, as_json)
 
@@ -422,12 +421,12 @@ def inspect(
             )
 
     def show(result: Any) -> None:
-        from ddqcli.inspection.weights import InspectResult
+        from ddqcli.inspection.checkpoint_rows import CheckpointResult
         from ddqcli.render import console as output
-        from ddqcli.render import inspect as render
-        from ddqcli.render import inspect_trained
+        from ddqcli.render import inspect_checkpoint, inspect_trained
 
-        (render if isinstance(result, InspectResult) else inspect_trained).show(result, output.out)
+        of_checkpoint = isinstance(result, CheckpointResult)
+        (inspect_checkpoint if of_checkpoint else inspect_trained).show(result, output.out)
 
     run_command("inspect", work, show, as_json)
 

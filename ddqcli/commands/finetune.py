@@ -24,6 +24,7 @@ from ddqcli.qat.model import QuantizedModel, quantizers
 from ddqcli.qat.rules.base import Gates
 from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.report import Report
 from ddqcli.runs.run import FINAL, LAST, ReadOnlyRun, Run
 from ddqcli.training import distributed
 from ddqcli.training.calibrate import calibrate
@@ -56,13 +57,15 @@ class Listener:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished run, or sweep; `run_dir` is None after a dry run, and the report then says what would be trained."""
+    """A finished run. After a dry run `run_dir` is None, and the report is of what would be trained."""
 
     run_dir: Path | None
-    report: dict[str, Any]
+    report: Report
 
     def data(self) -> dict[str, Any]:
-        return {"run_dir": None if self.run_dir is None else str(self.run_dir), **self.report}
+        """Return the result as JSON-able values."""
+        run_dir = None if self.run_dir is None else str(self.run_dir)
+        return {"run_dir": run_dir, **self.report.data()}
 
 
 def finetune(

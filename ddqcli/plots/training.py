@@ -234,7 +234,7 @@ def levels_over_time_figure(
 
 
 def loss_over_time_figure(
-    steps: Sequence[int], loss: Sequence[float], accuracy: Sequence[float]
+    steps: Sequence[float], loss: Sequence[float], accuracy: Sequence[float]
 ) -> Figure:
     """Training loss over accuracy on the training batches (percent), by step."""
     with settings():

@@ -29,6 +29,7 @@ from typing import Any
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe.file import differences, dump_recipes, load_recipes
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.report import Report
 from ddqcli.runs.files import disk_errors, try_lock, write_atomic
 
 RUNS = "runs"
@@ -273,22 +274,21 @@ class Run:
     def write_sweep(self, table: dict[str, Any]) -> None:
         self._write(SWEEP, json.dumps(table, indent=1).encode())
 
-    def write_report(self, report: dict[str, Any]) -> None:
-        self._write(
-            REPORT, json.dumps({**report, "checksum": _checksum(report)}, indent=1).encode()
-        )
+    def write_report(self, report: Report) -> None:
+        data = report.data()
+        self._write(REPORT, json.dumps({**data, "checksum": _checksum(data)}, indent=1).encode())
 
-    def report(self) -> dict[str, Any]:
-        """What report.json holds; raises DDQError if it is damaged."""
+    def report(self) -> Report:
+        """Read report.json. Raises UsageError if it cannot be read, DDQError if it is damaged."""
         try:
-            report: dict[str, Any] = json.loads((self.path / REPORT).read_bytes())
-            if report.pop("checksum") != _checksum(report):
+            data: dict[str, Any] = json.loads((self.path / REPORT).read_bytes())
+            if data.pop("checksum") != _checksum(data):
                 raise ValueError("the checksum differs")
+            return Report.model_validate(data)
         except OSError as error:
             raise UsageError(f"{self.path / REPORT} cannot be read: {error.strerror}.") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DDQError(f"{self.path / REPORT} is damaged; {self._again(REPORT)}.") from error
-        return report
 
     def _again(self, name: str) -> str:
         """How to get a file of this run once more."""

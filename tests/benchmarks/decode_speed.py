@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from ddqcli.artifact import decoder
-from ddqcli.artifact.format import QuantizedTensor, write_artifact
+from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.artifact.write import write_artifact
 
 LARGEST = (512, 512, 3, 3)
 RESNET18 = (

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny_project import RECIPE, ddq
 
-from ddqcli.artifact.format import Artifact, encode_artifact, read_artifact
+from ddqcli.artifact.read import Artifact, read_artifact
+from ddqcli.artifact.write import encode_artifact
 from ddqcli.commands.export import _portable
 from ddqcli.recipe.schema import Recipe
 
