@@ -1,4 +1,4 @@
-"""A float network quantized without training, and the file of it: for tests of what becomes of a file."""
+"""A float network quantized without training, and its exported file, for tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Quantized:
 def quantize(
     model: nn.Module, x: Tensor, path: Path, *, bits: int = 4, act_bits: int | None = 8, **more: Any
 ) -> Quantized:
-    """`model` stays as it is; the inputs' quantizers are fitted to x. `more`: fields of the recipe's `weights`."""
+    """Quantize a copy of `model`, inputs fitted to x; `more`: fields of the recipe's `weights`."""
     sections = {"weights": {"max_bits": bits, **more}, "activations": {"bits": act_bits}}
     converted = convert(copy.deepcopy(model).eval(), Recipe.model_validate(sections))
     for quantizer in converted.activations.values():
@@ -45,7 +45,7 @@ def quantize(
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give BatchNorm the uneven statistics and factors, some negative, of a trained network; eval mode."""
+    """Give BatchNorm uneven statistics and factors, some negative, as training does."""
     generator = torch.Generator().manual_seed(seed)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):

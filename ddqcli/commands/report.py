@@ -48,7 +48,7 @@ def _above(flag: str, value: float | None, limit: float | None, unit: str) -> st
     excess = value - limit
     if excess <= 0:  # never true for NaN
         return None
-    return f"The limit {flag} is unmet: {value:,} {unit} are {excess:,.6g} above {limit:,}."
+    return f"{flag} is unmet: {value:,} {unit} are {excess:,.6g} above the limit of {limit:,}."
 
 
 def _below(flag: str, value: float | None, limit: float | None, unit: str) -> str | None:
@@ -59,11 +59,11 @@ def _below(flag: str, value: float | None, limit: float | None, unit: str) -> st
     shortfall = limit - value
     if shortfall <= 0:
         return None
-    return f"The limit {flag} is unmet: {value:,} {unit} are {shortfall:,.6g} below {limit:,}."
+    return f"{flag} is unmet: {value:,} {unit} are {shortfall:,.6g} below the limit of {limit:,}."
 
 
 def _unmeasured(flag: str) -> str:
-    return f"The limit {flag} is unmet: nothing was evaluated in this run."
+    return f"{flag} is unmet: nothing was evaluated in this run to hold against the limit."
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from ddqcli.training.evaluate import evaluate
 from ddqcli.training.report import build_report
 from ddqcli.training.trainer import Trainer
 
+SOURCE = {"path": "net.pt", "sha256": "", "arch": "net.py:build", "ddq": "0.1.0"}
+RUN = {"steps": 0, "seed": 0}
 LAYERS = ("0", "3", "5", "8", "9")
 VALUES = {"0": 432, "3": 144, "5": 4608, "8": 5120, "9": 400}
 
@@ -161,9 +163,9 @@ def test_a_finished_run_keeps_its_budget(name: str, rule: str, steps: int) -> No
         assert next(t for t in converted.tensors if t.name == f"{layer}.weight").quantizer.bits == (
             bits,
         )
-    report = build_report(converted, budget, accuracy=None, source={}, run={})
+    report = build_report(converted, budget, accuracy=None, source=SOURCE, run=RUN)
     if recipe.budget.target_size:
-        assert report["totals"]["bytes"] <= report["totals"]["budget_bytes"]
+        assert report.totals.bytes <= report.totals.budget_bytes
     frozen_from = 0 if rule == "fixed" else min(int(recipe.gates.freeze * steps), steps - 1)
     assert len(set(history[frozen_from:])) <= 1, "gates moved after they froze"
     assert not history or history[-1] == bits_in_force(converted), (
@@ -338,10 +340,10 @@ def test_buffers_that_a_forward_pass_makes_are_in_the_budget(grows: str) -> None
     assert len(finished.model[-1].seen) >= 200
     assert file_bytes(finished.converted) <= 7000
     report = build_report(
-        finished.converted, finished.gates.budget, accuracy=None, source={}, run={}
+        finished.converted, finished.gates.budget, accuracy=None, source=SOURCE, run=RUN
     )
-    assert report["totals"]["bytes"] == file_bytes(finished.converted)
-    assert grows != "once" or report["totals"]["bytes"] > 0.98 * 7000
+    assert report.totals.bytes == file_bytes(finished.converted)
+    assert grows != "once" or report.totals.bytes > 0.98 * 7000
     with pytest.raises(BudgetError, match=r"The largest there: .*, 10.seen in float \(1,200\)"):
         run(
             told("fisher", {"target_size": "4kB"}, weights={"min_bits": 2}),
@@ -371,13 +373,13 @@ def test_the_input_of_a_layer_that_is_never_called_costs_nothing() -> None:
     unconverted = deepcopy(model)
     finished, _ = run(told("fisher", {"target_size": "9kB"}, activations={"bits": 4}), 2, model)
     report = build_report(
-        finished.converted, finished.gates.budget, accuracy=None, source={}, run={}
+        finished.converted, finished.gates.budget, accuracy=None, source=SOURCE, run=RUN
     )
-    assert len(report["activations"]) == 5
-    assert report["totals"]["bytes"] == file_bytes(finished.converted)
-    assert 0.98 * 9000 < report["totals"]["bytes"] <= 9000
+    assert len(report.activations) == 5
+    assert report.totals.bytes == file_bytes(finished.converted)
+    assert 0.98 * 9000 < report.totals.bytes <= 9000
     least = cost_of(finished.converted, {t.name: t.min_bits for t in finished.converted.tensors})
-    least += report["totals"]["kept_bytes"]
+    least += report.totals.kept_bytes
     finished, _ = run(
         told("fisher", {"target_size": f"{least}"}, activations={"bits": 4}),
         2,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_run import make_report
 
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe.file import load_recipes
@@ -66,7 +67,7 @@ def test_the_newest_finished_and_the_newest_unfinished_run_are_found(
         run.write_recipe(Recipe())
         os.utime(run.path / RECIPE, (number, number))
         if name in "ad":
-            run.write_report({"layers": []})
+            run.write_report(make_report())
             os.utime(run.path / REPORT, (number, number))
     assert Run.open(None).path.name == "d"
     assert Run.unfinished(None).path.name == "b"
@@ -108,7 +109,7 @@ def test_an_error_inside_is_not_taken_for_one_of_the_folder(run: Run) -> None:
 
 def test_what_is_written_is_read_back(run: Run) -> None:
     run.save(FINAL, {"x": torch.arange(3), "y": [1, None]})
-    report = {"layers": [{"name": "é", "error": 1e-9}], "accuracy": None}
+    report = make_report().model_copy(update={"kept_float": {"é": "a buffer"}, "accuracy": None})
     run.write_report(report)
     assert run.load(FINAL)["x"].tolist() == [0, 1, 2]
     assert run.report() == report
@@ -118,7 +119,7 @@ def test_what_is_written_is_read_back(run: Run) -> None:
 
 def test_every_flipped_bit_of_a_state_or_a_report_is_noticed(run: Run) -> None:
     run.save(LAST, {"x": torch.arange(64.0), "step": 7})
-    run.write_report({"layers": [{"name": "conv", "bytes": 1234}]})
+    run.write_report(make_report())
     whole = run.load(LAST)
     for name, read in ((LAST, lambda: run.load(LAST)), (REPORT, run.report)):
         content = (run.path / name).read_bytes()
@@ -229,6 +230,6 @@ def test_a_folder_that_vanished_is_one_sentence(run: Run) -> None:
     (run.path / RECIPE).unlink()
     run.path.rmdir()
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
-        run.write_report({})
+        run.write_report(make_report())
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
         run.add_metrics(Metrics(1))
