@@ -1,1 +1,1 @@
-"""The exported file: its format, its writer and its decoder. Needs numpy only."""
+"""The exported file: format, sizes, writer, reader and a decoder to copy. Needs numpy only."""

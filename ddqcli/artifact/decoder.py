@@ -1,7 +1,7 @@
-"""Reads a ddq file with numpy and the standard library. Copy this file anywhere, or port it: FORMAT.md explains it.
+"""Decode a ddq file with numpy alone. Copy this file anywhere, or port it with FORMAT.md.
 
-`tensors, about = decode("model.safetensors")` gives {name: array}; `about["activations"]` has the level values of layers'
-inputs, `about["meta"]` what the writer said about the model.
+`tensors, info = decode("model.safetensors")` returns {name: array}. `info["activations"]` holds the
+level values of layers' inputs, `info["meta"]` what the writer noted about the model.
 """
 
 from __future__ import annotations
@@ -19,27 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-HEAD = b'{"__metadata__":{"format":"ddq","sha256":"'  # every ddq file has this at byte 8, then the 64 digits
+HEAD = b'{"__metadata__":{"format":"ddq","sha256":"'  # byte 8 of every ddq file; 64 digits follow
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has none: its bits, under its name
 DTYPES: dict[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": BFLOAT16, "BOOL": "?"}
 DTYPES |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 BYTES = np.arange(256, dtype=np.uint8)
-CHUNK, ROW = (
-    1 << 16,
-    1 << 12,
-)  # values worked on at a time, so that what lies between stays in the cache; in a row
+CHUNK = 1 << 16  # values decoded at a time, so that intermediate results stay in the cache
+ROW = 1 << 12  # values in a row of a chunk
 
 
 class ArtifactError(ValueError):
-    """The file is not what was written."""
+    """The file is damaged."""
 
 
 class NotAnArtifact(ArtifactError):
-    """The file is no ddq file, or one of a version unknown here."""
+    """The file is no ddq file, or one of an unknown version."""
 
 
-class Stored(NamedTuple):
-    """A quantized tensor as it lies in the file: G groups along `axis` (one, if that is None), each with its own levels."""
+class PackedTensor(NamedTuple):
+    """A quantized tensor as it lies in the file: G groups along `axis`, or one if that is None."""
 
     shape: tuple[int, ...]
     axis: int | None
@@ -51,21 +49,28 @@ class Stored(NamedTuple):
 
 
 def decode(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Every tensor. Raises ArtifactError if a bit of the file changed; one made to contradict itself ends in some error."""
-    tensors, activations, aliases, meta = read(path)
-    tensors = {name: dequantize(t) if isinstance(t, Stored) else t for name, t in tensors.items()}
+    """Return every tensor by name, and the activations' level values and the meta.
+
+    Raises ArtifactError if any bit of the file changed. A file that was forged to contradict itself
+    raises some other error.
+    """
+    packed, activations, aliases, meta = read(path)
+    tensors = {
+        name: dequantize(tensor) if isinstance(tensor, PackedTensor) else tensor
+        for name, tensor in packed.items()
+    }
     tensors |= {name: tensors[target] for name, target in aliases.items()}
     tables = {
-        n: values(t.levels if t.bits[0] < 8 else BYTES, t.zero_point, t.scale)
-        for n, t in activations.items()
+        name: values(t.levels if t.bits[0] < 8 else BYTES, t.zero_point, t.scale)
+        for name, t in activations.items()
     }
     return tensors, {"activations": tables, "meta": meta}
 
 
 def read(
     path: str | Path,
-) -> tuple[dict[str, Any], dict[str, Stored], dict[str, str], dict[str, Any]]:
-    """(tensors: Array or Stored, activations, aliases, meta). Raises as `decode`."""
+) -> tuple[dict[str, Any], dict[str, PackedTensor], dict[str, str], dict[str, Any]]:
+    """Return tensors (Array or PackedTensor), activations, aliases and meta. Raises as `decode`."""
     raw = Path(path).read_bytes()
     if raw[8:50] != HEAD:
         raise NotAnArtifact(f"{path} is not a ddq file")
@@ -88,37 +93,39 @@ def read(
     manifest = json.loads(bz2.decompress(entries.pop("manifest").tobytes()))
     tensors: dict[str, Any] = {}
     activations, aliases = {}, {}
-    for name, (what, *shape) in sorted(_names(manifest["tensors"])):
-        if what == "alias":
+    for name, (kind, *shape) in sorted(_leaves(manifest["tensors"])):
+        if kind == "alias":
             (aliases[name],) = shape
-        elif what == "levels":
-            activations[name] = _stored(entries, [0], None)
-        elif isinstance(what, str):
-            tensors[name] = _take(entries, what, math.prod(shape)).reshape(shape).copy()
+        elif kind == "levels":
+            activations[name] = _packed_tensor(entries, [0], None)
+        elif isinstance(kind, str):
+            tensors[name] = _take(entries, kind, math.prod(shape)).reshape(shape).copy()
         else:
-            tensors[name] = _stored(entries, shape, what)
-    if left := [name for name, entry in entries.items() if len(entry)]:
-        raise ValueError(f"{', '.join(left)}: more than the manifest names")
+            tensors[name] = _packed_tensor(entries, shape, kind)
+    if remaining := [name for name, entry in entries.items() if len(entry)]:
+        raise ValueError(f"{', '.join(remaining)}: more than the manifest names")
     return tensors, activations, aliases, manifest["meta"]
 
 
-def _names(tree: dict[str, Any], before: str = "") -> Iterator[tuple[str, list[Any]]]:
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Yield the full name and the list of each leaf of the manifest."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _names(value, f"{before}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield before + key, value
+            yield prefix + key, value
 
 
 def _take(entries: dict[str, Array], entry: str, count: int) -> Array:
-    """The next `count` values of an entry: tensors lie in it one after another, names ascending."""
+    """Remove and return the next `count` values of an entry; its tensors follow one another."""
     taken, entries[entry] = entries[entry][:count], entries[entry][count:]
     if len(taken) != count:
         raise ValueError(f"{entry} ends too early")
     return taken
 
 
-def _stored(entries: dict[str, Array], shape: list[int], axis: int | None) -> Stored:
+def _packed_tensor(entries: dict[str, Array], shape: list[int], axis: int | None) -> PackedTensor:
+    """Take the next record of the entry `quantized`."""
     groups = 1 if axis is None else shape[axis]
     gates, zero_point, scale = (
         _take(entries, "quantized", count) for count in (groups, groups, 4 * groups)
@@ -126,91 +133,83 @@ def _stored(entries: dict[str, Array], shape: list[int], axis: int | None) -> St
     bits = np.array([int(gate).bit_length() for gate in gates], int)
     if not np.all(gates) or np.any((1 << bits) - 1 != gates):
         raise ValueError("gates are not open from bit 0")
-    levels = _take(
-        entries, "quantized", int(np.sum((1 << bits)[bits < 8]))
-    )  # at 8 bits the index is the level
-    packed = _take(
-        entries, "quantized", (int(bits.sum()) * (math.prod(shape) // max(groups, 1)) + 7) // 8
-    )
-    return Stored(tuple(shape), axis, bits, scale.view("<f4"), zero_point, levels, packed)
+    level_bytes = int(np.sum((1 << bits)[bits < 8]))  # at 8 bits the index is the level
+    levels = _take(entries, "quantized", level_bytes)
+    numel = math.prod(shape) // max(groups, 1)  # of a group
+    packed = _take(entries, "quantized", (int(bits.sum()) * numel + 7) // 8)
+    return PackedTensor(tuple(shape), axis, bits, scale.view("<f4"), zero_point, levels, packed)
 
 
 def values(levels: Array, zero_point: Array, scale: Array) -> Array:
-    """float32, exact."""
+    """Return (levels - zero_point) * scale in float32, which is exact."""
     out: Array = np.subtract(levels, zero_point, dtype=np.float32)
     out *= scale
     return out
 
 
-def dequantize(stored: Stored) -> Array:
-    """The float32 tensor."""
-    shape, axis, each = (
-        stored.shape,
-        stored.axis or 0,
-        math.prod(stored.shape) // max(len(stored.bits), 1),
-    )
+def dequantize(tensor: PackedTensor) -> Array:
+    """Return the float32 tensor."""
+    shape, axis, groups = tensor.shape, tensor.axis or 0, len(tensor.bits)
+    numel = math.prod(shape) // max(groups, 1)  # of a group
     parts, bit, level = [np.empty(0, np.float32)], 0, 0
-    for bits, run in groupby(range(len(stored.bits)), stored.bits.tolist().__getitem__):
-        groups = list(run)  # neighbours of equal bits are decoded together
-        count = each * len(groups)
-        packed = stored.packed[bit // 8 : (bit + count * bits + 7) // 8]
-        if bit % 8:  # move the run's first bit to a byte's first
+    for bits, run in groupby(range(groups), tensor.bits.tolist().__getitem__):
+        run_groups = list(run)  # neighbors of equal bit-width are decoded together
+        count = numel * len(run_groups)
+        packed = tensor.packed[bit // 8 : (bit + count * bits + 7) // 8]
+        if bit % 8:  # shift the run's first bit to the start of a byte
             packed = packed >> bit % 8 | np.append(packed[1:], np.uint8(0)) << 8 - bit % 8
-        zero_point, scale = stored.zero_point[groups, None], stored.scale[groups, None]
+        zero_point, scale = tensor.zero_point[run_groups, None], tensor.scale[run_groups, None]
         if bits == 8:
-            part = values(packed[:count].reshape(len(groups), each), zero_point, scale)
+            part = values(packed[:count].reshape(len(run_groups), numel), zero_point, scale)
         else:
-            levels = stored.levels[level : level + (len(groups) << bits)].reshape(len(groups), -1)
-            part = looked_up(packed, bits, values(levels, zero_point, scale), each)
+            levels = tensor.levels[level : level + (len(run_groups) << bits)]
+            table = values(levels.reshape(len(run_groups), -1), zero_point, scale)
+            part = lookup(packed, bits, table, numel)
             level += levels.size
         parts.append(part.reshape(-1)[:count])
         bit += count * bits
     flat = parts[1] if len(parts) == 2 else np.concatenate(parts)
     if not axis:
         return flat.reshape(shape)
-    return np.ascontiguousarray(
-        np.moveaxis(flat.reshape(shape[axis], *shape[:axis], *shape[axis + 1 :]), 0, axis)
-    )
+    groups_first = flat.reshape(shape[axis], *shape[:axis], *shape[axis + 1 :])
+    return np.ascontiguousarray(np.moveaxis(groups_first, 0, axis))
 
 
-def looked_up(packed: Array, bits: int, table: Array, each: int) -> Array:
-    """[G * each]: what stands in a group's row of `table` [G, 2^bits] at each of its packed indices."""
-    table, place, row = table[..., None], np.arange(len(table)), each
-    if len(place) == 1:  # cut the group into rows, the last one too long
-        place, row = np.zeros(-(-each // ROW), int), ROW
-    while bits <= 6 and row % (2 * table.shape[2]) == 0 and 8 * table.shape[2] << 2 * bits <= each:
+def lookup(packed: Array, bits: int, table: Array, numel: int) -> Array:
+    """Return `table` [G, 2^bits] at the packed indices, [G * numel]: `numel` indices a group.
+
+    A single group is cut into rows of ROW indices; the last row may be longer than the group.
+    """
+    table, row_groups, row = table[..., None], np.arange(len(table)), numel
+    if len(row_groups) == 1:
+        row_groups, row = np.zeros(-(-numel // ROW), int), ROW
+    # For speed, look up two indices at once, as one of twice the bits, while the table stays small.
+    while bits <= 6 and row % (2 * table.shape[2]) == 0 and 8 * table.shape[2] << 2 * bits <= numel:
         pairs = np.tile(table, (1, 1 << bits, 1)), np.repeat(table, 1 << bits, axis=1)
-        table, bits = (
-            np.concatenate(pairs, axis=2),
-            2 * bits,
-        )  # two indices are one of twice the bits; for speed
-    per = table.shape[2]
-    out, flat, codes = (
-        np.empty((len(place), row // per, per), table.dtype),
-        table.reshape(-1, per),
-        row // per,
-    )
-    step = max(1, CHUNK // max(row, 1) // 8) * 8  # so many rows fill whole bytes
-    for i in range(0, len(place), step):
-        first = place[i : i + step, None] << bits
-        found = unpack(packed[i * codes * bits // 8 :], bits, len(first) * codes).reshape(
-            len(first), codes
-        )
-        np.take(flat, found + first, axis=0, out=out[i : i + step], mode="clip")
+        table, bits = np.concatenate(pairs, axis=2), 2 * bits
+    width = table.shape[2]  # values a code stands for
+    codes = row // width  # in a row
+    out = np.empty((len(row_groups), codes, width), table.dtype)
+    flat_table = table.reshape(-1, width)
+    step = max(1, CHUNK // max(row, 1) // 8) * 8  # rows at a time; 8 of them fill whole bytes
+    for i in range(0, len(row_groups), step):
+        first = row_groups[i : i + step, None] << bits  # of each row's group in the flat table
+        indices = unpack(packed[i * codes * bits // 8 :], bits, len(first) * codes)
+        places = indices.reshape(len(first), codes) + first
+        np.take(flat_table, places, axis=0, out=out[i : i + step], mode="clip")
     return out.reshape(-1)
 
 
 def unpack(packed: Array, bits: int, count: int) -> Array:
-    """[count] indices of so many bits each (1 to 8, 10, 12), least significant bit first."""
-    per = 8 // math.gcd(bits, 8)  # indices that fill whole bytes
-    step, words = bits * per // 8, -(-count // per)
+    """Return `count` indices of `bits` bits each (1 to 8, 10, 12), least significant bit first."""
+    per_word = 8 // math.gcd(bits, 8)  # indices that fill whole bytes
+    step, words = bits * per_word // 8, -(-count // per_word)
     padded = np.zeros(words * step + 8, np.uint8)
     part = packed[: words * step]
     padded[: len(part)] = part
-    codes: Array = np.ndarray(
-        words, {1: "u1", 3: "<u4"}.get(step, "<u8"), padded.data, 0, (step,)
-    ).copy()
-    out = np.empty((words, per), np.uint8 if bits <= 8 else np.uint16)
-    for place in range(per):
+    dtype = {1: "u1", 3: "<u4"}.get(step, "<u8")
+    codes: Array = np.ndarray(words, dtype, padded.data, 0, (step,)).copy()
+    out = np.empty((words, per_word), np.uint8 if bits <= 8 else np.uint16)
+    for place in range(per_word):
         out[:, place] = codes >> bits * place & (1 << bits) - 1
     return out.reshape(-1)[:count]

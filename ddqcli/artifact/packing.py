@@ -1,4 +1,4 @@
-"""Indices of 1 to 8 bits as a dense stream of bits, least significant bit first, padded in the last byte only."""
+"""Packing: indices of 1 to 8 bits as a dense bit stream, least significant bit first."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ Bytes = NDArray[np.uint8]
 
 
 def pack(groups: Iterable[Bytes], bits: Sequence[int]) -> Bytes:
-    """Runs of uint8 indices, each of its own bits, one after another without padding between them; `decoder.unpack` reads them.
+    """Pack groups of uint8 indices, group g at `bits[g]` bits, without padding between groups.
 
-    Raises ValueError on an index that needs more bits.
+    The last byte is padded with zeros. `decoder.unpack` is the inverse. Raises ValueError if an
+    index needs more bits.
     """
     streams = [np.zeros(0, np.uint8)]
     for indices, width in zip(groups, bits, strict=True):
@@ -23,9 +24,6 @@ def pack(groups: Iterable[Bytes], bits: Sequence[int]) -> Bytes:
             raise ValueError(f"indices are {indices.dtype} where uint8 is expected")
         if indices.size and int(indices.max()) >= 1 << width:
             raise ValueError(f"index {int(indices.max())} does not fit in {width} bits")
-        streams.append(
-            np.unpackbits(indices.reshape(-1, 1), axis=1, count=width, bitorder="little").reshape(
-                -1
-            )
-        )
+        one_bit_each = np.unpackbits(indices.reshape(-1, 1), axis=1, count=width, bitorder="little")
+        streams.append(one_bit_each.reshape(-1))
     return np.packbits(np.concatenate(streams), bitorder="little")

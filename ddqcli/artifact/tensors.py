@@ -1,31 +1,31 @@
-"""What a file holds of a quantized tensor and of a quantized activation, and the bytes this takes; numpy only."""
+"""A quantized tensor and a quantized activation as a file holds them; numpy only."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddqcli.artifact import decoder
+from ddqcli.artifact.sizes import tensor_bytes
+
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-
-def tensor_bytes(numel: Sequence[int], bits: Sequence[int]) -> int:
-    """Bytes of a quantized tensor whose groups have so many elements of so many bits; of an activation: [0], [bits]."""
-    indices = (sum(n * s for n, s in zip(numel, bits, strict=True)) + 7) // 8
-    return (
-        indices + sum(1 << s for s in bits if s < 8) + len(bits) * (4 + 1 + 1)
-    )  # scale, zero point, gates
+INPUT_SUFFIX = " (input)"  # follows a layer's name in the name of its input's level table
+# numpy has no bfloat16. Its bits under its name: tensor.view(torch.uint16).numpy().view(BFLOAT16)
+BFLOAT16 = decoder.BFLOAT16
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A tensor whose value is (levels[g][index] - zero_point[g]) * scale[g], exactly, in float32.
+    """A tensor with the values (levels[g][index] - zero_point[g]) * scale[g], exact in float32.
 
-    Groups g lie along `axis`; there is one where `axis` is None. Raises ValueError where the fields do not fit.
+    The G groups lie along `axis`; if that is None, there is one. Raises ValueError if the fields
+    contradict each other.
     """
 
     name: str
@@ -40,29 +40,28 @@ class QuantizedTensor:
         if self.axis is not None and self.axis not in range(len(self.shape)):
             raise ValueError(f"{self.name} of shape {self.shape} has no axis {self.axis}")
         if self.indices.dtype != np.uint8 or self.indices.shape != (math.prod(self.shape),):
-            raise ValueError(
-                f"{self.name} of shape {self.shape} has indices {self.indices.dtype}{self.indices.shape}"
-            )
+            indices = f"{self.indices.dtype}{self.indices.shape}"
+            raise ValueError(f"{self.name} of shape {self.shape} has indices {indices}")
         groups = 1 if self.axis is None else self.shape[self.axis]
         _check_tables(self.name, groups, self.levels, self.scale, self.zero_point)
-        for rows, levels in zip(self.rows(), self.levels, strict=True):
-            if rows.size and int(rows.max()) >= len(levels):
+        for row, levels in zip(self.rows(), self.levels, strict=True):
+            if row.size and int(row.max()) >= len(levels):
                 raise ValueError(
-                    f"{self.name} has index {int(rows.max())} where there are {len(levels)} levels"
+                    f"{self.name} has index {int(row.max())} where there are {len(levels)} levels"
                 )
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """[G] bits of an index."""
-        return tuple(bits_of(levels) for levels in self.levels)
+        """[G] bit-widths of an index."""
+        return tuple(_bits_of(levels) for levels in self.levels)
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return tensor_bytes([len(rows) for rows in self.rows()], self.bits)
+        return tensor_bytes([len(row) for row in self.rows()], self.bits)
 
     def rows(self) -> Bytes:
-        """Indices [G, numel of a group]: of each group, in C order of its elements."""
+        """Return the indices [G, numel of a group], each group in C order of its elements."""
         axis, groups = self.axis or 0, len(self.levels)
         moved = (
             np.moveaxis(self.indices.reshape(self.shape), axis, 0) if self.shape else self.indices
@@ -70,27 +69,27 @@ class QuantizedTensor:
         return moved.reshape(groups, self.indices.size // max(groups, 1))
 
     def integers(self) -> Bytes:
-        """uint8 [shape]: the level of each element on the 8-bit grid."""
+        """Return the level of each element on the 8-bit grid, uint8 [shape]."""
         rows = self.rows()
-        chosen = np.empty_like(rows)
-        for out, row, levels in zip(chosen, rows, self.levels, strict=True):
+        levels_of_rows = np.empty_like(rows)
+        for out, row, levels in zip(levels_of_rows, rows, self.levels, strict=True):
             out[...] = levels[row]
-        return groups_to_axis(chosen, self.shape, self.axis)
+        return _groups_to_axis(levels_of_rows, self.shape, self.axis)
 
     def dequantize(self) -> Floats:
-        """float32 [shape]."""
-        spread = [1] * len(self.shape)
+        """Return the values, float32 [shape]."""
+        along_axis = [1] * len(self.shape)
         if self.axis is not None:
-            spread[self.axis] = -1
-        zero_point, scale = self.zero_point.reshape(spread), self.scale.reshape(spread)
+            along_axis[self.axis] = -1
+        zero_point, scale = self.zero_point.reshape(along_axis), self.scale.reshape(along_axis)
         return np.asarray((self.integers().astype(np.float32) - zero_point) * scale, np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationTable:
-    """The level vector of a layer's input; ValueError where the fields do not fit."""
+    """The level vector of a layer's input. Raises ValueError if the fields contradict."""
 
-    name: str
+    name: str  # layer + INPUT_SUFFIX
     levels: Bytes  # [2^bits], ascending
     scale: float
     zero_point: int
@@ -103,8 +102,12 @@ class ActivationTable:
         _check_tables(self.name, 1, (self.levels,), *self.arrays)
 
     @property
+    def layer(self) -> str:
+        return self.name.removesuffix(INPUT_SUFFIX)
+
+    @property
     def bits(self) -> int:
-        return bits_of(self.levels)
+        return _bits_of(self.levels)
 
     @property
     def nbytes(self) -> int:
@@ -113,24 +116,30 @@ class ActivationTable:
 
     @property
     def arrays(self) -> tuple[Floats, Bytes]:
-        """Scale and zero point as arrays of one."""
+        """Scale and zero point as arrays of one element."""
         return np.array([self.scale], np.float32), np.array([self.zero_point], np.uint8)
 
     def values(self) -> Floats:
-        """float32 [2^bits]."""
+        """Return the level values, float32 [2^bits]."""
         scale, zero_point = self.arrays
         return np.asarray((self.levels.astype(np.float32) - zero_point) * scale, np.float32)
 
 
-def groups_to_axis(rows: Bytes, shape: tuple[int, ...], axis: int | None) -> Bytes:
-    """[G, numel of a group] as a tensor of `shape` with the groups along `axis`."""
+def check_aliases(aliases: Mapping[str, str], tensors: Collection[str]) -> None:
+    """Raise ValueError if an alias points to none of `tensors`."""
+    if missing := sorted({target for target in aliases.values() if target not in tensors}):
+        raise ValueError(f"{', '.join(missing)}: an alias points here, and there is no such tensor")
+
+
+def _groups_to_axis(rows: Bytes, shape: tuple[int, ...], axis: int | None) -> Bytes:
+    """Reshape [G, numel of a group] to `shape`, with the groups along `axis`."""
     if not axis:
         return rows.reshape(shape)
     groups_first = shape[axis], *shape[:axis], *shape[axis + 1 :]
     return np.ascontiguousarray(np.moveaxis(rows.reshape(groups_first), 0, axis))
 
 
-def bits_of(levels: Bytes) -> int:
+def _bits_of(levels: Bytes) -> int:
     return len(levels).bit_length() - 1
 
 
@@ -138,26 +147,27 @@ def _check_tables(
     name: str, groups: int, levels: Sequence[Bytes], scale: Floats, zero_point: Bytes
 ) -> None:
     if len(levels) != groups or scale.shape != (groups,) or zero_point.shape != (groups,):
-        found = (
+        counts = (
             f"{len(levels)} level vectors, {scale.size} scales and {zero_point.size} zero points"
         )
-        raise ValueError(f"{name} has {groups} groups, and {found}")
-    if (
-        scale.dtype != np.float32
-        or zero_point.dtype != np.uint8
-        or any(level.dtype != np.uint8 for level in levels)
-    ):
+        raise ValueError(f"{name} has {groups} groups, and {counts}")
+    uint8 = zero_point.dtype == np.uint8 and all(level.dtype == np.uint8 for level in levels)
+    if scale.dtype != np.float32 or not uint8:
         raise ValueError(f"{name} needs uint8 levels and zero points and float32 scales")
     for level in levels:
-        if level.ndim != 1 or len(level) not in (2, 4, 8, 16, 32, 64, 128, 256):
-            raise ValueError(
-                f"{name} has a level vector of shape {level.shape} where 2^bits levels are expected"
-            )
-        if np.any(level[1:] < level[:-1]) or (
-            len(level) == 256 and np.any(level[1:] == level[:-1])
-        ):
-            raise ValueError(f"{name} has levels that do not ascend, or 256 that are not 0 to 255")
+        _check_levels(name, level)
     if not np.all((scale >= 2.0**-126) & (scale < 2.0**120) & (scale.view(np.uint32) & 0xFFF == 0)):
         raise ValueError(
-            f"{name} has a scale that is not a positive number of at most 12 significant bits: {scale}"
+            f"{name} has a scale that is not a positive number of at most 12 significant bits: "
+            f"{scale}"
         )
+
+
+def _check_levels(name: str, level: Bytes) -> None:
+    if level.ndim != 1 or len(level) not in (2, 4, 8, 16, 32, 64, 128, 256):
+        raise ValueError(
+            f"{name} has a level vector of shape {level.shape} where 2^bits levels are expected"
+        )
+    is_grid = len(level) < 256 or not np.any(level[1:] == level[:-1])
+    if np.any(level[1:] < level[:-1]) or not is_grid:
+        raise ValueError(f"{name} has levels that do not ascend, or 256 that are not 0 to 255")

@@ -86,4 +86,4 @@ def export(
 def _show(result: ExportResult | OnnxResult) -> None:
     from ddqcli.render import console, export
 
-    export.exported(result.data(), console.out)
+    export.show(result, console.out)

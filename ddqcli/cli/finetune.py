@@ -15,6 +15,7 @@ from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
     from ddqcli.commands.finetune import FinetuneResult
+    from ddqcli.commands.sweep import SweepResult
     from ddqcli.recipe.schema import Recipe
 
 EXAMPLES = examples(
@@ -123,7 +124,7 @@ def finetune(
         "train.seed": seed,
     }
 
-    def work() -> FinetuneResult:
+    def work() -> FinetuneResult | SweepResult:
         from ddqcli.errors import UsageError
         from ddqcli.recipe.assignments import with_assignments
         from ddqcli.recipe.file import find_recipe, load_recipes
@@ -198,11 +199,11 @@ def _checkpoint(model: Path | None, recipe: Recipe) -> Path:
     )
 
 
-def _show(result: FinetuneResult) -> None:
-    from ddqcli.render import console, report, sweep
+def _show(result: FinetuneResult | SweepResult) -> None:
+    from ddqcli.commands.finetune import FinetuneResult
+    from ddqcli.render import console, finetune, sweep
 
-    data: dict[str, Any] = result.data()
-    if "targets" in data:
-        sweep.swept(data, console.out)
+    if isinstance(result, FinetuneResult):
+        finetune.show(result, console.out)
     else:
-        report.finetuned(data, console.out)
+        sweep.show(result, console.out)

@@ -11,8 +11,8 @@ from ddqcli.cli.options import AllowPickle, Json, Quiet, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
-    from ddqcli.inspection.trained import TrainedResult
-    from ddqcli.inspection.weights import InspectResult
+    from ddqcli.inspection.checkpoint_rows import CheckpointResult
+    from ddqcli.inspection.trained_rows import TrainedResult
 
 EXAMPLES = examples(
     "ddq inspect model.pt",
@@ -48,7 +48,7 @@ def inspect(
     figures and an HTML page.
     """
 
-    def work() -> InspectResult | TrainedResult:
+    def work() -> CheckpointResult | TrainedResult:
         from ddqcli.commands.inspect import inspect as command
         from ddqcli.render.progress import ProgressReporter
 
@@ -65,11 +65,11 @@ def inspect(
     run_command("inspect", work, _show, as_json)
 
 
-def _show(result: InspectResult | TrainedResult) -> None:
-    from ddqcli.inspection.weights import InspectResult
-    from ddqcli.render import console, inspect, inspect_trained
+def _show(result: CheckpointResult | TrainedResult) -> None:
+    from ddqcli.inspection.checkpoint_rows import CheckpointResult
+    from ddqcli.render import console, inspect_checkpoint, inspect_trained
 
-    if isinstance(result, InspectResult):
-        inspect.show(result, console.out)
+    if isinstance(result, CheckpointResult):
+        inspect_checkpoint.show(result, console.out)
     else:
         inspect_trained.show(result, console.out)

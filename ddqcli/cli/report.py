@@ -85,9 +85,9 @@ def report(
             return compare(*diff)
         result = command(target, limits)
         if html:
-            from ddqcli.inspection.report_page import write_page
+            from ddqcli.inspection.report_page import write_report_page
 
-            result = replace(result, page=write_page(result.source, result.report, html))
+            result = replace(result, page=write_report_page(result.source, result.report, html))
         return result
 
     def show(result: ReportResult | DiffResult) -> None:
@@ -102,7 +102,7 @@ def report(
             elif as_md:
                 console.print_plain(tables.as_markdown(result.report))
             else:
-                tables.table(result.report, console.out)
+                tables.show(result.report, console.out)
                 if result.page:
                     line = f"page       {result.page}"
                     console.out.print(line, markup=False, soft_wrap=True)

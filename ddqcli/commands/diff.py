@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ddqcli.commands.report import report
+from ddqcli.inspection.report import read_report
+from ddqcli.runs.report import ActivationRow, TensorRow
 
 VERSION = 1
 TOTALS = ("bytes", "float_bytes", "budget_bytes", "average_bits", "quantized_bytes", "kept_bytes")
 ACCURACY = ("float", "quantized", "drop")
 COLUMNS = ("bits", "levels", "bytes", "error")
 
-Pair = dict[str, Any]  # a, b, and their change b - a; None where a side has no such value
+Pair = dict[str, Any]  # a, b, and change = b - a; None where a side has no such value
+Row = TypeVar("Row", TensorRow, ActivationRow)
 
 
 @dataclass(frozen=True)
 class DiffResult:
-    """What differs between two reports."""
+    """The differences between two reports."""
 
     a: Path
     b: Path
     totals: dict[str, Pair]
     accuracy: dict[str, Pair]
     layers: tuple[dict[str, Any], ...]  # name, kind, shape, and a Pair for each of COLUMNS
-    activations: tuple[dict[str, Any], ...]  # name and a Pair of bits
+    activations: tuple[dict[str, Any], ...]  # name, and a Pair of bits
 
     def data(self) -> dict[str, Any]:
-        """The result as JSON-able values."""
+        """Return the result as JSON-able values."""
         return {
             "version": VERSION,
             "a": str(self.a),
@@ -41,51 +44,50 @@ class DiffResult:
 
 
 def diff(a: Path, b: Path) -> DiffResult:
-    """Compare two run folders or exported files, in the order of the first. Raises UsageError, VerificationError."""
-    first, second = report(a), report(b)
-    one, other = first.report, second.report
-    return DiffResult(
-        first.source,
-        second.source,
-        {key: pair(one["totals"][key], other["totals"][key]) for key in TOTALS},
+    """Compare two run folders or exported files; rows are in the order of A.
+
+    Raises UsageError, VerificationError.
+    """
+    (a, first), (b, second) = read_report(a), read_report(b)
+    layers = [
         {
-            key: pair((one["accuracy"] or {}).get(key), (other["accuracy"] or {}).get(key))
-            for key in ACCURACY
-        },
-        tuple(_joined(one["layers"], other["layers"], ("kind", "shape"), COLUMNS)),
-        tuple(_joined(one["activations"], other["activations"], (), ("bits",))),
+            "name": row.name,
+            "kind": row.kind,
+            "shape": list(row.shape),
+            **_pairs(left, right, COLUMNS),
+        }
+        for row, left, right in _joined(first.layers, second.layers)
+    ]
+    activations = [
+        {"name": row.name, **_pairs(left, right, ("bits",))}
+        for row, left, right in _joined(first.activations, second.activations)
+    ]
+    return DiffResult(
+        a,
+        b,
+        totals=_pairs(first.totals, second.totals, TOTALS),
+        accuracy=_pairs(first.accuracy, second.accuracy, ACCURACY),
+        layers=tuple(layers),
+        activations=tuple(activations),
     )
 
 
 def pair(a: float | None, b: float | None) -> Pair:
-    """Two values and the step from the first to the second, free of the noise of binary fractions."""
-    change = (
-        None
-        if a is None or b is None
-        else float(f"{b - a:.6g}")
-        if isinstance(b - a, float)
-        else b - a
-    )
+    """Return two values and their change, free of the rounding noise of binary fractions."""
+    change = None
+    if a is not None and b is not None:
+        change = float(f"{b - a:.6g}") if isinstance(b - a, float) else b - a
     return {"a": a, "b": b, "change": change}
 
 
-def _joined(
-    one: list[dict[str, Any]],
-    other: list[dict[str, Any]],
-    facts: tuple[str, ...],
-    columns: tuple[str, ...],
-) -> list[dict[str, Any]]:
-    """Rows of both by their names; `facts` are the first side's where it has the row."""
-    left, right = ({row["name"]: row for row in rows} for rows in (one, other))
-    joined = []
-    for name in {**left, **right}:
-        a, b = left.get(name, {}), right.get(name, {})
-        same = {fact: (a or b)[fact] for fact in facts}
-        joined.append(
-            {
-                "name": name,
-                **same,
-                **{column: pair(a.get(column), b.get(column)) for column in columns},
-            }
-        )
-    return joined
+def _pairs(a: object, b: object, fields: Sequence[str]) -> dict[str, Pair]:
+    """Pair the fields of two records, either of which may be None."""
+    return {field: pair(getattr(a, field, None), getattr(b, field, None)) for field in fields}
+
+
+def _joined(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row | None, Row | None]]:
+    """Join rows by name: the first that has the name, the row of A, the row of B."""
+    left, right = ({row.name: row for row in rows} for rows in (a, b))
+    return [
+        (row, left.get(name), right.get(name)) for name, row in {**left, **right, **left}.items()
+    ]

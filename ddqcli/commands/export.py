@@ -1,46 +1,30 @@
-"""`ddq export`: a finished run as one safetensors file, read back and compared with what was trained."""
+"""`ddq export`: a finished run as one verified safetensors file."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ddqcli.artifact import decoder
-from ddqcli.artifact.format import (
-    BFLOAT16,
-    ActivationTable,
-    QuantizedTensor,
-    Sizes,
-    encode_artifact,
-    read_artifact,
-)
-from ddqcli.commands.verify import BehaviorCheck, behaviour, require_same_behavior
-from ddqcli.errors import DDQError, UsageError, VerificationError
-from ddqcli.inspection.report import embedded_report
-from ddqcli.qat.load import INPUT
+from ddqcli.artifact.read import read_artifact
+from ddqcli.artifact.sizes import Sizes
+from ddqcli.artifact.tensors import INPUT_SUFFIX
+from ddqcli.artifact.verify import require_same_tensors
+from ddqcli.artifact.write import encode_artifact
+from ddqcli.errors import UsageError, VerificationError
+from ddqcli.qat.frozen import Array, FrozenModel
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.files import write_atomic
+from ddqcli.runs.report import Accuracy, Report
 from ddqcli.runs.run import FINAL, REPORT, Run
 from ddqcli.training.evaluate import OnProgress
+from ddqcli.training.verify import BehaviorCheck, check_behavior, require_same_behavior
 
 ARTIFACT = "model.safetensors"
-_HALF = "float16"  # in the file's meta: what stays float was rounded to it
-_FINGERPRINTS = """
-import hashlib, json, runpy, sys
-tensors, manifest = runpy.run_path(sys.argv[1])["decode"](sys.argv[2])
-tensors.update(manifest["activations"])
-seen = {name: [str(t.dtype), list(t.shape), hashlib.sha256(t.tobytes()).hexdigest()] for name, t in tensors.items()}
-print(json.dumps(seen))
-"""
+_HALF = "float16"  # key in the file's meta: unquantized tensors were rounded to float16
 
 
 @dataclass(frozen=True)
@@ -52,54 +36,26 @@ class ExportResult:
     sizes: Sizes
     float_bytes: int
     tensors: int  # compared bit for bit
-    values: int
-    behaviour: BehaviorCheck
+    values: int  # of these tensors
+    behavior: BehaviorCheck
     half: bool
 
     def data(self) -> dict[str, Any]:
-        sizes = {**asdict(self.sizes), "payload": self.sizes.payload, "file": self.sizes.file}
+        """Return the result as JSON-able values."""
         return {
-            "run_dir": str(self.run_dir), "path": str(self.path), "format": "ddq", "float_bytes": self.float_bytes,
-            "half": self.half, "sizes": sizes, "verified": {"tensors": self.tensors, "values": self.values},
-            "behaviour": asdict(self.behaviour),
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """What a run's final state holds, as a file does."""
-
-    quantized: list[QuantizedTensor]
-    activations: list[ActivationTable]
-    floats: dict[str, np.ndarray]
-    aliases: dict[str, str]
-    trained: dict[
-        str, np.ndarray
-    ]  # values of the quantized tensors, as the trained network had them
-
-    @classmethod
-    def of(cls, run: Run, *, half: bool = False) -> Frozen:
-        """Of a finished run; with `half`, what stays float rounded to float16. Raises UsageError, DDQError."""
-        frozen = run.load(FINAL)
-        floats = {name: _numpy(value) for name, value in frozen["floats"].items()}
-        return cls(
-            [_quantized(entry) for entry in frozen["quantized"]],
-            [_activation(entry) for entry in frozen["activations"]],
-            {name: _halved(name, value) for name, value in floats.items()} if half else floats,
-            frozen["aliases"],
-            {name: value.numpy() for name, value in frozen["trained"].items()},
-        )
-
-    def weights(self) -> dict[str, QuantizedTensor]:
-        """The quantized tensors under all of their names."""
-        found = {tensor.name: tensor for tensor in self.quantized}
-        return found | {alias: found[name] for alias, name in self.aliases.items() if name in found}
-
-    def expected(self) -> dict[str, np.ndarray]:
-        """What a reader of the file must find, by name."""
-        found = self.trained | self.floats
-        found |= {alias: found[name] for alias, name in self.aliases.items()}
-        return found | {table.name: table.values() for table in self.activations}
+            "run_dir": str(self.run_dir),
+            "path": str(self.path),
+            "format": "ddq",
+            "float_bytes": self.float_bytes,
+            "half": self.half,
+            "sizes": {
+                **asdict(self.sizes),
+                "payload": self.sizes.payload,
+                "file": self.sizes.file,
+            },
+            "verified": {"tensors": self.tensors, "values": self.values},
+            "behaviour": asdict(self.behavior),
+        }
 
 
 def export(
@@ -111,47 +67,42 @@ def export(
 ) -> ExportResult:
     """Write the run's model to `out` (default: model.safetensors in the run folder) and verify it.
 
-    `half` stores what stays float as float16, and measures the accuracy that the file then has.
+    `half` stores unquantized tensors as float16, and the accuracy that the file then has.
 
-    Raises UsageError, and VerificationError if the file, read back by the numpy-only decoder in another process, differs
-    in any bit from what was trained, or the network made of it in what it computes; it is then not written.
+    Raises UsageError, and VerificationError if the file, read by the numpy-only decoder in another
+    process, differs in any bit from what was trained, or the network rebuilt from it computes
+    something else. The file is then not written.
     """
     run = Run.open(run_dir)
-    frozen, report = Frozen.of(run, half=half), run.report()
+    frozen, report = _frozen_model(run, half=half), run.report()
     path = out or run.path / ARTIFACT
-    carried = embedded_report(report)
-    meta = {"report": carried, "recipe": _portable(run.recipe()), **({_HALF: True} if half else {})}
+    embedded = report.embedded()
+    meta: dict[str, Any] = {"report": embedded, "recipe": portable_recipe(run.recipe())}
+    if half:
+        meta[_HALF] = True
     results = []
 
-    def encoded() -> tuple[bytes, Sizes]:
-        return encode_artifact(
-            frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, meta
-        )
-
     def write(temporary: Path) -> None:
-        raw, sizes = encoded()
-        temporary.write_bytes(raw)
-        _verify(temporary, frozen.expected(), f"{path} would", "; it was not written")
-        found = behaviour(temporary, run, on_progress)
+        sizes = _write_verified(temporary, frozen, meta, path)
+        check = check_behavior(temporary, run, on_progress)
         if half:
-            carried["accuracy"] = _accuracy_of(found, report)
-            raw, sizes = encoded()
-            temporary.write_bytes(raw)
-            _verify(temporary, frozen.expected(), f"{path} would", "; it was not written")
+            embedded["accuracy"] = _accuracy_of(check, report)
+            sizes = _write_verified(temporary, frozen, meta, path)
         else:
-            require_same_behavior(found, path, quantized_inputs=bool(frozen.activations))
-        results.append((sizes, found))
+            require_same_behavior(check, path, quantized_inputs=bool(frozen.activations))
+        results.append((sizes, check))
 
-    write_atomic(path, write)  # what is not as trained never gets its name
+    write_atomic(path, write)  # a file that is not as trained never gets its name
     return _result(run, path, *results[0], frozen, half)
 
 
 def check(
     file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None
 ) -> ExportResult:
-    """Verify a file found later against the run it came from: `run_dir`, or the folder it lies in, or the newest run.
+    """Verify an existing file against its run.
 
-    Raises UsageError, and VerificationError if it is damaged or not what was trained.
+    The run is `run_dir`, or else the folder of the file, or else the newest run. Raises UsageError,
+    and VerificationError if the file is damaged or not what was trained.
     """
     beside = file.parent if (file.parent / REPORT).is_file() else None
     artifact = read_artifact(file)
@@ -162,131 +113,111 @@ def check(
             f"{file} is undamaged, but there is nothing to compare it with: {error}"
         ) from error
     half = bool(artifact.meta.get(_HALF))
-    _check_origin(file, artifact.meta.get("report"), embedded_report(run.report()), run)
-    frozen = Frozen.of(run, half=half)
-    _verify(file, frozen.expected(), f"{file} does", "")
-    found = behaviour(file, run, on_progress)
+    _require_same_origin(file, artifact.meta.get("report"), run)
+    frozen = _frozen_model(run, half=half)
+    require_same_tensors(file, frozen.expected(), name=file)
+    behavior = check_behavior(file, run, on_progress)
     if not half:
-        require_same_behavior(found, file, quantized_inputs=bool(frozen.activations))
-    return _result(run, file, artifact.sizes, found, frozen, half)
+        require_same_behavior(behavior, file, quantized_inputs=bool(frozen.activations))
+    return _result(run, file, artifact.sizes, behavior, frozen, half)
 
 
-def _result(
-    run: Run, path: Path, sizes: Sizes, found: BehaviorCheck, frozen: Frozen, half: bool
-) -> ExportResult:
-    tensors = {name: value for name, value in frozen.expected().items() if not name.endswith(INPUT)}
-    values = sum(array.size for array in tensors.values())
-    return ExportResult(
-        run.path,
-        path,
-        sizes,
-        run.report()["totals"]["float_bytes"],
-        len(tensors),
-        values,
-        found,
-        half,
+def portable_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return what differs from the recipe's defaults, with paths reduced to file names."""
+    settings = recipe.model_dump(exclude_defaults=True)
+    for section, field in (("model", "checkpoint"), ("model", "arch"), ("data", "source")):
+        if value := settings.get(section, {}).get(field):
+            names = [Path(part).name or part for part in value.split(":")]
+            settings[section][field] = ":".join(names)
+    for section in ("model", "data"):
+        if kwargs := settings.get(section, {}).get("kwargs"):
+            settings[section]["kwargs"] = _without_folders(kwargs)
+    return settings
+
+
+def _without_folders(value: Any) -> Any:
+    """Reduce every absolute path in nested lists and dicts to its name."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def _write_verified(
+    temporary: Path, frozen: FrozenModel, meta: Mapping[str, Any], path: Path
+) -> Sizes:
+    """Write `temporary`, which becomes `path`. Raises VerificationError if it is not as trained."""
+    raw, sizes = encode_artifact(
+        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, meta
     )
+    temporary.write_bytes(raw)
+    require_same_tensors(
+        temporary, frozen.expected(), name=path, consequence="; it was not written"
+    )
+    return sizes
 
 
-def _check_origin(file: Path, carried: Any, report: Mapping[str, Any], run: Run) -> None:
-    """Raise VerificationError if the file says that it came from another run."""
-    carried = carried if isinstance(carried, dict) else {}
-    other = [key for key in sorted(report) if key != "accuracy" and carried.get(key) != report[key]]
-    if other:
+def _require_same_origin(file: Path, embedded: Any, run: Run) -> None:
+    """Raise VerificationError if the report embedded in the file is another run's."""
+    embedded = embedded if isinstance(embedded, dict) else {}
+    report = run.report().embedded()
+    del report["accuracy"]  # --half measures its own
+    if different := [key for key in sorted(report) if embedded.get(key) != report[key]]:
         raise VerificationError(
-            f"{file} does not come from {run.path}: its {', '.join(other)} differ; "
+            f"{file} does not come from {run.path}: its {', '.join(different)} differ; "
             f"name its own run, `ddq export RUN --check {file}`."
         )
 
 
-def _accuracy_of(found: BehaviorCheck, report: Mapping[str, Any]) -> dict[str, float] | None:
-    """The report's accuracy with that of the file in the place of the run's. Raises UsageError if it was not measured."""
-    if report["accuracy"] is None:
+def _accuracy_of(check: BehaviorCheck, report: Report) -> dict[str, float] | None:
+    """Return the report's accuracy with the measured one in place of the run's.
+
+    Raises UsageError if it was not measured.
+    """
+    if report.accuracy is None:
         return None
-    if found.accuracy is None:
-        raise UsageError(f"--half must say what it costs, and cannot: {'; '.join(found.unchecked)}")
-    before = report["accuracy"]["float"]
-    return {
-        "float": before,
-        "quantized": round(found.accuracy, 4),
-        "drop": round(before - found.accuracy, 4),
-    }
+    if check.accuracy is None:
+        raise UsageError(f"--half must measure its accuracy: {'; '.join(check.unchecked)}")
+    return Accuracy.of(report.accuracy.float, check.accuracy).data()
 
 
-def _portable(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe says beyond its defaults, files by name alone: where they lie is no property of the model."""
-    said = recipe.model_dump(exclude_defaults=True)
-    for section, field in (("model", "checkpoint"), ("model", "arch"), ("data", "source")):
-        if value := said.get(section, {}).get(field):
-            said[section][field] = ":".join(Path(part).name or part for part in value.split(":"))
-    for section in ("model", "data"):
-        if kwargs := said.get(section, {}).get("kwargs"):
-            said[section]["kwargs"] = _without_places(kwargs)
-    return said
-
-
-def _without_places(value: Any) -> Any:
-    """Of every absolute path in it, only the name."""
-    if isinstance(value, dict):
-        return {key: _without_places(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_places(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
-def _verify(file: Path, expected: dict[str, np.ndarray], who: str, end: str) -> None:
-    """Decode the file in a fresh process that knows nothing but numpy; compare every bit."""
-    command = [sys.executable, "-I", "-c", _FINGERPRINTS, decoder.__file__, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise VerificationError(f"{who.rpartition(' ')[0]} cannot be decoded: {reason[-1]}{end}.")
-    found = json.loads(done.stdout)
-    if found.keys() != expected.keys():
-        raise VerificationError(f"{who} not hold the tensors that were trained{end}.")
-    for tensor, array in expected.items():
-        fingerprint = [
-            str(array.dtype),
-            list(array.shape),
-            hashlib.sha256(array.tobytes()).hexdigest(),
-        ]
-        if found[tensor] != fingerprint:
-            raise VerificationError(f"{who} differ from what was trained in {tensor}{end}.")
-
-
-def _quantized(entry: dict[str, Any]) -> QuantizedTensor:
-    return QuantizedTensor(
-        entry["name"], tuple(entry["shape"]), entry["axis"], entry["indices"].numpy().reshape(-1),
-        tuple(level.numpy() for level in entry["levels"]), entry["scale"].numpy(), entry["zero_point"].numpy(),
-    )  # fmt: skip
-
-
-def _activation(entry: dict[str, Any]) -> ActivationTable:
-    return ActivationTable(
-        entry["name"] + INPUT, entry["levels"].numpy(), entry["scale"], entry["zero_point"]
+def _result(
+    run: Run, path: Path, sizes: Sizes, behavior: BehaviorCheck, frozen: FrozenModel, half: bool
+) -> ExportResult:
+    tensors = [
+        value for name, value in frozen.expected().items() if not name.endswith(INPUT_SUFFIX)
+    ]
+    return ExportResult(
+        run_dir=run.path,
+        path=path,
+        sizes=sizes,
+        float_bytes=run.report().totals.float_bytes,
+        tensors=len(tensors),
+        values=sum(array.size for array in tensors),
+        behavior=behavior,
+        half=half,
     )
 
 
-def _halved(name: str, array: np.ndarray) -> np.ndarray:
-    """A float tensor as float16, all else as it is. Raises UsageError for values too large."""
+def _frozen_model(run: Run, *, half: bool) -> FrozenModel:
+    """Load the finished model; with `half`, round unquantized tensors to float16."""
+    frozen = FrozenModel.from_state(run.load(FINAL))
+    if half:
+        floats = {name: _to_float16(name, value) for name, value in frozen.floats.items()}
+        return replace(frozen, floats=floats)
+    return frozen
+
+
+def _to_float16(name: str, array: Array) -> Array:
+    """Round a float32 or float64 array, and no other. Raises UsageError for values too large."""
     if array.dtype not in (np.float32, np.float64):
         return array
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     if np.any(np.isinf(half) & np.isfinite(array)):
+        largest = np.abs(array).max()
         raise UsageError(
-            f"{name} holds values up to {np.abs(array).max():.3g}, beyond float16; export without --half."
+            f"{name} holds values up to {largest:.3g}, beyond float16; export without --half."
         )
     return half
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as an array of the same bits; numpy has no bfloat16 of its own."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(BFLOAT16)
-    try:
-        return tensor.numpy()
-    except TypeError as error:
-        raise DDQError(
-            f"A tensor of {tensor.dtype} cannot be stored; keep it out of the model's state dict."
-        ) from error

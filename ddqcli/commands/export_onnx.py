@@ -1,4 +1,4 @@
-"""`ddq export --format onnx`: a finished run as an ONNX file, run by onnxruntime beside the torch model."""
+"""`ddq export --format onnx`: a finished run as an ONNX file, run in onnxruntime beside torch."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ddqcli.commands.export import Frozen
-from ddqcli.commands.verify import attempt, held_out, rebuilt
 from ddqcli.data.load import Data
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.onnx.export import require_onnx, write_onnx
 from ddqcli.onnx.runtime import Comparison, compare
+from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, REPORT, Run
 from ddqcli.training.evaluate import OnProgress
+from ddqcli.training.verify import attempt, load_held_out, rebuild_model
 
 ONNX = "model.onnx"
-_UNOPTIMISED = 1000  # samples for onnxruntime without its optimisations, which takes long
+_UNOPTIMIZED_SAMPLES = 1000  # onnxruntime is slow without its optimizations
 
-# onnxruntime sums in another order, and the shifts of convolutions are rounded to whole numbers (see engine.qdq), so now and
-# then a value on the edge between two levels of an input takes the other one; the network then goes on from there.
-SAME_OUTPUTS = {
-    False: 1e-3,
-    True: 0.1,
-}  # of a typical sample, as a share of the outputs; True: with quantized inputs
-SAME_ACCURACY = 0.5  # points, and
-_HITS = 2  # samples
+# onnxruntime sums in another order, and the shifts of convolutions are rounded to integers (see
+# onnx.integer_graph). Now and then a value on the edge between two levels of an input takes the
+# other one, and the network goes on from there.
+OUTPUT_TOLERANCE = 1e-3  # a typical sample's difference, as a share of the outputs
+QUANTIZED_OUTPUT_TOLERANCE = 0.1  # the same with quantized inputs
+ACCURACY_TOLERANCE = 0.5  # points, and
+_SAMPLE_TOLERANCE = 2  # samples
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,27 @@ class OnnxResult:
     path: Path
     size: int  # bytes
     float_bytes: int
-    optimised: Comparison
-    unoptimised: Comparison
-    unchecked: tuple[str, ...]
+    optimized: Comparison
+    unoptimized: Comparison
+    unchecked: tuple[str, ...]  # reasons why something was not compared
 
     def data(self) -> dict[str, Any]:
+        """Return the result as JSON-able values."""
         return {
-            "run_dir": str(self.run_dir), "path": str(self.path), "format": "onnx", "float_bytes": self.float_bytes,
-            "sizes": {"file": self.size}, "optimised": asdict(self.optimised), "unoptimised": asdict(self.unoptimised),
+            "run_dir": str(self.run_dir),
+            "path": str(self.path),
+            "format": "onnx",
+            "float_bytes": self.float_bytes,
+            "sizes": {"file": self.size},
+            "optimised": asdict(self.optimized),
+            "unoptimised": asdict(self.unoptimized),
             "unchecked": list(self.unchecked),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """The torch model of a run, and what to compare with."""
+    """The torch model of a run, and the samples to compare on."""
 
     model: nn.Module
     data: Data | None
@@ -64,7 +69,7 @@ class _Reference:
     unchecked: tuple[str, ...]
 
     def batches(self, on_progress: OnProgress | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The held-out data, or else the example without targets."""
+        """Yield the held-out data, or else the example without targets."""
         if self.data is None:
             yield self.example.to(next(self.model.parameters()).device), None
             return
@@ -79,88 +84,109 @@ def export_onnx(
 ) -> OnnxResult:
     """Write the run's model to `out` (default: model.onnx in the run folder) and run it.
 
-    Raises UsageError for what ONNX cannot express, and VerificationError if onnxruntime, with or without its
-    optimisations, does not answer as torch does; the file is then not written.
+    Raises UsageError for what ONNX cannot express, and VerificationError if onnxruntime, with or
+    without its optimizations, does not answer as torch does. The file is then not written.
     """
     require_onnx()
     run = Run.open(run_dir)
-    path, frozen, report = out or run.path / ONNX, Frozen.of(run), run.report()
+    path, report = out or run.path / ONNX, run.report()
+    frozen = FrozenModel.from_state(run.load(FINAL))
     reference = _reference(run, frozen)
-    about = {"ddq": report["source"]["ddq"], "source": report["source"]["sha256"]}
-    compared = []
+    about = {"ddq": report.source.ddq, "source": report.source.sha256}
+    comparisons: list[Comparison] = []
 
     def write(temporary: Path) -> None:
         write_onnx(temporary, reference.model, frozen.weights(), reference.example, about)
-        compared.extend(_compared(temporary, path, reference, on_progress))
+        comparisons.extend(_compare_both(temporary, path, reference, on_progress))
 
-    write_atomic(path, write)  # what does not answer as trained never gets its name
-    return _result(run, path, compared, reference)
+    write_atomic(path, write)  # a file that does not answer as trained never gets its name
+    return _result(run, path, comparisons, reference)
 
 
 def check_onnx(
     file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None
 ) -> OnnxResult:
-    """Verify an ONNX file found later against the run it came from: `run_dir`, or the folder it lies in, or the newest."""
+    """Verify an existing ONNX file against its run.
+
+    The run is `run_dir`, or else the folder of the file, or else the newest run. Raises as
+    `export_onnx`.
+    """
     require_onnx()
     if not file.is_file():
         raise UsageError(f"There is no file {file}.")
     run = Run.open(run_dir or (file.parent if (file.parent / REPORT).is_file() else None))
-    reference = _reference(run, Frozen.of(run))
-    return _result(run, file, _compared(file, file, reference, on_progress), reference)
+    reference = _reference(run, FrozenModel.from_state(run.load(FINAL)))
+    return _result(run, file, _compare_both(file, file, reference, on_progress), reference)
 
 
-def _reference(run: Run, frozen: Frozen) -> _Reference:
+def _reference(run: Run, frozen: FrozenModel) -> _Reference:
     tables = {table.name: table for table in frozen.activations}
     tensors = {name: value for name, value in frozen.expected().items() if name not in tables}
-    model = rebuilt(run, to_torch(tensors), tables, str(run.path))
-    data, reason = attempt(lambda: held_out(run))
-    probe = run.load(FINAL).get("probe")
-    if data is None and probe is None:
-        raise UsageError(f"ONNX export needs an input to follow, and the run holds none: {reason}")
-    example = probe["input"] if probe else next(iter(data.val.epoch(0)))[0][:8]
-    unchecked = (
-        (f"compared on the {len(example)} samples that the run holds: {reason}",)
-        if data is None
-        else ()
-    )
+    model = rebuild_model(run, to_torch(tensors), tables, str(run.path))
+    data, reason = attempt(lambda: load_held_out(run))
+    if probe := run.load(FINAL).get("probe"):
+        example = probe["input"]
+    elif data is not None:
+        example = next(iter(data.val.epoch(0)))[0][:8]
+    else:
+        raise UsageError(f"ONNX export needs an example input, and the run holds none: {reason}")
+    unchecked: tuple[str, ...] = ()
+    if data is None:
+        unchecked = (f"compared on the {len(example)} samples that the run holds: {reason}",)
     return _Reference(model, data, example, bool(tables), unchecked)
 
 
-def _compared(
+def _compare_both(
     file: Path, name: Path, reference: _Reference, on_progress: OnProgress | None
 ) -> list[Comparison]:
-    """With and without onnxruntime's optimisations. Raises VerificationError, which calls the file `name`."""
-    found = []
-    for optimised, most in ((True, None), (False, _UNOPTIMISED)):
-        metric = reference.data.metric if reference.data else None
-        batches = reference.batches(on_progress)
-        found.append(
-            compare(file, reference.model, batches, metric, optimised=optimised, most=most)
+    """Compare with and without onnxruntime's optimizations.
+
+    Raises VerificationError, which calls the file `name`.
+    """
+    comparisons = []
+    for optimized, max_samples in ((True, None), (False, _UNOPTIMIZED_SAMPLES)):
+        comparison = compare(
+            file,
+            reference.model,
+            reference.batches(on_progress),
+            reference.data.metric if reference.data else None,
+            optimized=optimized,
+            max_samples=max_samples,
         )
-        _judge(
-            found[-1],
-            name,
-            reference.quantized_inputs,
-            "" if optimised else ", its optimisations switched off,",
-        )
-    return found
+        runtime = "onnxruntime" if optimized else "onnxruntime, without its optimizations,"
+        _require_same_answers(comparison, name, reference.quantized_inputs, runtime)
+        comparisons.append(comparison)
+    return comparisons
 
 
-def _judge(found: Comparison, name: Path, quantized_inputs: bool, how: str) -> None:
-    if not found.outputs <= SAME_OUTPUTS[quantized_inputs]:
+def _require_same_answers(
+    comparison: Comparison, name: Path, quantized_inputs: bool, runtime: str
+) -> None:
+    tolerance = QUANTIZED_OUTPUT_TOLERANCE if quantized_inputs else OUTPUT_TOLERANCE
+    if not comparison.outputs <= tolerance:
         raise VerificationError(
-            f"onnxruntime{how} does not answer as torch does for {name}: outputs differ by {found.outputs:.1%}."
+            f"{runtime} does not answer as torch does for {name}: outputs differ by "
+            f"{comparison.outputs:.1%}."
         )
-    if found.accuracy is None or found.torch_accuracy is None:
+    ours, theirs = comparison.torch_accuracy, comparison.accuracy
+    if ours is None or theirs is None:
         return
-    if abs(found.accuracy - found.torch_accuracy) > SAME_ACCURACY + 100 * _HITS / found.samples:
+    if abs(theirs - ours) > ACCURACY_TOLERANCE + 100 * _SAMPLE_TOLERANCE / comparison.samples:
         raise VerificationError(
-            f"onnxruntime{how} reaches {found.accuracy:.2f} % with {name}, where torch reaches {found.torch_accuracy:.2f} %."
+            f"{runtime} reaches {theirs:.2f} % with {name}, but torch reaches {ours:.2f} %."
         )
 
 
-def _result(run: Run, path: Path, compared: list[Comparison], reference: _Reference) -> OnnxResult:
-    float_bytes = run.report()["totals"]["float_bytes"]
+def _result(
+    run: Run, path: Path, comparisons: list[Comparison], reference: _Reference
+) -> OnnxResult:
+    optimized, unoptimized = comparisons
     return OnnxResult(
-        run.path, path, path.stat().st_size, float_bytes, *compared, reference.unchecked
+        run_dir=run.path,
+        path=path,
+        size=path.stat().st_size,
+        float_bytes=run.report().totals.float_bytes,
+        optimized=optimized,
+        unoptimized=unoptimized,
+        unchecked=reference.unchecked,
     )

@@ -25,6 +25,7 @@ from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
+from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.training import distributed
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
 from ddqcli.training.device import place_model, resolve_device
@@ -43,13 +44,15 @@ _Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished run, or sweep; `run_dir` is None after a dry run, and the report then says what would be trained."""
+    """A finished run. After a dry run `run_dir` is None, and the report is of what would be trained."""
 
     run_dir: Path | None
-    report: dict[str, Any]
+    report: Report
 
     def data(self) -> dict[str, Any]:
-        return {"run_dir": None if self.run_dir is None else str(self.run_dir), **self.report}
+        """Return the result as JSON-able values."""
+        run_dir = None if self.run_dir is None else str(self.run_dir)
+        return {"run_dir": run_dir, **self.report.data()}
 
 
 def finetune(
@@ -85,7 +88,7 @@ def finetune(
     with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
         data = _load_data(recipe, models.device, introduce)
         identity = RunIdentity(
-            sha256=models.source["sha256"],
+            sha256=models.source.sha256,
             recipe=run.recipe_text(),
             steps=total_steps(recipe, data),
             data=data.fingerprint(),
@@ -125,7 +128,7 @@ class _Models:
     quantized: QuantizedModel
     budget: ResolvedBudget
     device: torch.device
-    source: dict[str, str]  # of the checkpoint, as the report names it
+    source: Source
 
 
 def _load_and_convert(
@@ -141,12 +144,9 @@ def _load_and_convert(
     if start:
         _load_trained_weights(trainable, start)
     quantized = convert(trainable, recipe)
-    source = {
-        "path": str(checkpoint_path),
-        "sha256": checkpoint.sha256,
-        "arch": built.arch,
-        "ddq": __version__,
-    }
+    source = Source(
+        path=str(checkpoint_path), sha256=checkpoint.sha256, arch=built.arch, ddq=__version__
+    )
     budget = make_budget(quantized, recipe)
     return _Models(model.requires_grad_(False), quantized, budget, device, source)
 
@@ -161,7 +161,7 @@ def _load_trained_weights(model: nn.Module, run: Run) -> None:
             value.copy_(trained[name])
 
 
-def _dry_run_report(models: _Models, recipe: Recipe) -> dict[str, Any]:
+def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
     """Return the report of the first bits, before any training."""
     gates = make_rule(
         recipe.gates.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
@@ -175,7 +175,7 @@ def _dry_run_report(models: _Models, recipe: Recipe) -> dict[str, Any]:
             else "the budget can be met only if some layers are never called, so that their inputs "
             "need no levels"
         )
-    run = {"steps": 0, "seed": recipe.train.seed}
+    run = RunFacts(steps=0, seed=recipe.train.seed)
     return build_report(
         models.quantized,
         models.budget,
@@ -255,7 +255,7 @@ def _write_results(
     models: _Models,
     accuracy: tuple[float, float],
     listener: Listener,
-) -> dict[str, Any]:
+) -> Report:
     """Write final.pt and report.json; return the report. `accuracy` is (float, quantized)."""
     warnings = find_warnings(trainer, run.metrics())
     for warning in warnings:
@@ -266,7 +266,7 @@ def _write_results(
         trainer.gates.budget,
         accuracy=accuracy,
         source=models.source,
-        run={"steps": trainer.steps, "seed": trainer.recipe.train.seed},
+        run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,
     )
     run.save(FINAL, freeze(quantized) | {"probe": probe(quantized.model, trainer.data)})

@@ -1,24 +1,16 @@
-"""`ddq inspect`: what each layer's weights look like, and what quantizing them would cost, before any training."""
+"""`ddq inspect`: the weights of a checkpoint, a run or an exported file, as rows and pictures."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddqcli.artifact.tensors import tensor_bytes
 from ddqcli.checkpoint.tensors import is_artifact, open_tensors
-from ddqcli.errors import CheckpointError
-from ddqcli.inspection.weights import (
-    TOTAL_BITS,
-    InspectResult,
-    Progress,
-    is_weight,
-    layer_rows,
-    value_range,
-)
+from ddqcli.inspection.checkpoint_rows import CheckpointResult, Progress, describe_checkpoint
 
 if TYPE_CHECKING:
-    from ddqcli.inspection.trained import TrainedResult
+    from ddqcli.inspection.trained_rows import TrainedResult
 
 
 def inspect(
@@ -27,49 +19,44 @@ def inspect(
     out: Path | None = None,
     pickle: bool = False,
     on_progress: Progress | None = None,
-) -> InspectResult | TrainedResult:
-    """Look at every weight tensor in the checkpoint, run folder or exported file `path`; write pictures and a page into `out`.
+) -> CheckpointResult | TrainedResult:
+    """Describe every weight tensor in `path`: a checkpoint, a run folder or an exported file.
 
-    `on_progress(done, total, name)` is called before each tensor and once at the end. Raises DDQError and its children.
+    Pictures and a page of them go into `out`. `pickle` allows a checkpoint that runs code.
+    `on_progress(done, total, name)` is called before each tensor and once at the end. Raises
+    DDQError and its children.
     """
     if path.is_dir() or is_artifact(path):
-        from ddqcli.inspection.trained import inspect_trained
-
         return inspect_trained(path, out=out, on_progress=on_progress)
     return inspect_checkpoint(path, out=out, pickle=pickle, on_progress=on_progress)
 
 
 def inspect_checkpoint(
-    path: Path, *, out: Path | None, pickle: bool, on_progress: Progress | None
-) -> InspectResult:
+    path: Path,
+    *,
+    out: Path | None = None,
+    pickle: bool = False,
+    on_progress: Progress | None = None,
+) -> CheckpointResult:
     """`inspect` of a checkpoint. Raises CheckpointError."""
     tensors, note = open_tensors(path, pickle=pickle)
-    if not any(tensor.parameters for tensor in tensors):
-        raise CheckpointError(f"{path} holds no tensors; save the model's state_dict() in it.")
-    weights = [tensor for tensor in tensors if is_weight(tensor)]
-    others = [tensor for tensor in tensors if not is_weight(tensor) and not tensor.same_as]
-    for tensor in others:
-        if tensor.floating:
-            value_range(tensor, path)
-    rest = {
-        "tensors": len(others),
-        "parameters": sum(tensor.parameters for tensor in others),
-        "bytes": sum(tensor.bytes for tensor in others),
-    }
-    layers = tuple(layer_rows(weights, path, on_progress))
-    result = InspectResult(
-        path,
-        note,
-        layers,
-        rest,
-        {tensor.name: tensor.same_as for tensor in tensors if tensor.same_as},
-        {
-            bits: sum(tensor_bytes([row.parameters], [bits]) for row in layers) + rest["bytes"]
-            for bits in TOTAL_BITS
-        },
-    )
+    result = describe_checkpoint(tensors, path, note, on_progress)
     if out is None:
         return result
-    from ddqcli.inspection.checkpoint_page import write_pictures
+    from ddqcli.inspection.checkpoint_page import write_checkpoint_page  # imports matplotlib
 
-    return write_pictures(result, out, on_progress)
+    return replace(result, pictures=write_checkpoint_page(result, out, on_progress))
+
+
+def inspect_trained(
+    path: Path, *, out: Path | None = None, on_progress: Progress | None = None
+) -> TrainedResult:
+    """`inspect` of a run folder or an exported file. Raises UsageError, VerificationError."""
+    from ddqcli.inspection.trained_rows import describe_trained
+
+    result = describe_trained(path, on_progress)
+    if out is None:
+        return result
+    from ddqcli.inspection.trained_page import write_trained_page  # imports matplotlib
+
+    return replace(result, pictures=write_trained_page(result, out, on_progress))

@@ -1,4 +1,4 @@
-"""`ddq report`: what a run, or an exported file, holds; reads JSON and numpy only."""
+"""`ddq report`: the report of a run or an exported file, held against limits; without torch."""
 
 from __future__ import annotations
 
@@ -9,77 +9,82 @@ from typing import Any
 from ddqcli.errors import UsageError
 from ddqcli.inspection.report import read_report
 from ddqcli.recipe.size import parse_size
+from ddqcli.runs.report import Report
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a report may be held against; None asks for nothing."""
+    """Limits of a report; None is no limit."""
 
     max_size: str | None = None  # of all tensors: 150kB, 12%
     max_bits: float | None = None  # average stored bits a quantized weight
     max_drop: float | None = None  # points of accuracy lost
     min_accuracy: float | None = None  # percent, of the quantized model
 
-    def unmet(self, report: dict[str, Any]) -> tuple[str, ...]:
-        """One sentence for each limit that the report breaks. Raises UsageError for a size that is none."""
-        totals, accuracy = report["totals"], report["accuracy"] or {}
-        try:
-            most = (
-                None if self.max_size is None else parse_size(self.max_size, totals["float_bytes"])
-            )
-        except ValueError as error:
-            raise UsageError(f"--max-size: {error}.") from error
-        found = (
-            _above("--max-size", totals["bytes"], most, "bytes"),
-            _above("--max-bits", totals["average_bits"], self.max_bits, "bits a weight"),
-            _above("--max-drop", accuracy.get("drop"), self.max_drop, "points"),
-            _below("--min-accuracy", accuracy.get("quantized"), self.min_accuracy, "%"),
+    def unmet(self, report: Report) -> tuple[str, ...]:
+        """Return one sentence for each limit exceeded. Raises UsageError for a malformed size."""
+        totals, accuracy = report.totals, report.accuracy
+        max_bytes = None
+        if self.max_size is not None:
+            try:
+                max_bytes = parse_size(self.max_size, totals.float_bytes)
+            except ValueError as error:
+                raise UsageError(f"--max-size: {error}.") from error
+        drop, quantized = (accuracy.drop, accuracy.quantized) if accuracy else (None, None)
+        sentences = (
+            _above("--max-size", totals.bytes, max_bytes, "bytes"),
+            _above("--max-bits", totals.average_bits, self.max_bits, "bits a weight"),
+            _above("--max-drop", drop, self.max_drop, "points"),
+            _below("--min-accuracy", quantized, self.min_accuracy, "%"),
         )
-        return tuple(sentence for sentence in found if sentence)
+        return tuple(sentence for sentence in sentences if sentence)
 
 
-def _above(gate: str, value: float | None, most: float | None, unit: str) -> str | None:
-    if most is None:
+def _above(flag: str, value: float | None, limit: float | None, unit: str) -> str | None:
+    if limit is None:
         return None
     if value is None:
-        return f"{gate} is unmet: nothing was evaluated in this run."
-    over = value - most
-    return (
-        None if over <= 0 else f"{gate} is unmet: {value:,} {unit} are {over:,.6g} above {most:,}."
-    )
+        return _unmeasured(flag)
+    excess = value - limit
+    if excess <= 0:  # never true for NaN
+        return None
+    return f"{flag} is unmet: {value:,} {unit} are {excess:,.6g} above the limit of {limit:,}."
 
 
-def _below(gate: str, value: float | None, least: float | None, unit: str) -> str | None:
-    if least is None:
+def _below(flag: str, value: float | None, limit: float | None, unit: str) -> str | None:
+    if limit is None:
         return None
     if value is None:
-        return f"{gate} is unmet: nothing was evaluated in this run."
-    under = least - value
-    return (
-        None
-        if under <= 0
-        else f"{gate} is unmet: {value:,} {unit} are {under:,.6g} below {least:,}."
-    )
+        return _unmeasured(flag)
+    shortfall = limit - value
+    if shortfall <= 0:
+        return None
+    return f"{flag} is unmet: {value:,} {unit} are {shortfall:,.6g} below the limit of {limit:,}."
+
+
+def _unmeasured(flag: str) -> str:
+    return f"{flag} is unmet: nothing was evaluated in this run to hold against the limit."
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """A report, where it came from, and what of the limits it breaks."""
+    """A report, its source, and the limits it exceeds."""
 
     source: Path
-    report: dict[str, Any]
+    report: Report
     unmet: tuple[str, ...] = ()
-    page: Path | None = None  # where it was written as HTML
+    page: Path | None = None  # HTML page, if one was written
 
     def data(self) -> dict[str, Any]:
+        """Return the result as JSON-able values."""
         page = {"page": str(self.page)} if self.page else {}
-        return {"target": str(self.source), **page, **self.report}
+        return {"target": str(self.source), **page, **self.report.data()}
 
 
 def report(target: Path | None = None, limits: Limits | None = None) -> ReportResult:
-    """The report of a run folder (the newest run if None) or of an exported file.
+    """Return the report of a run folder or an exported file; None: the newest run.
 
-    Raises UsageError, VerificationError.
+    Raises UsageError, DDQError for a damaged run and VerificationError for a damaged file.
     """
-    source, found = read_report(target)
-    return ReportResult(source, found, limits.unmet(found) if limits else ())
+    source, content = read_report(target)
+    return ReportResult(source, content, limits.unmet(content) if limits else ())

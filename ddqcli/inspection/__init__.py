@@ -1,1 +1,1 @@
-"""What is known of weights, runs and files: rows, then figures of them, then pages."""
+"""Weights, runs and files looked at: rows and statistics, then figures of them, then pages."""

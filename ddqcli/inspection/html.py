@@ -1,4 +1,4 @@
-"""One self-contained HTML page of text, tables and pictures; loads nothing, fits phones, follows light and dark."""
+"""A self-contained HTML page of text, tables and pictures, for light, dark and small screens."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ from html import escape
 from pathlib import Path
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff; --card: #f6f8fa; --line: #d1d9e0; }
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff;
+  --card: #f6f8fa; --line: #d1d9e0; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --card: #1c2230; --line: #3d444d; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; padding-bottom: .25rem;
+  border-bottom: 1px solid var(--line); }
 p { max-width: 48rem; margin: .5rem 0; }
 .table { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; overflow-wrap: normal; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal;
+  overflow-wrap: normal; }
 .text { text-align: left; }
 tr > :first-child { padding-left: 0; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; padding: .5rem; max-width: 100%; overflow-x: auto; background: var(--card); border-radius: 6px; }
+figure { margin: 0; padding: .5rem; max-width: 100%; overflow-x: auto; background: var(--card);
+  border-radius: 6px; }
 figure svg { display: block; height: auto; max-width: 100%; }
 @media (max-width: 40rem) { figure svg.wide { max-width: none; } }
 """
@@ -33,7 +38,7 @@ figure svg { display: block; height: auto; max-width: 100%; }
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are to be read. The first `text` columns are aligned to the left, numbers to the right."""
+    """Cells as text. The first `text` columns are aligned left, the others right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -42,7 +47,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what follows it: paragraphs, a table, pictures (SVG elements, put in as they are)."""
+    """A heading, paragraphs, a table, and pictures as SVG elements."""
 
     title: str
     text: Sequence[str] = ()
@@ -51,7 +56,7 @@ class Section:
 
 
 def write_html(path: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Write the page and return its path. All text is escaped; only pictures are markup."""
+    """Write the page and return its path. Everything but the pictures is escaped."""
     body = "\n".join(_section(section) for section in sections)
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -86,11 +91,12 @@ def _section(section: Section) -> str:
 
 def _table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        kinds = [' class="text"' if k < table.text else "" for k in range(len(cells))]
+        classes = [' class="text"' if k < table.text else "" for k in range(len(cells))]
         inner = "".join(
-            f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
+            f"<{tag}{css}>{escape(cell)}</{tag}>" for css, cell in zip(classes, cells, strict=True)
         )
         return f"<tr>{inner}</tr>"
 
-    rows = "\n".join(row(cells, "td") for cells in table.rows)
-    return f'<div class="table"><table>\n<thead>{row(table.header, "th")}</thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+    head = f"<thead>{row(table.header, 'th')}</thead>"
+    body = "\n".join(row(cells, "td") for cells in table.rows)
+    return f'<div class="table"><table>\n{head}\n<tbody>\n{body}\n</tbody></table></div>'

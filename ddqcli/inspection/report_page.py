@@ -1,89 +1,78 @@
-"""`ddq report --html`: one self-contained page of a run or an exported file, with what was learned and how; without torch."""
+"""The page of `ddq report --html`: the report and its figures in one file; without torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
 
 from ddqcli import plots
 from ddqcli.inspection import html
-from ddqcli.inspection.figures import PAGE, folder
-from ddqcli.inspection.history import draw_bits, draw_course
-from ddqcli.inspection.trained import ERROR
+from ddqcli.inspection.layer_figures import PAGE, output_folder
+from ddqcli.inspection.run_figures import FigureGroup, draw_bits, draw_run
+from ddqcli.inspection.trained_rows import ERROR_NOTE
+from ddqcli.runs.report import Report
 from ddqcli.runs.run import Run
 
 
-def write_page(source: Path, report: dict[str, Any], path: Path) -> Path:
-    """Write the page as `path`, or as index.html into it if it is no name of a page; return where. Raises DDQError."""
+def write_report_page(source: Path, report: Report, path: Path) -> Path:
+    """Write the page of a run folder or an exported file `source`; return its path.
+
+    The page becomes `path` if that ends in .html or .htm and is no folder, else index.html in it.
+    Raises DDQError if it cannot be written or the run is damaged.
+    """
     page = path if path.suffix in {".html", ".htm"} and not path.is_dir() else path / PAGE
-    weights = [row for row in report["layers"] if row["kind"] != "bias"]
+    weights = [row for row in report.layers if row.kind != "bias"]
     if source.is_dir():
-        drawings = [draw_bits(weights), *draw_course(Run.open(source), weights)]
+        groups = [draw_bits(weights), *draw_run(Run.open(source), weights)]
     else:
-        drawings = [draw_bits(weights, "the names'")]
-    pictures = [
-        html.Section(
-            drawing.title,
-            [drawing.text],
-            pictures=[_element(figure) for figure in drawing.figures.values()],
-        )
-        for drawing in drawings
-    ]
-    with folder(page.parent):
-        name = source.resolve().name
-        return html.write_html(
-            page, f"ddq report: {name}", [_totals(source, report), *pictures, _layers(report)]
-        )
+        groups = [draw_bits(weights, "name")]
+    sections = [_result(source, report), *map(_figures, groups), _layers(report)]
+    with output_folder(page.parent):
+        return html.write_html(page, f"ddq report: {source.resolve().name}", sections)
 
 
-def _totals(source: Path, report: dict[str, Any]) -> html.Section:
-    totals, origin = report["totals"], report["source"]
-    accuracy = report["accuracy"] or {}
+def _figures(group: FigureGroup) -> html.Section:
+    pictures = [plots.for_page(plots.svg_of(figure)) for figure in group.figures.values()]
+    return html.Section(group.title, [group.text], pictures=pictures)
+
+
+def _result(source: Path, report: Report) -> html.Section:
+    totals, accuracy = report.totals, report.accuracy
     rows = [
-        ["bytes", f"{totals['float_bytes']:,}", f"{totals['bytes']:,}"],
-        ["kept as they were", "", f"{totals['kept_bytes']:,}"],
-        ["stored bits a weight", "", f"{totals['average_bits']:.3f}"],
+        ["bytes", f"{totals.float_bytes:,}", f"{totals.bytes:,}"],
+        ["not quantized", "", f"{totals.kept_bytes:,}"],
+        ["stored bits a weight", "", f"{totals.average_bits:.3f}"],
     ]
     if accuracy:
-        rows.append(["accuracy", f"{accuracy['float']:.2f} %", f"{accuracy['quantized']:.2f} %"])
-    run = report["run"]
+        rows.append(["accuracy", f"{accuracy.float:.2f} %", f"{accuracy.quantized:.2f} %"])
     text = [
-        f"{source}: {origin['path']} ({origin['arch']}), {run['steps']:,} steps, seed {run['seed']}, "
-        f"{totals['float_bytes'] / max(1, totals['bytes']):.1f} times smaller."
+        f"{source}: {report.source.path} ({report.source.arch}), {report.run.steps:,} steps, "
+        f"seed {report.run.seed}, {totals.float_bytes / max(1, totals.bytes):.1f} times smaller."
     ]
-    if (budget := totals["budget_bytes"]) is not None:
-        text.append(f"Budget: {budget:,} bytes, {100 * totals['bytes'] / budget:.1f} % used.")
-    if inputs := report["activations"]:
-        bits = "/".join(map(str, sorted({entry["bits"] for entry in inputs})))
-        text.append(f"Inputs of {len(inputs)} layers are quantized to {bits} bits.")
-    text += [f"Warning: {warning}." for warning in report["warnings"]]
+    if (budget := totals.budget_bytes) is not None:
+        text.append(f"Budget: {budget:,} bytes, {100 * totals.bytes / budget:.1f} % used.")
+    if report.activations:
+        bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
+        text.append(f"Inputs of {len(report.activations)} layers are quantized to {bits} bits.")
+    text += [f"Warning: {warning}." for warning in report.warnings]
     return html.Section("Result", text, html.Table(["", "float", "quantized"], rows))
 
 
-def _layers(report: dict[str, Any]) -> html.Section:
-    total = max(1, report["totals"]["quantized_bytes"])
+def _layers(report: Report) -> html.Section:
+    total = max(1, report.totals.quantized_bytes)
+    header = ["tensor", "kind", "shape", "bits", "levels"]
+    header += ["float bytes", "bytes", "share, %", "error, %"]
     rows = [
         [
-            row["name"], row["kind"], "×".join(map(str, row["shape"])), f"{row['bits']:g}", str(row["levels"]),
-            f"{row['float_bytes']:,}", f"{row['bytes']:,}", f"{100 * row['bytes'] / total:.1f}", f"{100 * row['error']:.2f}",
+            row.name,
+            row.kind,
+            "×".join(map(str, row.shape)),
+            f"{row.bits:g}",
+            str(row.levels),
+            f"{row.float_bytes:,}",
+            f"{row.bytes:,}",
+            f"{100 * row.bytes / total:.1f}",
+            f"{100 * row.error:.2f}",
         ]
-        for row in report["layers"]
-    ]  # fmt: skip
-    header = [
-        "tensor",
-        "kind",
-        "shape",
-        "bits",
-        "levels",
-        "float bytes",
-        "bytes",
-        "share, %",
-        "error, %",
+        for row in report.layers
     ]
-    return html.Section("Quantized tensors", [ERROR], html.Table(header, rows, text=3))
-
-
-def _element(figure: Figure) -> str:
-    return plots.for_page(plots.svg_of(figure))
+    return html.Section("Quantized tensors", [ERROR_NOTE], html.Table(header, rows, text=3))

@@ -1,105 +1,114 @@
-"""The pictures of `ddq inspect` for a run or an exported file: its own levels over the weights, bits by layer, and one page."""
+"""The page of `ddq inspect` for a run or an exported file, with its figures."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from ddqcli import plots
 from ddqcli.formatting import percent, size
 from ddqcli.inspection import html
-from ddqcli.inspection.figures import PAGE, draw_layers, folder
-from ddqcli.inspection.history import FigureGroup, draw_bits, draw_course
-from ddqcli.inspection.trained import ERROR, FIXED, TrainedResult, TrainedRow
-from ddqcli.inspection.weights import Progress
+from ddqcli.inspection.checkpoint_rows import Progress
+from ddqcli.inspection.layer_figures import PAGE, draw_layers, output_folder
+from ddqcli.inspection.run_figures import FigureGroup, draw_bits, draw_run
+from ddqcli.inspection.trained_rows import ERROR_NOTE, FITTED_NOTE, TrainedResult, TrainedRow
 from ddqcli.runs.run import Run
 
 KINDS = ("trained", "uniform", "power_of_two", "best")
-OF = {
-    "run": "Histograms are of the float weights after finetuning; lines are the levels in force, to which each is rounded.",
-    "artifact": "An exported file holds no float weights: the bars are the stored values, as many as lie on each level.",
+HISTOGRAM_NOTES = {
+    "run": "Histograms: the float weights after finetuning. Lines: the levels in force, to which "
+    "each weight is rounded.",
+    "artifact": "An exported file holds no float weights. Bars: the number of stored values at "
+    "each level.",
 }
-MOST_LEVELS = 128  # more would hide the histogram under them: at 8 bits they are an even grid
+MAX_DRAWN_LEVELS = 128  # more would hide the histogram; at 8 bits they are an even grid
 
 
-def write_pictures(
+def write_trained_page(
     result: TrainedResult, out: Path, on_progress: Progress | None = None
-) -> TrainedResult:
-    """Write PNG and SVG files and the page into `out`; the result then names them, the page first. Raises DDQError."""
-    with folder(out):
-        drawn = draw_layers([_layer(row) for row in result.layers], {}, out, on_progress)
-        sections = [_size(result), html.Section("Layers", _notes(result), _table(result))]
-        sections.append(
-            html.Section("Weights and their levels", [OF[result.what]], pictures=drawn.layers)
-        )
-        for drawing in _drawings(result):
-            elements = []
-            for stem, figure in drawing.figures.items():
-                drawn.files.extend(plots.save(figure, out / stem))
-                elements.append(plots.for_page(drawn.files[-1].read_text(encoding="utf-8")))
-            sections.append(html.Section(drawing.title, [drawing.text], pictures=elements))
+) -> tuple[Path, ...]:
+    """Write PNG and SVG files and the page into `out`; return their paths, the page first.
+
+    Raises DDQError if the folder cannot be written to or the run is damaged.
+    """
+    with output_folder(out) as folder:
+        layers = [_layer(row) for row in result.layers]
+        elements = draw_layers(layers, {}, folder, on_progress)
+        note = HISTOGRAM_NOTES[result.what]
+        sections = [
+            _size_section(result),
+            html.Section("Layers", _notes(result), _table(result)),
+            html.Section("Weights and their levels", [note], pictures=elements.layers),
+        ]
+        for group in _figure_groups(result):
+            pictures = [folder.save(figure, stem) for stem, figure in group.figures.items()]
+            sections.append(html.Section(group.title, [group.text], pictures=pictures))
         page = html.write_html(out / PAGE, f"Levels of {result.path.resolve().name}", sections)
-    return replace(result, pictures=(page, *drawn.files))
+    return page, *folder.files
 
 
-def _drawings(result: TrainedResult) -> list[FigureGroup]:
-    shown = {row.name for row in result.layers}
-    rows = [row for row in result.report["layers"] if row["name"] in shown]
+def _figure_groups(result: TrainedResult) -> list[FigureGroup]:
+    names = {row.name for row in result.layers}
+    rows = [row for row in result.report.layers if row.name in names]
     if result.what == "run":
-        return [draw_bits(rows), *draw_course(Run.open(result.path), rows)]
-    return [draw_bits(rows, "the names'")]
+        return [draw_bits(rows), *draw_run(Run.open(result.path), rows)]
+    return [draw_bits(rows, "name")]
 
 
 def _layer(row: TrainedRow) -> plots.Layer:
-    hidden = len(row.levels) > MOST_LEVELS
-    at_levels = row.distribution is None and bool(row.levels) and not hidden
-    said = f"{len(row.levels)} levels in force ({row.bits:g} bits)" if row.levels else ""
-    said += (
-        ", a dense grid that is not drawn" * hidden
-        + ", and how many weights lie on each" * at_levels
-    )
+    hide_levels = len(row.levels) > MAX_DRAWN_LEVELS
+    counts_at_levels = row.distribution is None and bool(row.levels) and not hide_levels
+    caption = f"{len(row.levels)} levels in force ({row.bits:g} bits)" if row.levels else ""
+    if hide_levels:
+        caption += ", a dense grid that is not drawn"
+    if counts_at_levels:
+        caption += ", and the number of weights at each"
     return plots.Layer(
-        row.name, row.kind, row.distribution or "as stored", row.min, row.max, row.counts if at_levels else row.histogram,
-        () if hidden else row.levels, said, learned=True, counts_at_levels=at_levels,
-    )  # fmt: skip
+        row.name,
+        row.kind,
+        row.distribution or "as stored",
+        row.min,
+        row.max,
+        row.counts if counts_at_levels else row.histogram,
+        () if hide_levels else row.levels,
+        caption,
+        learned=True,
+        counts_at_levels=counts_at_levels,
+    )
 
 
-def _size(result: TrainedResult) -> html.Section:
-    totals, accuracy = result.report["totals"], result.report["accuracy"]
-    sizes = f"{size(totals['float_bytes'])} became {size(totals['bytes'])}, {totals['average_bits']:.3f} bits a weight."
+def _size_section(result: TrainedResult) -> html.Section:
+    totals, accuracy = result.report.totals, result.report.accuracy
+    text = (
+        f"{size(totals.float_bytes)} became {size(totals.bytes)}, "
+        f"{totals.average_bits:.3f} bits a weight."
+    )
     if accuracy:
-        sizes += (
-            f" Accuracy: {accuracy['float']:.2f} % float, {accuracy['quantized']:.2f} % quantized."
-        )
-    return html.Section("Size", [f"{result.path}: {result.note}.", sizes])
+        text += f" Accuracy: {accuracy.float:.2f} % float, {accuracy.quantized:.2f} % quantized."
+    return html.Section("Size", [f"{result.path}: {result.note}.", text])
 
 
 def _notes(result: TrainedResult) -> list[str]:
-    return [ERROR, FIXED] if result.what == "run" else [ERROR]
+    return [ERROR_NOTE, FITTED_NOTE] if result.what == "run" else [ERROR_NOTE]
 
 
 def _table(result: TrainedResult) -> html.Table:
     kinds = KINDS if result.what == "run" else KINDS[:1]
-    header = [
-        "layer",
-        "kind",
-        "shape",
-        "distribution",
-        "parameters",
-        "bytes",
-        "bits",
-        "levels",
-        "min",
-        "max",
-        *kinds,
-    ]
+    header = ["layer", "kind", "shape", "distribution", "parameters", "bytes", "bits", "levels"]
+    header += ["min", "max", *(kind.replace("power_of_two", "pow2") for kind in kinds)]
     rows = [
         [
-            row.name, row.kind, "×".join(map(str, row.shape)), row.distribution or "",
-            f"{row.parameters:,}", f"{row.bytes:,}", f"{row.bits:g}", str(len(row.levels) or ""),
-            f"{row.min:.3g}", f"{row.max:.3g}",
+            row.name,
+            row.kind,
+            "×".join(map(str, row.shape)),
+            row.distribution or "",
+            f"{row.parameters:,}",
+            f"{row.bytes:,}",
+            f"{row.bits:g}",
+            str(len(row.levels) or ""),
+            f"{row.min:.3g}",
+            f"{row.max:.3g}",
             *("" if (error := row.error[kind]) is None else percent(error) for kind in kinds),
         ]
         for row in result.layers
-    ]  # fmt: skip
-    return html.Table([h.replace("power_of_two", "pow2") for h in header], rows, text=4)
+    ]
+    return html.Table(header, rows, text=4)

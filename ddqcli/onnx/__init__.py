@@ -1,1 +1,1 @@
-"""Exported models as ONNX graphs in integers, and their check in onnxruntime."""
+"""Exported models as ONNX graphs in integer arithmetic, and their check in onnxruntime."""

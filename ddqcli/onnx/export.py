@@ -1,7 +1,8 @@
-"""A loaded model as an ONNX file in whole numbers: weights int8, activations uint8, both with DequantizeLinear.
+"""A loaded model as an ONNX file in integers: weights int8, activations uint8.
 
-torch.onnx.export writes the float network with the inputs' quantizers in it; `engine.qdq` then puts the weights' levels in
-the place of the float weights, in the shapes that onnxruntime runs in integer arithmetic.
+torch.onnx.export writes the float network with the quantizers of inputs in it. `integer_graph` then
+puts the weights' levels in place of the float weights, in forms that onnxruntime runs in integer
+arithmetic.
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ddqcli.artifact.format import QuantizedTensor
+from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.errors import UsageError
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 from ddqcli.quant.grid import GRID_CELLS
 
+if TYPE_CHECKING:
+    import onnx
+
 OPSET = 21
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+_REQUIRED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require_onnx() -> None:
-    """Raise UsageError unless the extra is installed."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    """Raise UsageError unless the extra `ddqcli[onnx]` is installed."""
+    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"ONNX needs {', '.join(missing)}; run pip install 'ddqcli[onnx]'.")
 
@@ -41,10 +45,16 @@ def write_onnx(
     example: Tensor,
     about: Mapping[str, str],
 ) -> None:
-    """Write `model`, as `ddqcli.load` gives it, with `weights` as the file holds them; the batch size stays open.
+    """Write a model to an ONNX file with an open batch size.
 
-    `example` is some samples, `about` goes into the metadata. Raises UsageError, which names the layer,
-    for what ONNX cannot express.
+    Args:
+        path: file to write.
+        model: the network as `ddqcli.load` returns it.
+        weights: its quantized tensors under all of their names.
+        example: some input samples.
+        about: metadata of the file.
+
+    Raises UsageError, which names the layer, for what ONNX cannot express.
     """
     require_onnx()
     import onnx
@@ -53,41 +63,49 @@ def write_onnx(
 
     model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in model.modules():
-        if isinstance(getattr(module, "input_quantizer", None), FrozenInputQuantizer):
-            module.input_quantizer = _OnnxInput(module.input_quantizer)
-    two = example.cpu().contiguous()[
-        [0, -1]
-    ]  # of one sample the exporter would conclude that there is always one
-    proto = rewrite(_exported(model, two), weights)
+        quantizer = getattr(module, "input_quantizer", None)
+        if isinstance(quantizer, FrozenInputQuantizer):
+            module.input_quantizer = _OnnxInputQuantizer(quantizer)
+    # From a batch of one the exporter would conclude that the batch size is always one.
+    two_samples = example.cpu().contiguous()[[0, -1]]
+    proto = rewrite(_export_float(model, two_samples), weights)
     onnx.helper.set_model_props(proto, dict(about))
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
 
 
-class _OnnxInput(nn.Module):
-    """Stands for a FixedInput while exporting: its forward becomes nodes of ONNX, the last of them DequantizeLinear."""
+class _OnnxInputQuantizer(nn.Module):
+    """A FrozenInputQuantizer as ONNX nodes, the last of them DequantizeLinear."""
 
     observing = False
+    scale: Tensor
+    zero_point: Tensor
+    low: Tensor
+    high: Tensor
+    half_step: Tensor
+    offset: Tensor
+    level_of_cell: Tensor
 
-    def __init__(self, fixed: FrozenInputQuantizer) -> None:
+    def __init__(self, frozen: FrozenInputQuantizer) -> None:
         super().__init__()
-        self.uniform, self.top = fixed.uniform, len(fixed.values) - 1
-        level = (fixed.values / fixed.scale + fixed.zero_point).to(torch.uint8)
+        self.uniform, self.max_level = frozen.uniform, len(frozen.values) - 1
         tables = {
-            "scale": fixed.scale,
-            "zero_point": torch.tensor(fixed.zero_point, dtype=torch.uint8),
+            "scale": frozen.scale,
+            "zero_point": torch.tensor(frozen.zero_point, dtype=torch.uint8),
         }
-        if not fixed.uniform:
+        if not frozen.uniform:
+            levels = (frozen.values / frozen.scale + frozen.zero_point).to(torch.uint8)
             tables |= {
-                "half_step": fixed.scale / 2,
-                "offset": torch.tensor(2.0 * fixed.zero_point + 1),
+                "half_step": frozen.scale / 2,
+                "offset": torch.tensor(2.0 * frozen.zero_point + 1),
+                "low": torch.tensor(0.0),
+                "high": torch.tensor(GRID_CELLS - 1.0),
+                "level_of_cell": levels[frozen.nearest.long()],
             }
-            tables |= {"low": torch.tensor(0.0), "high": torch.tensor(GRID_CELLS - 1.0)}
-            tables |= {"level_of_cell": level[fixed.nearest.long()]}
-        elif self.top < 255:
+        elif self.max_level < 255:
             tables |= {
                 "low": torch.tensor(0, dtype=torch.uint8),
-                "high": torch.tensor(self.top, dtype=torch.uint8),
+                "high": torch.tensor(self.max_level, dtype=torch.uint8),
             }
         for name, table in tables.items():
             self.register_buffer(name, table.clone(), persistent=False)
@@ -96,43 +114,38 @@ class _OnnxInput(nn.Module):
         u8, shape = torch.uint8, x.shape
         if self.uniform:
             code = _node("QuantizeLinear", x, self.scale, self.zero_point, dtype=u8, shape=shape)
-            if self.top < 255:
+            if self.max_level < 255:
                 code = _node("Clip", code, self.low, self.high, dtype=u8, shape=shape)
-        else:  # as FixedInput has it
+        else:  # as FrozenInputQuantizer.forward
             steps = _node("Floor", _node("Div", x, self.half_step, shape=shape), shape=shape)
-            cell = _node(
-                "Clip",
-                _node("Add", steps, self.offset, shape=shape),
-                self.low,
-                self.high,
-                shape=shape,
-            )
+            cell = _node("Add", steps, self.offset, shape=shape)
+            cell = _node("Clip", cell, self.low, self.high, shape=shape)
             cell = _node("Cast", cell, dtype=torch.int32, shape=shape, to=6)
             code = _node("Gather", self.level_of_cell, cell, dtype=u8, shape=shape)
         return _node("DequantizeLinear", code, self.scale, self.zero_point, shape=shape)
 
 
 def _node(
-    op: str,
+    op_type: str,
     *inputs: Tensor,
     shape: Sequence[int | torch.SymInt],
     dtype: torch.dtype = torch.float32,
     **attributes: int,
 ) -> Tensor:
-    result: Tensor = torch.onnx.ops.symbolic(
-        op, inputs, attributes, dtype=dtype, shape=shape, version=OPSET
+    """Stand for an ONNX node with an output of this shape and dtype."""
+    output: Tensor = torch.onnx.ops.symbolic(
+        op_type, inputs, dict(attributes), dtype=dtype, shape=shape, version=OPSET
     )
-    return result
+    return output
 
 
-def _exported(model: nn.Module, example: Tensor) -> Any:
-    """The onnx.ModelProto of torch's exporter, with float weights. Raises UsageError where that fails."""
-    with _quiet(), torch.no_grad(), _layers_noted(model) as within:
+def _export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+    """Export with float weights by torch's exporter. Raises UsageError if it fails."""
+    with _silenced(), torch.no_grad(), _active_layers(model) as active:
         try:
-            program = torch.export.export(
-                model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-            )
-            return torch.onnx.export(
+            batch = torch.export.Dim("batch")
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 optimize=False,
@@ -140,9 +153,11 @@ def _exported(model: nn.Module, example: Tensor) -> Any:
                 input_names=["input"],
                 output_names=["output"],
                 verbose=False,
-            ).model_proto
+            )
+            assert exported is not None  # with dynamo=True
+            return exported.model_proto
         except Exception as error:
-            layer = within[-1] if within else _layer_in(error)
+            layer = active[-1] if active else _layer_of(error)
             where = f"of the layer {layer} " if layer else ""
             raise UsageError(
                 f"The model {where}cannot be exported to ONNX: {_first_cause(error)}"
@@ -150,30 +165,30 @@ def _exported(model: nn.Module, example: Tensor) -> Any:
 
 
 @contextmanager
-def _layers_noted(model: nn.Module) -> Iterator[list[str]]:
-    """Within: the list holds the names of the layers whose forward has begun and not ended, innermost last."""
-    within: list[str] = []
+def _active_layers(model: nn.Module) -> Iterator[list[str]]:
+    """Provide the names of the layers whose forward is running, innermost last."""
+    active: list[str] = []
     hooks = []
 
-    def ended(*_: Any) -> None:
-        within.pop()
+    def leave(*_: Any) -> None:
+        active.pop()
 
     for name, module in model.named_modules():
         hooks.append(
             module.register_forward_pre_hook(
-                lambda *_, name=name: within.append(name), prepend=True
+                lambda *_, name=name: active.append(name), prepend=True
             )
         )
-        hooks.append(module.register_forward_hook(ended))
+        hooks.append(module.register_forward_hook(leave))
     try:
-        yield within
+        yield active
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _layer_in(error: BaseException | None) -> str:
-    """The layer of the graph's node that the exporter was at, found in the local variables of its functions."""
+def _layer_of(error: BaseException | None) -> str:
+    """Return the layer of the graph node in the exporter's local variables, or ""."""
     while error is not None:
         trace = error.__traceback__
         while trace is not None:
@@ -188,13 +203,13 @@ def _layer_in(error: BaseException | None) -> str:
 def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}{': ' + said[0][:300] if said else ''}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{': ' + lines[0][:300] if lines else ''}"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Within: the exporter's warnings and logs, which speak of its own code, are not shown."""
+def _silenced() -> Iterator[None]:
+    """Hide the exporter's warnings and logs, which are about its own code."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

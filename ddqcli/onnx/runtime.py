@@ -1,4 +1,4 @@
-"""Running an ONNX file in onnxruntime beside the torch model, to see how far they are from each other."""
+"""onnxruntime beside torch: run an ONNX file on the same samples and compare the answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,46 +15,51 @@ from ddqcli.data.classification import Score
 from ddqcli.errors import VerificationError
 from ddqcli.training.evaluate import output_of, sample_differences
 
+if TYPE_CHECKING:
+    import onnxruntime
 
-@dataclass
+
+@dataclass(frozen=True)
 class Comparison:
     """onnxruntime beside torch on the same samples."""
 
-    samples: int = 0
-    outputs: float = 0.0  # a typical (median) sample's difference, root mean square, as a share of torch's outputs
-    accuracy: float | None = None  # percent
+    samples: int
+    outputs: float  # median of `sample_differences`: a typical sample's, as a share of the outputs
+    accuracy: float | None = None  # percent; None without targets
     torch_accuracy: float | None = None
 
 
-def session(path: Path, *, optimised: bool) -> Any:
-    """An onnxruntime session on the CPU with torch's number of threads. Raises VerificationError for a damaged file."""
+def session(path: Path, *, optimized: bool) -> onnxruntime.InferenceSession:
+    """Return an onnxruntime session on the CPU with torch's number of threads.
+
+    Raises VerificationError if the file cannot be loaded.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = (
-        levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     )
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    if _clips_sums():
+    if _saturates_sums():
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its own classes have no other parent
-        said = str(error).strip().splitlines()
-        raise VerificationError(
-            f"onnxruntime cannot load {path}: {said[0] if said else type(error).__name__}"
-        ) from error
+    except Exception as error:  # onnxruntime's errors have no narrower parent
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise VerificationError(f"onnxruntime cannot load {path}: {reason}") from error
 
 
-def _clips_sums() -> bool:
-    """Whether this is an x86 CPU without VNNI: there, onnxruntime's fast kernels cut sums of uint8 times int8 to 16 bits."""
+def _saturates_sums() -> bool:
+    """True on x86 CPUs without VNNI, where fast kernels cut sums of uint8 * int8 to 16 bits."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
         return "vnni" not in Path("/proc/cpuinfo").read_text()
-    except OSError:  # no Linux: right is better than fast
+    except OSError:  # not Linux: correct is better than fast
         return True
 
 
@@ -65,26 +70,27 @@ def compare(
     batches: Iterable[tuple[Tensor, Tensor | None]],
     metric: Score | None,
     *,
-    optimised: bool,
-    most: int | None = None,
+    optimized: bool,
+    max_samples: int | None = None,
 ) -> Comparison:
-    """Both on `batches`, up to about `most` samples."""
-    run = session(path, optimised=optimised)
-    (name,) = [value.name for value in run.get_inputs()]
-    found, differences = Comparison(), []
-    hits = torch.zeros(2, dtype=torch.float64)
+    """Run the file and the model on `batches` (inputs, targets), up to about `max_samples`."""
+    runtime = session(path, optimized=optimized)
+    (input_name,) = [value.name for value in runtime.get_inputs()]
+    differences: list[Tensor] = []
+    scores = torch.zeros(2, dtype=torch.float64)  # of onnxruntime and of torch
+    samples = 0
     for x, y in batches:
-        theirs = torch.from_numpy(run.run(None, {name: x.contiguous().cpu().numpy()})[0])
+        theirs = torch.from_numpy(runtime.run(None, {input_name: x.contiguous().cpu().numpy()})[0])
         ours = output_of(model(x)).cpu()
         differences.append(sample_differences(theirs, ours))
-        found.samples += len(x)
+        samples += len(x)
         if metric is not None and y is not None:
-            hits += torch.stack(
-                [metric(out.to(y.device), y).double().sum().cpu() for out in (theirs, ours)]
-            )
-        if most is not None and found.samples >= most:
+            for k, outputs in enumerate((theirs, ours)):
+                scores[k] += metric(outputs.to(y.device), y).double().sum().cpu()
+        if max_samples is not None and samples >= max_samples:
             break
-    found.outputs = float(torch.cat(differences).median())
-    if metric is not None:
-        found.accuracy, found.torch_accuracy = (100 * float(h) / found.samples for h in hits)
-    return found
+    outputs = float(torch.cat(differences).median())
+    if metric is None:
+        return Comparison(samples, outputs)
+    accuracy, torch_accuracy = (100 * score / samples for score in scores.tolist())
+    return Comparison(samples, outputs, accuracy, torch_accuracy)

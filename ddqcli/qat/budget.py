@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ddqcli.artifact.tensors import tensor_bytes
+from ddqcli.artifact.sizes import tensor_bytes
 from ddqcli.errors import BudgetError
 from ddqcli.qat.kept_float import BIASES_KEPT
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter

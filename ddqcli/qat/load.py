@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddqcli.artifact.format import BFLOAT16, ActivationTable, decode_model
+from ddqcli.artifact.read import decode_model
+from ddqcli.artifact.tensors import BFLOAT16, ActivationTable
 from ddqcli.errors import CheckpointError
 from ddqcli.qat.frozen import INPUT, Array
 from ddqcli.qat.input_hooks import (

@@ -1,4 +1,4 @@
-"""The result of `ddq report --diff` as a table, CSV or Markdown."""
+"""Two reports side by side, as a table for the terminal, as CSV or as Markdown."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
 
 
 def show(result: DiffResult, console: Console) -> None:
-    """What A and B are, each layer's values side by side, then the totals."""
+    """Print A and B, the values of each layer side by side, then the totals."""
     console.print(f"A  {result.a}\nB  {result.b}\n", markup=False, soft_wrap=True)
     columns = COLUMNS if console.width >= 100 else ("bits", "bytes", "error")
-    grid = _grid(["name", *(f"{column} {side}" for column in columns for side in "AB")])
-    room = max(12, console.width - sum(18 if column == "bytes" else 16 for column in columns) - 2)
+    layers = _table(_header(columns))
+    cells_width = sum(18 if column == "bytes" else 16 for column in columns) + 2
+    name_width = max(12, console.width - cells_width)
     for layer in result.layers:
-        cells = (cell for column in columns for cell in sides(layer[column], _FORMATS[column]))
-        grid.add_row(shorten(layer["name"], room), *cells)
-    console.print(grid)
+        layers.add_row(shorten(layer["name"], name_width), *_cells(layer, columns))
+    console.print(layers)
     console.print()
-    totals = _grid(["", "A", "B", "change"])
+    totals = _table(["", "A", "B", "change"])
     for row in total_rows(result):
         totals.add_row(*row)
     console.print(totals)
 
 
 def total_rows(result: DiffResult) -> list[Sequence[str]]:
-    """Name, A, B and change of each total, as text."""
+    """Return name, A, B and change of each total, as text."""
     totals, accuracy = result.totals, result.accuracy
-    rows = [
+    candidates = [
         ("bytes", totals["bytes"], "{:,}", ""),
         ("float bytes", totals["float_bytes"], "{:,}", ""),
         ("budget, bytes", totals["budget_bytes"], "{:,}", ""),
@@ -50,60 +50,52 @@ def total_rows(result: DiffResult) -> list[Sequence[str]]:
         ("accuracy", accuracy["quantized"], "{:.2f}", "%"),
         ("float accuracy", accuracy["float"], "{:.2f}", "%"),
     ]
-    found = [
-        (
-            name,
-            *sides(pair, (form + unit).format),
-            "" if pair["change"] is None else _signed(pair["change"], form),
-        )
-        for name, pair, form, unit in rows
-        if pair["a"] is not None or pair["b"] is not None
-    ]
+    rows: list[Sequence[str]] = []
+    for name, pair, form, unit in candidates:
+        if pair["a"] is not None or pair["b"] is not None:
+            change = "" if pair["change"] is None else _signed(pair["change"], form)
+            rows.append((name, *sides(pair, (form + unit).format), change))
     if result.activations:
         bits = [
             sorted({entry["bits"][side] for entry in result.activations} - {None}) for side in "ab"
         ]
-        found.append(
-            ("inputs' bits", *("/".join(map(str, values)) or "float" for values in bits), "")
-        )
-    return found
+        a, b = ("/".join(map(str, values)) or "float" for values in bits)
+        rows.append(("inputs' bits", a, b, ""))
+    return rows
 
 
 def sides(pair: Pair, form: Callable[[Any], str]) -> tuple[str, str]:
-    """A and B as text."""
+    """Return A and B as text."""
     a, b = (NONE if pair[side] is None else form(pair[side]) for side in "ab")
     return a, b
 
 
 def as_csv(result: DiffResult) -> str:
-    """The layers as CSV, numbers unformatted; empty where a side has no such layer."""
+    """Return the layers as CSV, numbers unformatted; empty where a side has no such layer."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["name", "kind", "shape", *(f"{column}_{side}" for column in COLUMNS for side in "ab")]
-    )
+    header = [f"{column}_{side}" for column in COLUMNS for side in "ab"]
+    writer.writerow(["name", "kind", "shape", *header])
     for layer in result.layers:
-        values = (layer[column][side] for column in COLUMNS for side in "ab")
+        values = [layer[column][side] for column in COLUMNS for side in "ab"]
         writer.writerow([layer["name"], layer["kind"], "x".join(map(str, layer["shape"])), *values])
     return stream.getvalue().rstrip("\n")
 
 
 def as_markdown(result: DiffResult) -> str:
-    """Totals and layers as Markdown, fit for a CI job's summary."""
-    header = ["name", *(f"{column} {side}" for column in COLUMNS for side in "AB")]
-    layers = [
-        [
-            layer["name"],
-            *(cell for column in COLUMNS for cell in sides(layer[column], _FORMATS[column])),
-        ]
-        for layer in result.layers
-    ]
-    return "\n".join(
-        [
-            "### ddq report", "", f"- A: {result.a}", f"- B: {result.b}", "",
-            *_markdown(["", "A", "B", "change"], total_rows(result)), "", *_markdown(header, layers),
-        ]
-    )  # fmt: skip
+    """Return totals and layers as Markdown, for the summary of a CI job."""
+    title = ["### ddq report", "", f"- A: {result.a}", f"- B: {result.b}", ""]
+    totals = _markdown(["", "A", "B", "change"], total_rows(result))
+    rows = [[layer["name"], *_cells(layer, COLUMNS)] for layer in result.layers]
+    return "\n".join([*title, *totals, "", *_markdown(_header(COLUMNS), rows)])
+
+
+def _header(columns: Sequence[str]) -> list[str]:
+    return ["name", *(f"{column} {side}" for column in columns for side in "AB")]
+
+
+def _cells(layer: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    return [cell for column in columns for cell in sides(layer[column], _FORMATS[column])]
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -111,11 +103,11 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return ["| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]]
 
 
-def _grid(header: Sequence[str]) -> Table:
-    grid = Table(box=None, pad_edge=False, header_style="bold")
+def _table(header: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for k, name in enumerate(header):
-        grid.add_column(name, justify="right" if k else "left", no_wrap=True)
-    return grid
+        table.add_column(name, justify="right" if k else "left", no_wrap=True)
+    return table
 
 
 def _signed(change: float, form: str) -> str:

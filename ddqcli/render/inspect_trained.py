@@ -6,45 +6,44 @@ from rich.console import Console
 from rich.text import Text
 
 from ddqcli.formatting import count, percent, size
-from ddqcli.inspection.trained import ERROR, FIXED, TrainedResult, TrainedRow
-from ddqcli.render.inspect import (
-    KINDS,
+from ddqcli.inspection.trained_rows import ERROR_NOTE, FITTED_NOTE, TrainedResult, TrainedRow
+from ddqcli.render.layer_table import (
     LEVELS,
+    MORE_COLUMNS,
     Column,
-    bare,
     blocks_of,
-    fitting,
+    distribution_word,
+    fitting_columns,
+    kind_word,
     layer_table,
-    shape_word,
     spark,
 )
-from ddqcli.render.report import totals
+from ddqcli.render.report import total_lines
 
 
 def show(result: TrainedResult, console: Console) -> None:
-    """Print the layers, the totals, where the pictures are, and what to type next."""
-    columns = _columns(result, console)
-    shown = fitting(columns, console.width, max(len(bare(row.name)) for row in result.layers))
+    """Print the layers, the totals, the pictures, and what to type next."""
+    all_columns = _columns(result, console)
+    columns = fitting_columns(all_columns, console.width, [row.name for row in result.layers])
     console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False, markup=False)
     console.print()
-    console.print(layer_table(result.layers, shown, console))
+    console.print(layer_table(result.layers, columns, console))
     console.print()
-    notes = [
-        f"Histogram: {result.histogram_of}.",
-        ERROR,
-        *([FIXED] if result.what == "run" else []),
-    ]
-    more = "A wider terminal shows more columns, --json all." if len(shown) < len(columns) else ""
-    console.print(Text(" ".join(filter(None, [*notes, more])), style="dim"))
+    notes = [f"Histogram: {result.histogram_of}.", ERROR_NOTE]
+    if result.what == "run":
+        notes.append(FITTED_NOTE)
+    if len(columns) < len(all_columns):
+        notes.append(MORE_COLUMNS)
+    console.print(Text(" ".join(notes), style="dim"))
     console.print()
-    for line in [*totals(result.report), *_closing(result)]:
+    for line in [*total_lines(result.report), *_closing_lines(result)]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _columns(result: TrainedResult, console: Console) -> list[Column]:
     blocks = blocks_of(console)
     columns = [
-        Column("kind", 7, lambda row: KINDS.get(row.kind, row.kind), 0, right=False),
+        Column("kind", 7, kind_word, 0, right=False),
         Column("shape", 16, lambda row: "x".join(map(str, row.shape)), 5, right=False),
         Column("params", 6, lambda row: count(row.parameters), 1),
         Column("bytes", 8, lambda row: size(row.bytes), 4),
@@ -53,30 +52,27 @@ def _columns(result: TrainedResult, console: Console) -> list[Column]:
         Column("min", 7, lambda row: f"{row.min:.2g}", 6),
         Column("max", 7, lambda row: f"{row.max:.2g}", 6),
         Column("histogram", 10, lambda row: spark(row.histogram, 10, blocks), 0, right=False),
-        Column("error\ntrained", 7, lambda row: _error(row, "trained"), 0),
+        _error_column("trained", "error\ntrained", 7, 0),
     ]
     if result.what == "run":
-        columns.insert(-1, Column("distribution", 13, shape_word, 2, right=False))
-        columns += [
-            Column(label, 5, lambda row, kind=kind: _error(row, kind), 1)
-            for kind, label in LEVELS.items()
-        ]
+        columns.insert(-1, Column("distribution", 13, distribution_word, 2, right=False))
+        columns += [_error_column(kind, label, 5, 1) for kind, label in LEVELS.items()]
     return columns
 
 
-def _error(row: TrainedRow, kind: str) -> str:
-    value = row.error[kind]
-    return "" if value is None else percent(value)
+def _error_column(kind: str, header: str, width: int, priority: int) -> Column:
+    def cell(row: TrainedRow) -> str:
+        error = row.error[kind]
+        return "" if error is None else percent(error)
+
+    return Column(header, width, cell, priority)
 
 
-def _closing(result: TrainedResult) -> list[str]:
+def _closing_lines(result: TrainedResult) -> list[str]:
     lines = []
     if result.pictures:
-        lines.append(
-            f"pictures   {result.pictures[0]} shows them all ({len(result.pictures)} files)"
-        )
-    page = f"ddq report {result.path} --html report.html"
-    lines.append(
-        f"next       {page}" + (f"   ddq export {result.path}" if result.what == "run" else "")
-    )
+        files = len(result.pictures)
+        lines.append(f"pictures   {result.pictures[0]} shows them all ({files} files)")
+    export = f"   ddq export {result.path}" if result.what == "run" else ""
+    lines.append(f"next       ddq report {result.path} --html report.html{export}")
     return lines

@@ -1,121 +1,96 @@
-"""A run's report as a table, CSV or Markdown; and the closing words of finetune."""
+"""A report as a table for the terminal, as CSV or as Markdown."""
 
 from __future__ import annotations
 
 import csv
 import io
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ddqcli.formatting import shorten
+from ddqcli.runs.report import Report
 
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
+CSV_COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error")
 _NUMBERS = {"bits", "levels", "bytes", "share", "error"}
 
 
-def rows(report: dict[str, Any]) -> list[dict[str, str]]:
-    """One row of text a layer; `share` is of all quantized bytes."""
-    total = max(1, report["totals"]["quantized_bytes"])
-    return [
-        {
-            "name": layer["name"],
-            "kind": layer["kind"],
-            "shape": "×".join(map(str, layer["shape"])) or "1",
-            "bits": f"{layer['bits']:g}",
-            "levels": str(layer["levels"]),
-            "bytes": f"{layer['bytes']:,}",
-            "share": f"{100 * layer['bytes'] / total:.1f}%",
-            "error": f"{100 * layer['error']:.2f}%",
-        }
-        for layer in report["layers"]
-    ]
-
-
-def table(report: dict[str, Any], console: Console) -> None:
-    """The table, then the totals."""
+def show(report: Report, console: Console) -> None:
+    """Print the layers, then the totals."""
     wide = console.width >= 100
-    shown = [c for c in COLUMNS if wide or c != "kind"]
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for column in shown:
-        grid.add_column(
+    columns = [column for column in COLUMNS if wide or column != "kind"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
             column,
             justify="right" if column in _NUMBERS else "left",
             no_wrap=True,
             overflow="ellipsis",
         )
     for row in rows(report):
-        grid.add_row(*(shorten(row[c], 30 if not wide else 60) for c in shown))
-    console.print(grid)
+        table.add_row(*(shorten(row[column], 60 if wide else 30) for column in columns))
+    console.print(table)
     console.print()
-    for line in totals(report):
+    for line in total_lines(report):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def totals(report: dict[str, Any]) -> list[str]:
-    """Size, budget and accuracy in a few lines."""
-    t, a = report["totals"], report["accuracy"]
-    saved = t["float_bytes"] / max(1, t["bytes"])
-    lines = [
-        f"size       {t['float_bytes']:,} -> {t['bytes']:,} bytes ({saved:.1f}x smaller), {t['average_bits']:.3f} bits a weight"
+def rows(report: Report) -> list[dict[str, str]]:
+    """Return one row of text for each layer; `share` is of all quantized bytes."""
+    total = max(1, report.totals.quantized_bytes)
+    return [
+        {
+            "name": row.name,
+            "kind": row.kind,
+            "shape": "×".join(map(str, row.shape)) or "1",
+            "bits": f"{row.bits:g}",
+            "levels": str(row.levels),
+            "bytes": f"{row.bytes:,}",
+            "share": f"{100 * row.bytes / total:.1f}%",
+            "error": f"{100 * row.error:.2f}%",
+        }
+        for row in report.layers
     ]
-    if t["budget_bytes"] is not None:
-        used = 100 * t["bytes"] / t["budget_bytes"]
-        lines.append(f"budget     {t['budget_bytes']:,} bytes, {used:.1f}% used")
-    if report["activations"]:
-        bits = sorted({a["bits"] for a in report["activations"]})
-        lines.append(
-            f"inputs     {len(report['activations'])} layers' inputs at {'/'.join(map(str, bits))} bits"
-        )
-    if a:
-        lines.append(
-            f"accuracy   {a['float']:.2f}% float -> {a['quantized']:.2f}% quantized ({0 - a['drop']:+.2f} points)"
-        )
-    lines += [f"warning    {warning}" for warning in report["warnings"]]
-    return lines
 
 
-def as_csv(report: dict[str, Any]) -> str:
-    """The layers as CSV, numbers unformatted."""
+def total_lines(report: Report) -> list[str]:
+    """Return size, budget, accuracy and warnings in a few lines."""
+    totals, accuracy = report.totals, report.accuracy
+    ratio = totals.float_bytes / max(1, totals.bytes)
+    lines = [
+        f"size       {totals.float_bytes:,} -> {totals.bytes:,} bytes ({ratio:.1f}x smaller), "
+        f"{totals.average_bits:.3f} bits a weight"
+    ]
+    if totals.budget_bytes is not None:
+        used = 100 * totals.bytes / totals.budget_bytes
+        lines.append(f"budget     {totals.budget_bytes:,} bytes, {used:.1f}% used")
+    if report.activations:
+        bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
+        lines.append(f"inputs     {len(report.activations)} layers' inputs at {bits} bits")
+    if accuracy:
+        lines.append(
+            f"accuracy   {accuracy.float:.2f}% float -> {accuracy.quantized:.2f}% quantized "
+            f"({0 - accuracy.drop:+.2f} points)"
+        )
+    return lines + [f"warning    {warning}" for warning in report.warnings]
+
+
+def as_csv(report: Report) -> str:
+    """Return the layers as CSV, numbers unformatted."""
     stream = io.StringIO()
-    names = ("name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error")
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    for layer in report["layers"]:
-        writer.writerow(
-            {**{n: layer[n] for n in names}, "shape": "x".join(map(str, layer["shape"]))}
-        )
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in report.layers:
+        values = {**row.data(), "shape": "x".join(map(str, row.shape))}
+        writer.writerow([values[column] for column in CSV_COLUMNS])
     return stream.getvalue().rstrip("\n")
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """Totals and layers as Markdown, fit for a CI job's summary."""
-    lines = [
-        "### ddq report",
-        "",
-        *(f"- {line.replace('  ', ' ').strip()}" for line in totals(report)),
-        "",
-    ]
-    lines.append("| " + " | ".join(COLUMNS) + " |")
-    lines.append("| " + " | ".join("---:" if c in _NUMBERS else "---" for c in COLUMNS) + " |")
-    lines += ["| " + " | ".join(row[c] for c in COLUMNS) + " |" for row in rows(report)]
-    return "\n".join(lines)
-
-
-def finetuned(data: dict[str, Any], console: Console) -> None:
-    """What `ddq finetune` closes with."""
-    for line in totals(data):
-        console.print(line, markup=False, soft_wrap=True)
-    if data["run_dir"] is None:
-        console.print(
-            "dry run    the budget can be met; nothing was trained, so the bits follow from the weights alone",
-            soft_wrap=True,
-        )
-        return
-    console.print(f"run        {data['run_dir']}", markup=False, soft_wrap=True)
-    console.print(
-        "next       ddq report   ddq export   ddq inspect " + data["source"]["path"],
-        markup=False,
-        soft_wrap=True,
-    )
+def as_markdown(report: Report) -> str:
+    """Return totals and layers as Markdown, for the summary of a CI job."""
+    totals = [f"- {line.replace('  ', ' ').strip()}" for line in total_lines(report)]
+    header = "| " + " | ".join(COLUMNS) + " |"
+    rule = "| " + " | ".join("---:" if c in _NUMBERS else "---" for c in COLUMNS) + " |"
+    cells = ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows(report)]
+    return "\n".join(["### ddq report", "", *totals, "", header, rule, *cells])

@@ -1,42 +1,51 @@
-"""A sweep's table: size against accuracy, a row a target."""
+"""A sweep as a table: size against accuracy, a row for each target."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ddqcli.commands.sweep import PICTURE, SweepResult
+from ddqcli.runs.report import SweepTable
 
-def swept(data: dict[str, Any], console: Console) -> None:
-    """What `ddq finetune` with several targets closes with."""
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("target", "bytes", "bits a weight", "accuracy", "drop", "run"):
-        grid.add_column(
-            column, justify="left" if column in ("target", "run") else "right", no_wrap=True
-        )
-    stored = data["float"]
-    grid.add_row("float", f"{stored['bytes']:,}", "", _percent(stored["accuracy"]), "", "")
-    for row in data["targets"]:
-        grid.add_row(
-            row["target"], f"{row['bytes']:,}", f"{row['average_bits']:.3f}", _percent(row["accuracy"]),
-            "" if row["drop"] is None else f"{row['drop']:.2f}", row["run"] or "",
-        )  # fmt: skip
-    console.print(grid)
+_TEXT_COLUMNS = ("target", "run")
+
+
+def show(result: SweepResult, console: Console) -> None:
+    """Print the table, the warnings, the folder, and what to type next."""
+    console.print(_table(result.table))
     console.print()
-    for row in data["targets"]:
-        for warning in row["warnings"]:
-            console.print(f"warning    {row['target']}: {warning}", markup=False, soft_wrap=True)
-    if data["run_dir"] is None:
+    for row in result.table.targets:
+        for warning in row.warnings:
+            console.print(f"warning    {row.target}: {warning}", markup=False, soft_wrap=True)
+    if result.run_dir is None:
         console.print("dry run    all budgets can be met; nothing was trained", soft_wrap=True)
         return
-    folder, last = data["run_dir"], data["targets"][-1]["run"]
     for line in (
-        f"runs       {folder}",
-        f"picture    {folder}/size-accuracy.png",
-        f"next       ddq report {folder}/{last}",
+        f"runs       {result.run_dir}",
+        f"picture    {result.run_dir}/{PICTURE}.png",
+        f"next       ddq report {result.run_dir}/{result.table.targets[-1].run}",
     ):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _table(sweep: SweepTable) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("target", "bytes", "bits a weight", "accuracy", "drop", "run"):
+        table.add_column(
+            column, justify="left" if column in _TEXT_COLUMNS else "right", no_wrap=True
+        )
+    table.add_row("float", f"{sweep.float.bytes:,}", "", _percent(sweep.float.accuracy), "", "")
+    for row in sweep.targets:
+        table.add_row(
+            row.target,
+            f"{row.bytes:,}",
+            f"{row.average_bits:.3f}",
+            _percent(row.accuracy),
+            "" if row.drop is None else f"{row.drop:.2f}",
+            row.run or "",
+        )
+    return table
 
 
 def _percent(value: float | None) -> str:

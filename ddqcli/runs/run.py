@@ -18,6 +18,7 @@ from ddqcli.runs import metrics as metrics_file
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.names import FINAL, LAST, METRICS, RECIPE, REPORT, SWEEP, SWEEP_RECIPE
 from ddqcli.runs.state import check_resumable, load_torch, save_torch
+from ddqcli.runs.report import Report
 
 __all__ = ["FINAL", "LAST", "METRICS", "RECIPE", "REPORT", "ReadOnlyRun", "Run"]
 
@@ -161,22 +162,21 @@ class Run:
         """Write the table of a sweep, which marks it as finished."""
         self._write(SWEEP, json.dumps(table, indent=1).encode())
 
-    def write_report(self, report: dict[str, Any]) -> None:
-        self._write(
-            REPORT, json.dumps({**report, "checksum": _checksum(report)}, indent=1).encode()
-        )
+    def write_report(self, report: Report) -> None:
+        data = report.data()
+        self._write(REPORT, json.dumps({**data, "checksum": _checksum(data)}, indent=1).encode())
 
-    def report(self) -> dict[str, Any]:
-        """What report.json holds; raises DDQError if it is damaged."""
+    def report(self) -> Report:
+        """Read report.json. Raises UsageError if it cannot be read, DDQError if it is damaged."""
         try:
-            report: dict[str, Any] = json.loads((self.path / REPORT).read_bytes())
-            if report.pop("checksum") != _checksum(report):
+            data: dict[str, Any] = json.loads((self.path / REPORT).read_bytes())
+            if data.pop("checksum") != _checksum(data):
                 raise ValueError("the checksum differs")
+            return Report.model_validate(data)
         except OSError as error:
             raise UsageError(f"{self.path / REPORT} cannot be read: {error.strerror}.") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DDQError(f"{self.path / REPORT} is damaged; {self._remedy(REPORT)}.") from error
-        return report
 
     def _remedy(self, name: str) -> str:
         """Return the advice for a damaged file."""

@@ -1,4 +1,4 @@
-"""A small model that has one of everything, made without random numbers so that it is the same for ever."""
+"""A small model with one of everything, made without random numbers so that it never changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ddqcli.artifact.format import BFLOAT16, ActivationTable, QuantizedTensor, encode_artifact
+from ddqcli.artifact.tensors import BFLOAT16, ActivationTable, QuantizedTensor
+from ddqcli.artifact.write import encode_artifact
+
+ENTRIES = ("quantized", "manifest")
+FLOAT_ENTRIES = ("f32", "f64", "f16", "bf16", "i64", "u8", "bool")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def noise(count: int, below: int, seed: int) -> np.ndarray:
 def quantized(
     name: str, shape: tuple[int, ...], axis: int | None, bits: list[int], seed: int
 ) -> QuantizedTensor:
-    """Indices are laid out by looking at each element's position along `axis`, one element at a time."""
+    """Return a tensor whose groups have these `bits`; indices are drawn one element at a time."""
     numel = int(np.prod(shape))
     group_of = np.zeros(numel, int) if axis is None else np.indices(shape)[axis].reshape(-1)
     draws = noise(numel, 256, seed)
@@ -84,9 +88,8 @@ def example() -> Contents:
     )
 
 
-if (
-    __name__ == "__main__"
-):  # after a change of the format: python tests/artifact/artifact_example.py, with PYTHONPATH=.
+# After a change of the format: PYTHONPATH=. python tests/artifact/artifact_example.py
+if __name__ == "__main__":
     golden, _ = encode_artifact(*example().arguments())
     Path(__file__).with_name("golden.ddq").write_bytes(golden)
     print(hashlib.sha256(golden).hexdigest(), "is GOLDEN_SHA256 of test_decoder.py")  # noqa: T201

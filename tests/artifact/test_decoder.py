@@ -1,3 +1,5 @@
+"""The decoder, against an oracle written from FORMAT.md alone, and on damaged and forged files."""
+
 from __future__ import annotations
 
 import ast
@@ -20,7 +22,9 @@ import pytest
 from artifact_example import Contents, quantized
 
 from ddqcli.artifact import decoder
-from ddqcli.artifact.format import QuantizedTensor, encode_artifact, read_artifact
+from ddqcli.artifact.read import read_artifact
+from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.artifact.write import encode_artifact
 from ddqcli.errors import UsageError, VerificationError
 
 GOLDEN = Path(__file__).parent / "golden.ddq"
@@ -28,7 +32,7 @@ GOLDEN_SHA256 = "945caa9edd072d6e75abe80e9a7021102abbedf364f9ed4d994d31fc72a9c26
 
 
 def entries_of(raw: bytes) -> tuple[dict[str, bytes], Any]:
-    """The entries' bytes and the manifest, by nothing but FORMAT.md."""
+    """Return the entries' bytes and the manifest, by nothing but FORMAT.md."""
     (length,) = struct.unpack_from("<Q", raw)
     header = json.loads(raw[8 : 8 + length])
     header.pop("__metadata__")
@@ -40,7 +44,7 @@ def entries_of(raw: bytes) -> tuple[dict[str, bytes], Any]:
 
 
 def leaves_of(tree: dict[str, Any]) -> dict[str, list[Any]]:
-    """The manifest's lists, by name, in the order of the names."""
+    """Return the manifest's lists by name, names ascending."""
     found: dict[str, list[Any]] = {}
     for part, below in tree.items():
         rest = (
@@ -53,7 +57,7 @@ def leaves_of(tree: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def oracle(raw: bytes) -> dict[str, list[float]]:
-    """Quantized tensors, flattened, and the values of activations' levels; one bit after another, in float64."""
+    """Return values of quantized tensors and of activations' levels: bit by bit, in float64."""
     entries, manifest = entries_of(raw)
     stream, tensors = iter(entries["quantized"]), {}
     for name, (what, *shape) in leaves_of(manifest["tensors"]).items():
@@ -84,13 +88,13 @@ def oracle(raw: bytes) -> dict[str, list[float]]:
 
 
 def signed(raw: bytes) -> bytes:
-    """`raw` with a digest that fits, as someone who means to mislead would make it."""
+    """Return `raw` with a digest that fits, as a forger would."""
     blank = raw[:50] + b"0" * 64 + raw[114:]
     return raw[:50] + hashlib.sha256(blank).hexdigest().encode() + raw[114:]
 
 
-def test_decodes_as_the_oracle_does(file: Path, contents: Contents) -> None:
-    tensors, about = decoder.decode(file)
+def test_decoder_agrees_with_the_oracle(file: Path, contents: Contents) -> None:
+    tensors, info = decoder.decode(file)
     expected = oracle(file.read_bytes())
     assert expected.keys() == {table.name for table in (*contents.quantized, *contents.activations)}
     for tensor in contents.quantized:
@@ -100,8 +104,8 @@ def test_decodes_as_the_oracle_does(file: Path, contents: Contents) -> None:
         assert found.reshape(-1).tolist() == expected[tensor.name]
         assert found.tobytes() == tensor.dequantize().tobytes()
     for table in contents.activations:
-        assert about["activations"][table.name].tolist() == expected[table.name]
-        assert about["activations"][table.name].tobytes() == table.values().tobytes()
+        assert info["activations"][table.name].tolist() == expected[table.name]
+        assert info["activations"][table.name].tobytes() == table.values().tobytes()
     for name, array in contents.floats.items():
         assert (tensors[name].dtype, tensors[name].shape) == (array.dtype, array.shape)
         assert tensors[name].tobytes() == array.tobytes()
@@ -112,13 +116,13 @@ def test_decodes_as_the_oracle_does(file: Path, contents: Contents) -> None:
         *contents.floats,
         *contents.aliases,
     }
-    assert about["meta"] == contents.meta
-    assert about["activations"]["fc (input)"].tolist() == [-4.5, 0, 0, 95.5]
+    assert info["meta"] == contents.meta
+    assert info["activations"]["fc (input)"].tolist() == [-4.5, 0, 0, 95.5]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_in_every_length(tmp_path: Path, bits: int) -> None:
-    """Around the lengths at which the decoder goes from row to row, and from chunk to chunk; groups of even and odd size."""
+    """Lengths around rows and chunks of the decoder, in groups of even and odd size."""
     random, path = np.random.default_rng(bits), tmp_path / "model.ddq"
     row, chunk = decoder.ROW, decoder.CHUNK
     shapes = [
@@ -170,9 +174,9 @@ def test_golden_file_keeps_its_meaning(contents: Contents) -> None:
     raw = GOLDEN.read_bytes()
     assert hashlib.sha256(raw).hexdigest() == GOLDEN_SHA256
     assert encode_artifact(*contents.arguments())[0] == raw  # the writer has not changed either
-    tensors, about = decoder.decode(GOLDEN)
+    tensors, info = decoder.decode(GOLDEN)
     assert {
-        name: array.reshape(-1).tolist() for name, array in (tensors | about["activations"]).items()
+        name: array.reshape(-1).tolist() for name, array in (tensors | info["activations"]).items()
     }.items() >= (oracle(raw).items())
     first = {
         name: (tensor.reshape(-1)[:4].astype(np.float64) * 2**18).tolist()
@@ -185,14 +189,15 @@ def test_golden_file_keeps_its_meaning(contents: Contents) -> None:
     assert first["fc.bias"] == [22539, 20490, 127038]
     assert tensors["double"].tolist() == [0.1]
     assert tensors["brain"].view(np.uint16).tolist() == [[0x3F80], [0xC000], [0x7FC1]]
-    assert about["meta"] == {"accuracy": 0.9165, "ddq": "0.1.0", "note": "grüße"}
+    assert info["meta"] == {"accuracy": 0.9165, "ddq": "0.1.0", "note": "grüße"}
 
 
 def test_alone_without_torch_or_ddqcli(tmp_path: Path, file: Path) -> None:
     shutil.copy(decoder.__file__, tmp_path / "stranger.py")
     script = (
-        "import sys, stranger; tensors, manifest = stranger.decode(sys.argv[1]);"
-        "assert not {'torch', 'ddqcli', 'safetensors'} & {m.partition('.')[0] for m in sys.modules};"
+        "import sys, stranger; tensors, info = stranger.decode(sys.argv[1]);"
+        "modules = {m.partition('.')[0] for m in sys.modules};"
+        "assert not {'torch', 'ddqcli', 'safetensors'} & modules;"
         "sys.stdout.write(repr(float(abs(tensors['conv.weight']).sum())))"
     )
     run = [
@@ -250,10 +255,10 @@ def test_no_flipped_bit_goes_unnoticed(file: Path) -> None:
             read_artifact(file)
 
 
-# ---- files made to mislead, with a digest that fits
+# ---- forged files, with a digest that fits
 
 
-def test_a_header_made_to_mislead_never_gives_another_model(file: Path, contents: Contents) -> None:
+def test_a_forged_header_never_gives_another_model(file: Path, contents: Contents) -> None:
     raw = file.read_bytes()
     header = 8 + int.from_bytes(raw[:8], "little")
     draw, faults = random.Random(1), 0
@@ -274,7 +279,7 @@ def test_a_header_made_to_mislead_never_gives_another_model(file: Path, contents
 
 
 def remade(raw: bytes, change: Callable[[dict[str, Any], dict[str, bytes]], None]) -> bytes:
-    """The file with its manifest's tensors and its entries changed, and everything about it in order again."""
+    """Return the file with changed manifest and entries; header and digest fit again."""
     entries, manifest = entries_of(raw)
     change(manifest["tensors"], entries)
     entries["manifest"] = bz2.compress(json.dumps(manifest).encode())
@@ -294,7 +299,7 @@ def remade(raw: bytes, change: Callable[[dict[str, Any], dict[str, bytes]], None
 
 
 def with_bytes(place: int, new: bytes) -> Callable[[dict[str, Any], dict[str, bytes]], None]:
-    """A change of `quantized`: what begins with the record of conv.weight, in which the gates come first."""
+    """Change bytes of `quantized`, which begins with the gates of the first record."""
     return lambda _, entries: entries.update(
         quantized=entries["quantized"][:place] + new + entries["quantized"][place + len(new) :]
     )
@@ -344,9 +349,8 @@ def test_a_file_that_contradicts_itself_is_refused(file: Path, change: Any) -> N
     file.write_bytes(remade(raw, change))
     with pytest.raises(VerificationError, match="contradicts itself"):
         read_artifact(file)
-    with contextlib.suppress(
-        Exception
-    ):  # a stranger's copy of the decoder checks less, but never mistakes one tensor's bytes
+    # The decoder alone checks less, but never mistakes one tensor's bytes for another's.
+    with contextlib.suppress(Exception):
         found, expected = decoder.decode(file)[0], decoder.decode(GOLDEN)[0]
         assert all(found[name].shape == array.shape for name, array in expected.items())
 
@@ -375,7 +379,7 @@ def test_a_header_that_contradicts_itself_is_refused(
         read_artifact(file)
 
 
-def test_another_version_is_named(file: Path) -> None:
+def test_an_unknown_version_is_named(file: Path) -> None:
     file.write_bytes(signed(file.read_bytes().replace(b'"version":"1"', b'"version":"2"')))
     with pytest.raises(UsageError, match="version 2; this reader knows version 1"):
         read_artifact(file)

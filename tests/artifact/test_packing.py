@@ -1,3 +1,5 @@
+"""Packing and unpacking, against one bit after another."""
+
 from __future__ import annotations
 
 import re

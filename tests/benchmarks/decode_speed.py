@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from ddqcli.artifact import decoder
-from ddqcli.artifact.format import QuantizedTensor, write_artifact
+from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.artifact.write import encode_artifact
 
 LARGEST = (512, 512, 3, 3)
 RESNET18 = (
@@ -69,7 +70,7 @@ def measure(
     what: str, shapes: list[tuple[int, ...]], bits: int, axis: int | None, folder: Path
 ) -> dict[str, object]:
     path = folder / "model.ddq"
-    write_artifact(path, made_up(shapes, bits, axis), [], {}, {}, {})
+    path.write_bytes(encode_artifact(made_up(shapes, bits, axis), [], {}, {}, {})[0])
     stored, *_ = decoder.read(path)
     decoded = [decoder.dequantize(tensor) for tensor in stored.values()]
     copies, nbytes = (

@@ -1,4 +1,4 @@
-"""`ddq report --diff A B`: both sides' numbers, what only one has, and the forms they come in."""
+"""`ddq report --diff A B`: the values of both sides, missing ones, and every format."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from tiny_project import ddq
 
 from ddqcli.commands.diff import DiffResult, diff, pair
 from ddqcli.render.diff import as_csv, as_markdown, show, total_rows
+from ddqcli.runs.report import Report
 from ddqcli.runs.run import Run
 
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A file of three layers, and a run of four of which one has other bits, with inputs of 4 bits and less accuracy."""
+    """A file of three layers, and a run of four with other bits, inputs and accuracy."""
     folder = tmp_path_factory.mktemp("diff")
     b = make_run(folder / "b", 4)
-    report = b.report()
-    report["layers"][1] |= {"bits": 5, "levels": 30, "bytes": 999, "error": 0.001}
+    report = b.report().data()
+    report["layers"][1].update(bits=5, levels=30, bytes=999, error=0.001)
     report["totals"] |= {"bytes": 2000, "budget_bytes": None, "average_bits": 4.1}
     report["accuracy"] = {"float": 92.5, "quantized": 90.0, "drop": 2.5}
     report["activations"] = [{"name": "block1.conv", "bits": 4, "levels": "learned", "bytes": 22}]
-    b.write_report(report)
+    b.write_report(Report.model_validate(report))
     return export_made(make_run(folder / "a", 3), folder / "a.safetensors"), b.path
 
 
@@ -43,19 +44,19 @@ def shown(result: DiffResult, width: int) -> str:
 
 
 def test_each_layer_has_both_sides_values(result: DiffResult, sides: tuple[Path, Path]) -> None:
-    b = {row["name"]: row for row in Run.open(sides[1]).report()["layers"]}
+    b = {row.name: row for row in Run.open(sides[1]).report().layers}
     assert [row["name"] for row in result.layers] == [
         *(f"block{k}.conv.weight" for k in (1, 2, 3)), "fc.bias", "block4.conv.weight",
     ]  # fmt: skip
     for row in result.layers:
         for column in ("bits", "levels", "bytes", "error"):
-            assert row[column]["b"] == b[row["name"]][column]
+            assert row[column]["b"] == getattr(b[row["name"]], column)
     changed = result.layers[1]
     assert changed["bits"] == {"a": 3, "b": 5, "change": 2}
     assert changed["error"] == {"a": 0.02, "b": 0.001, "change": -0.019}
     assert (changed["kind"], changed["shape"]) == ("depthwise Conv2d", [6, 5, 3, 3])
     only_b = result.layers[4]
-    assert only_b["bytes"] == {"a": None, "b": b["block4.conv.weight"]["bytes"], "change": None}
+    assert only_b["bytes"] == {"a": None, "b": b["block4.conv.weight"].bytes, "change": None}
 
 
 def test_totals_and_accuracy_have_both_sides_values(result: DiffResult) -> None:
@@ -126,10 +127,18 @@ def test_what_one_side_lacks_is_a_dash(result: DiffResult) -> None:
 def test_csv_is_unformatted(result: DiffResult) -> None:
     rows = list(csv.DictReader(io.StringIO(as_csv(result))))
     assert rows[1] == {
-        "name": "block2.conv.weight", "kind": "depthwise Conv2d", "shape": "6x5x3x3", "bits_a": "3", "bits_b": "5",
-        "levels_a": "8", "levels_b": "30", "bytes_a": str(result.layers[1]["bytes"]["a"]), "bytes_b": "999",
-        "error_a": "0.02", "error_b": "0.001",
-    }  # fmt: skip
+        "name": "block2.conv.weight",
+        "kind": "depthwise Conv2d",
+        "shape": "6x5x3x3",
+        "bits_a": "3",
+        "bits_b": "5",
+        "levels_a": "8",
+        "levels_b": "30",
+        "bytes_a": str(result.layers[1]["bytes"]["a"]),
+        "bytes_b": "999",
+        "error_a": "0.02",
+        "error_b": "0.001",
+    }
     assert (rows[4]["bits_a"], rows[4]["bits_b"]) == ("", "2")
 
 

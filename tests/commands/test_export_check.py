@@ -1,4 +1,4 @@
-"""`ddq export --check FILE`: a file found later is what was trained, or the exit code says that it is not."""
+"""`ddq export --check FILE`: an existing file is what was trained, or the exit code tells."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from tiny_project import RECIPE, ddq
 
-from ddqcli.artifact.format import Artifact, encode_artifact, read_artifact
-from ddqcli.commands.export import _portable
+from ddqcli.artifact.read import Artifact, read_artifact
+from ddqcli.artifact.write import encode_artifact
+from ddqcli.commands.export import portable_recipe
 from ddqcli.recipe.schema import Recipe
 
 RUN, FILE = Path("runs/done"), Path("runs/done/model.safetensors")
@@ -84,7 +85,7 @@ def test_a_changed_weight_under_a_right_digest_is_exit_code_4(exported: Path) ->
     answer = ddq("export", "--check", FILE)
     assert (answer.code, answer.err) == (
         4,
-        f"Error: {FILE} does differ from what was trained in 0.weight.\n",
+        f"Error: {FILE} differs from what was trained in 0.weight.\n",
     )
 
 
@@ -144,10 +145,8 @@ def test_without_its_run_a_file_is_at_least_said_to_be_undamaged(
     os.chdir(alone)
     answer = ddq("export", "--check", "model.safetensors")
     assert answer.code == 2
-    assert (
-        "model.safetensors is undamaged, but there is nothing to compare it with: There is no run under"
-        in answer.err
-    )
+    assert "model.safetensors is undamaged, but there is nothing to compare it with: " in answer.err
+    assert "There is no run under" in answer.err
 
 
 def test_what_is_no_file_or_no_ddq_file_is_wrong_use(exported: Path) -> None:
@@ -168,7 +167,7 @@ def test_no_path_of_the_machine_travels_in_the_file(exported: Path) -> None:
             "kwargs": {"roots": ["/d/one", "~/two", {"x": "three/four"}], "n": None},
         },
     }
-    assert _portable(Recipe.model_validate(said)) == {
+    assert portable_recipe(Recipe.model_validate(said)) == {
         "model": {
             "checkpoint": "a.pt",
             "arch": "net.py:build",
@@ -185,7 +184,7 @@ def test_no_path_of_the_machine_travels_in_the_file(exported: Path) -> None:
         "pkg.mod:make": "pkg.mod:make",
         "a/b.npz": "b.npz",
     }.items():
-        assert _portable(Recipe.model_validate({"data": {"source": source}}))["data"] == {
+        assert portable_recipe(Recipe.model_validate({"data": {"source": source}}))["data"] == {
             "source": name
         }
     assert "name: tiny" in RECIPE

@@ -20,7 +20,11 @@ main()
 def test_export_works_without_onnx(finished: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, "export", "runs/done"],
-        cwd=finished, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=finished,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert "read back as trained" in done.stdout

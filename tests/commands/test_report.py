@@ -1,4 +1,4 @@
-"""`ddq report`: the same report in every format, and gates that say what is unmet and by how much."""
+"""`ddq report`: the same report in every format, and limits with the excess over each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import re
 from pathlib import Path
 
 import pytest
+from made_run import make_report
 from tiny_project import ddq
 
 from ddqcli.commands.report import Limits
+from ddqcli.runs.report import Accuracy, Report
+from ddqcli.runs.run import Run
 
 RUN = "runs/done"
+ACCURACY = Accuracy(float=90.0, quantized=88.5, drop=1.5)
 
 
 def test_the_newest_run_is_reported_where_none_is_named(finished: Path) -> None:
@@ -24,7 +28,8 @@ def test_the_table_shows_every_tensor_and_the_totals(finished: Path) -> None:
     data, text = ddq("report", "--json").data, ddq("report").out
     for layer in data["layers"]:
         assert re.search(
-            rf"^{re.escape(layer['name'])} .* {layer['bits']:g} +{layer['levels']} +{layer['bytes']:,} ",
+            rf"^{re.escape(layer['name'])} .* "
+            rf"{layer['bits']:g} +{layer['levels']} +{layer['bytes']:,} ",
             text,
             re.M,
         )
@@ -66,11 +71,8 @@ def test_csv_and_markdown_hold_the_same_rows_as_json(finished: Path) -> None:
 
 
 def test_warnings_are_shown_in_every_format(finished: Path) -> None:
-    file = Path(RUN) / "report.json"
-    from ddqcli.runs.run import Run
-
-    run = Run(file.parent)
-    run.write_report({**run.report(), "warnings": ["it went [wrong]"]})
+    run = Run(Path(RUN))
+    run.write_report(run.report().model_copy(update={"warnings": ("it went [wrong]",)}))
     assert "warning    it went [wrong]" in ddq("report").out
     assert "it went [wrong]" in ddq("report", "--md").out
     assert ddq("report", "--json").data["warnings"] == ["it went [wrong]"]
@@ -78,14 +80,14 @@ def test_warnings_are_shown_in_every_format(finished: Path) -> None:
     assert ddq("report", "x.safetensors", "--json").data["warnings"] == ["it went [wrong]"]
 
 
-# ---- gates
+# ---- limits
 
 
-def a_report(accuracy: bool = True) -> dict:
-    return {
-        "totals": {"bytes": 1000, "float_bytes": 8000, "average_bits": 3.5},
-        "accuracy": {"float": 90.0, "quantized": 88.5, "drop": 1.5} if accuracy else None,
-    }
+def a_report(accuracy: Accuracy | None = ACCURACY) -> Report:
+    report = make_report()
+    sizes = {"bytes": 1000, "float_bytes": 8000, "average_bits": 3.5}
+    totals = report.totals.model_copy(update=sizes)
+    return report.model_copy(update={"totals": totals, "accuracy": accuracy})
 
 
 @pytest.mark.parametrize(
@@ -94,22 +96,34 @@ def a_report(accuracy: bool = True) -> dict:
         (Limits(), []),
         (Limits(max_size="1kB", max_bits=3.5, max_drop=1.5, min_accuracy=88.5), []),
         (Limits(max_size="12.5%"), []),
-        (Limits(max_size="999"), ["--max-size is unmet: 1,000 bytes are 1 above 999."]),
-        (Limits(max_size="10%"), ["--max-size is unmet: 1,000 bytes are 200 above 800."]),
-        (Limits(max_bits=3.25), ["--max-bits is unmet: 3.5 bits a weight are 0.25 above 3.25."]),
-        (Limits(max_drop=1), ["--max-drop is unmet: 1.5 points are 0.5 above 1."]),
-        (Limits(min_accuracy=89), ["--min-accuracy is unmet: 88.5 % are 0.5 below 89."]),
+        (
+            Limits(max_size="999"),
+            ["--max-size is unmet: 1,000 bytes are 1 above the limit of 999."],
+        ),
+        (
+            Limits(max_size="10%"),
+            ["--max-size is unmet: 1,000 bytes are 200 above the limit of 800."],
+        ),
+        (
+            Limits(max_bits=3.25),
+            ["--max-bits is unmet: 3.5 bits a weight are 0.25 above the limit of 3.25."],
+        ),
+        (Limits(max_drop=1), ["--max-drop is unmet: 1.5 points are 0.5 above the limit of 1."]),
+        (
+            Limits(min_accuracy=89),
+            ["--min-accuracy is unmet: 88.5 % are 0.5 below the limit of 89."],
+        ),
     ],
 )
-def test_a_gate_is_met_at_its_limit_and_unmet_beyond(limits: Limits, unmet: list[str]) -> None:
+def test_a_limit_is_met_at_its_value_and_unmet_beyond(limits: Limits, unmet: list[str]) -> None:
     assert list(limits.unmet(a_report())) == unmet
 
 
-def test_a_gate_on_an_accuracy_that_nobody_measured_is_unmet() -> None:
-    unmet = Limits(max_drop=5, min_accuracy=1, max_size="1kB").unmet(a_report(accuracy=False))
+def test_a_limit_of_an_accuracy_that_was_not_measured_is_unmet() -> None:
+    unmet = Limits(max_drop=5, min_accuracy=1, max_size="1kB").unmet(a_report(accuracy=None))
     assert unmet == tuple(
-        f"{gate} is unmet: nothing was evaluated in this run."
-        for gate in ("--max-drop", "--min-accuracy")
+        f"{flag} is unmet: nothing was evaluated in this run to hold against the limit."
+        for flag in ("--max-drop", "--min-accuracy")
     )
 
 
@@ -118,31 +132,31 @@ def test_a_limit_that_is_no_number_is_never_met() -> None:
     assert len(Limits(max_bits=nan, max_drop=nan, min_accuracy=nan).unmet(a_report())) == 3
 
 
-GATES = ["--max-size", "10%", "--max-bits", "1", "--max-drop=-100", "--min-accuracy", "101"]
-NAMES = ["--max-size", "--max-bits", "--max-drop", "--min-accuracy"]
+LIMITS = ["--max-size", "10%", "--max-bits", "1", "--max-drop=-100", "--min-accuracy", "101"]
+FLAGS = ["--max-size", "--max-bits", "--max-drop", "--min-accuracy"]
 
 
 @pytest.mark.parametrize("target", [RUN, "small.safetensors"])
-def test_unmet_gates_end_with_3_all_at_once_and_the_report_is_still_there(
+def test_unmet_limits_are_exit_code_3_all_at_once_after_the_report(
     finished: Path, target: str
 ) -> None:
     assert ddq("export", "-o", "small.safetensors").code == 0
-    plain, gated = ddq("report", target), ddq("report", target, *GATES)
-    assert (plain.code, gated.code) == (0, 3)
-    assert gated.out == plain.out
-    said = gated.err.removeprefix("Error: ").splitlines()
-    assert [line.split(" is unmet: ")[0] for line in said] == NAMES
+    plain, limited = ddq("report", target), ddq("report", target, *LIMITS)
+    assert (plain.code, limited.code) == (0, 3)
+    assert limited.out == plain.out
+    errors = limited.err.removeprefix("Error: ").splitlines()
+    assert [line.split(" is unmet: ")[0] for line in errors] == FLAGS
 
 
-def test_unmet_gates_are_errors_in_the_envelope_beside_the_data(finished: Path) -> None:
-    plain, gated = ddq("report", "--json"), ddq("report", "--json", *GATES)
-    assert gated.code == 3
-    assert gated.envelope["data"] == plain.data
-    assert (gated.envelope["status"], gated.envelope["exit_code"]) == ("error", 3)
-    assert [error.split(" is unmet: ")[0] for error in gated.envelope["errors"]] == NAMES
+def test_unmet_limits_are_errors_in_the_envelope_beside_the_data(finished: Path) -> None:
+    plain, limited = ddq("report", "--json"), ddq("report", "--json", *LIMITS)
+    assert limited.code == 3
+    assert limited.envelope["data"] == plain.data
+    assert (limited.envelope["status"], limited.envelope["exit_code"]) == ("error", 3)
+    assert [error.split(" is unmet: ")[0] for error in limited.envelope["errors"]] == FLAGS
 
 
-def test_gates_that_are_met_change_nothing(finished: Path) -> None:
+def test_limits_that_are_met_change_nothing(finished: Path) -> None:
     met = ddq(
         "report",
         "--max-size",

@@ -1,4 +1,4 @@
-"""`ddq finetune` with several targets: one run a target, each warm-started from the one before, and a table of all."""
+"""`ddq finetune` with several targets: a run for each, started from the one before."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def report(folder: Path | str) -> dict[str, Any]:
 def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next_larger(
     project: Path,
 ) -> None:
-    """Against ordinary runs: the first of model.pt, the others of a checkpoint made of what the one before trained.
+    """Against ordinary runs: of model.pt, then of checkpoints made from the run before.
 
-    With labels alone and no mirrored images, since a run of such a checkpoint would distil from that, and ask it about them.
+    With labels alone and no flipped images: a run of such a checkpoint would distill from it, and
+    test if it is flip-invariant.
     """
     labels_alone = "--set train.distill.weight=0 --set data.flip=false -q"
     assert (
@@ -155,10 +156,8 @@ def test_a_dry_run_warns_of_each_target_that_is_not_met_yet(project: Path) -> No
     paper = ("finetune", "--target-bits", "3,5", "--set", "gates.rule=paper", "--dry-run")
     out = ddq(*paper).out
     for target in ("3 bits", "5 bits"):
-        assert (
-            f"warning    {target}: these are the first bits; gates.rule=paper comes down to the budget"
-            in out
-        )
+        warning = "these are the first bits; gates.rule=paper comes down to the budget"
+        assert f"warning    {target}: {warning}" in out
 
 
 # ---- what it leaves and says
@@ -354,13 +353,10 @@ def test_other_targets_or_data_are_refused_on_resuming(project: Path) -> None:
     assert exit_code(in_child(BEGIN, before=dying_at(12))) == -signal.SIGKILL
     answer = ddq("finetune", "model.pt", "--target-bits", "6,4", "--resume")
     assert answer.code == 2
-    assert (
-        "with another recipe (targets: 3 bits, 4 bits, 6 bits, now 4 bits, 6 bits); begin a new run."
-        in answer.err
-    )
-    (
-        Path(SWEEP) / "4-bits" / "last.pt"
-    ).unlink()  # so that the finished target alone knows the checkpoint
+    change = "targets: 3 bits, 4 bits, 6 bits, now 4 bits, 6 bits"
+    assert f"with another recipe ({change}); begin a new run." in answer.err
+    # Then the finished target alone knows the checkpoint.
+    (Path(SWEEP) / "4-bits" / "last.pt").unlink()
     other = torch.load("model.pt")
     other["8.bias"] += 1
     torch.save(other, "model.pt")

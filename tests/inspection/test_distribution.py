@@ -1,4 +1,4 @@
-"""The word for a distribution's shape on samples of known kind, small ones too."""
+"""The word for a distribution's shape, on large and small samples of known kind."""
 
 from __future__ import annotations
 

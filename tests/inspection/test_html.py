@@ -1,4 +1,4 @@
-"""The page: complete, escaped, and loading nothing."""
+"""The HTML page: complete, escaped, and without anything to load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and keeps the text of each cell."""
+    """Check that elements nest; keep the text of each cell."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The ONNX file: its whole numbers are the file's, and onnxruntime answers as torch, with and without optimisations."""
+"""The ONNX file: the integers of the ddq file, and onnxruntime answers as torch does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchvision import models as zoo
 
 import ddqcli
 from ddqcli.errors import UsageError, VerificationError
-from ddqcli.onnx import integer_graph as qdq
+from ddqcli.onnx import kernel
 from ddqcli.onnx.export import require_onnx, write_onnx
 from ddqcli.onnx.runtime import compare, session
 
@@ -29,7 +29,7 @@ EXACT = 2e-6  # float32 sums in another order
 def written(
     model: nn.Module, x: Tensor, folder: Path, **options: object
 ) -> tuple[Path, nn.Module, Quantized]:
-    """The model quantized and loaded again, and its ONNX file."""
+    """Write the ONNX file of the model, quantized and loaded again; return it with both."""
     made = quantize(model, x, folder / "model.safetensors", **options)  # type: ignore[arg-type]
     loaded = ddqcli.load(made.path, model)
     write_onnx(folder / "model.onnx", loaded, made.weights, x, {"source": "0123"})
@@ -37,10 +37,10 @@ def written(
 
 
 def both(path: Path, x: Tensor) -> list[Tensor]:
-    """What onnxruntime answers with its optimisations and without."""
+    """Return the answers of onnxruntime with its optimizations and without."""
     feed = {"input": x.numpy()}
     return [
-        torch.from_numpy(session(path, optimised=on).run(None, feed)[0]) for on in (True, False)
+        torch.from_numpy(session(path, optimized=on).run(None, feed)[0]) for on in (True, False)
     ]
 
 
@@ -54,7 +54,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def kernels(path: Path) -> Counter[str]:
-    """What onnxruntime runs of a file, once it has optimised it."""
+    """Count the nodes that onnxruntime runs of a file, after its optimizations."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(path.with_suffix(".run.onnx"))
     options.log_severity_level = 3
@@ -63,7 +63,7 @@ def kernels(path: Path) -> Counter[str]:
 
 
 def uneven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights whose range is not symmetrical, so that a zero point is needed."""
+    """Give the model weights of an asymmetric range, which need a zero point."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -136,7 +136,7 @@ def test_inputs_of_every_width_are_exact(
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (2, 5, 20), (2, 3, 4, 20)])
-def test_linear_layers_run_in_whole_numbers(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_linear_layers_run_in_integers(shape: tuple[int, ...], tmp_path: Path) -> None:
     for bias in (True, False):
         model = uneven(nn.Sequential(nn.Linear(20, 30, bias=bias)))
         x = torch.randn(shape)
@@ -146,7 +146,7 @@ def test_linear_layers_run_in_whole_numbers(shape: tuple[int, ...], tmp_path: Pa
             assert distance(found, torch_answer(loaded, x)) < EXACT
 
 
-# ---- from whole numbers to whole numbers
+# ---- from integers to integers
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,17 @@ def test_activations_become_part_of_the_quantizer(
         assert float(((found - expected).abs() < 0.02 * step).float().mean()) > 0.9
 
 
-def test_three_channels_and_depthwise_run_in_whole_numbers(tmp_path: Path) -> None:
+def test_three_channels_and_depthwise_run_in_integers(tmp_path: Path) -> None:
     model = uneven(
         nn.Sequential(
-            nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU()
-        ),
-    )  # fmt: skip
+            nn.Conv2d(3, 16, 3, 2),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, groups=16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 1),
+            nn.ReLU(),
+        )
+    )
     x = torch.randn(2, 3, 11, 11)
     path, loaded, _ = written(model, x, tmp_path)
     assert kernels(path)["QLinearConv"] == 2
@@ -222,7 +227,7 @@ def test_a_shift_that_no_int32_holds_stays_float(tmp_path: Path) -> None:
 
 
 class Shared(nn.Module):
-    """A layer called twice, a tied embedding, attention, a result that is used twice, a norm with its own user."""
+    """A layer called twice, a tied embedding, attention, a norm whose input has another user."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +278,7 @@ def test_resnet18_answers_alike_at_any_batch_size(tmp_path: Path) -> None:
     assert runs["Conv"] + runs["FusedConv"] == 1
 
 
-def test_the_whole_numbers_are_those_of_the_file(tmp_path: Path) -> None:
+def test_the_integers_are_those_of_the_file(tmp_path: Path) -> None:
     model = uneven(
         nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 17, 1))
     )
@@ -284,10 +289,10 @@ def test_the_whole_numbers_are_those_of_the_file(tmp_path: Path) -> None:
         level = tensor.integers().astype(int) - int(tensor.zero_point[0])
         integers, zero_point = stored[f"{name}.integers"], stored[f"{name}.zero_point"]
         assert integers.dtype == np.int8
-        centred = integers.astype(int) - zero_point.astype(int).reshape(
+        centered = integers.astype(int) - zero_point.astype(int).reshape(
             (-1, 1, 1, 1) if len(layout) == 4 else (1, -1)
         )
-        assert np.array_equal(centred, level.reshape(level.shape[: len(layout)]).transpose(layout))
+        assert np.array_equal(centered, level.reshape(level.shape[: len(layout)]).transpose(layout))
     assert not [
         name for name, array in stored.items() if array.dtype == np.float32 and array.ndim > 1
     ]
@@ -358,17 +363,19 @@ def test_a_comparison_sees_a_wrong_layer_and_a_damaged_file(
     path, loaded, _ = written(model, x, tmp_path)
     batches = [(x[:20], torch.zeros(20)), (x[20:], torch.zeros(20))]
     right = compare(
-        path, loaded, batches, lambda out, y: (out.argmax(1) == y).float(), optimised=True
+        path, loaded, batches, lambda out, y: (out.argmax(1) == y).float(), optimized=True
     )
     assert right.samples == 40
     assert right.outputs < EXACT
     hits = float((torch_answer(loaded, x).argmax(1) == 0).float().mean())
     assert right.accuracy == right.torch_accuracy == pytest.approx(100 * hits)
-    assert compare(path, loaded, batches, None, optimised=False, most=20).samples == 20
-    int8 = qdq._int8
-    monkeypatch.setattr(qdq, "_int8", lambda tensor: (int8(tensor)[0] // 2, int8(tensor)[1]))
+    assert compare(path, loaded, batches, None, optimized=False, max_samples=20).samples == 20
+    to_int8 = kernel.to_int8
+    monkeypatch.setattr(
+        kernel, "to_int8", lambda tensor: (to_int8(tensor)[0] // 2, to_int8(tensor)[1])
+    )
     path, loaded, _ = written(model, x, tmp_path)
-    assert compare(path, loaded, batches, None, optimised=True).outputs > 0.1
+    assert compare(path, loaded, batches, None, optimized=True).outputs > 0.1
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(VerificationError, match="onnxruntime cannot load"):
-        session(path, optimised=True)
+        session(path, optimized=True)

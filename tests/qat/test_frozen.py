@@ -12,7 +12,7 @@ import torch
 from small_models import fit_inputs, images, recipe
 from torch import Tensor, nn
 
-from ddqcli.artifact.format import BFLOAT16
+from ddqcli.artifact.tensors import BFLOAT16
 from ddqcli.errors import DDQError
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze, tensor_to_array

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchvision import models as zoo
 
 import ddqcli
-from ddqcli.artifact.format import BFLOAT16, encode_artifact
+from ddqcli.artifact.tensors import BFLOAT16
+from ddqcli.artifact.write import encode_artifact
 from ddqcli.errors import CheckpointError, UsageError, VerificationError
 
 

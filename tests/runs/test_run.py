@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from run_files import Metrics, names
+from made_run import make_report
 
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe.file import load_recipes
@@ -16,7 +17,7 @@ from ddqcli.runs.run import FINAL, LAST, METRICS, RECIPE, REPORT, Run
 
 def test_what_is_written_is_read_back(run: Run) -> None:
     run.save(FINAL, {"x": torch.arange(3), "y": [1, None]})
-    report = {"layers": [{"name": "é", "error": 1e-9}], "accuracy": None}
+    report = make_report().model_copy(update={"kept_float": {"é": "a buffer"}, "accuracy": None})
     run.write_report(report)
     assert run.load(FINAL)["x"].tolist() == [0, 1, 2]
     assert run.report() == report
@@ -26,7 +27,7 @@ def test_what_is_written_is_read_back(run: Run) -> None:
 
 def test_every_flipped_bit_of_a_state_or_a_report_is_noticed(run: Run) -> None:
     run.save(LAST, {"x": torch.arange(64.0), "step": 7})
-    run.write_report({"layers": [{"name": "conv", "bytes": 1234}]})
+    run.write_report(make_report())
     whole = run.load(LAST)
     for name, read in ((LAST, lambda: run.load(LAST)), (REPORT, run.report)):
         content = (run.path / name).read_bytes()

@@ -8,27 +8,41 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ddqcli.inspection.weights import InspectResult, LayerRow
-from ddqcli.render.inspect import show, spark
+from ddqcli.inspection.checkpoint_rows import CheckpointResult, CheckpointRow
+from ddqcli.render.inspect_checkpoint import show
+from ddqcli.render.layer_table import spark
 
 NAMES = [f"features.denseblock{k // 6 + 1}.denselayer{k % 6 + 1}.conv1.weight" for k in range(12)]
 
 
-def row(name: str, word: str = "heavy-tailed") -> LayerRow:
+def row(name: str, word: str = "heavy-tailed") -> CheckpointRow:
     error = {
         bits: {"uniform": 0.5 / bits, "power_of_two": 0.4 / bits, "best": 0.1 / 4**bits}
         for bits in (2, 3, 4, 8)
     }
-    return LayerRow(
-        name, "depthwise", (32, 1, 3, 3), "float32", 288, 1152, -1.5, 2.25, 0.001, 0.125, 2.5, word, error,
-        tuple([1] + [0] * 63 + [100] + [5] * 63), (0.0,) * 16,
-    )  # fmt: skip
+    return CheckpointRow(
+        name=name,
+        kind="depthwise",
+        shape=(32, 1, 3, 3),
+        dtype="float32",
+        parameters=288,
+        bytes=1152,
+        min=-1.5,
+        max=2.25,
+        mean=0.001,
+        std=0.125,
+        tail_weight=2.5,
+        distribution=word,
+        error=error,
+        histogram=(1, *[0] * 63, 100, *[5] * 63),
+        levels=(0.0,) * 16,
+    )
 
 
-def result(names: list[str] = NAMES, **kwargs: object) -> InspectResult:
+def result(names: list[str] = NAMES, **kwargs: object) -> CheckpointResult:
     layers = tuple(row(name) for name in names)
     rest = {"tensors": 4, "parameters": 99, "bytes": 396}
-    return InspectResult(
+    return CheckpointResult(
         Path("net.pt"),
         "state dict",
         layers,
@@ -41,7 +55,7 @@ def result(names: list[str] = NAMES, **kwargs: object) -> InspectResult:
 
 def shown(
     width: int,
-    found: InspectResult | None = None,
+    found: CheckpointResult | None = None,
     *,
     terminal: bool = False,
     encoding: str = "utf-8",
@@ -97,7 +111,7 @@ def test_a_wide_console_shows_every_column():
     assert NAMES[-1].removesuffix(".weight") in text
 
 
-def test_a_pipe_gets_no_lines_and_no_colour():
+def test_a_pipe_gets_no_lines_and_no_color():
     text = shown(80)
     assert "─" not in text
     assert "\x1b" not in text
@@ -118,7 +132,7 @@ def test_totals_tied_tensors_pictures_and_the_next_step_are_told():
     )
     flat = " ".join(text.split())
     assert "5.00 kB" in flat
-    assert "biases, norms and counters (4 tensors, 99 values, 396 B)" in flat
+    assert "Biases, norms and counters (4 tensors, 99 values, 396 B)" in flat
     assert "head with embed, and 1 more" in flat
     assert "out/index.html shows them all (2 files)" in flat
     assert "ddq finetune net.pt --data FOLDER --target-bits 4" in flat

@@ -1,4 +1,4 @@
-"""`ddq inspect` of a run and of an exported file: its levels and counts against brute force, and what it refuses."""
+"""`ddq inspect` of a run and of an exported file: levels and counts against brute force."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tiny_project import ddq, inside
 from ddqcli.artifact import decoder
 from ddqcli.commands.inspect import inspect
 from ddqcli.errors import DDQError, UsageError, VerificationError
-from ddqcli.inspection import figures as pictures
-from ddqcli.inspection.trained import TrainedResult, short_kind
-from ddqcli.inspection.weights import SHOWN_BINS
+from ddqcli.inspection import layer_figures
+from ddqcli.inspection.histograms import SHOWN_BINS
+from ddqcli.inspection.trained_rows import TrainedResult, short_kind
 from ddqcli.runs.run import Run
 
 NAMES = [f"block{k}.conv.weight" for k in range(1, 5)]
@@ -40,7 +40,7 @@ def channels(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def counted(values: np.ndarray, low: float, high: float) -> list[int]:
-    """Values in each bin, by brute force; one on an edge is in the bin above, the last edge in the last bin."""
+    """Count the values in each bin; one on an edge is in the bin above, but for the last."""
     bins = [0] * SHOWN_BINS
     for value in values.reshape(-1).astype(float):
         bins[min(SHOWN_BINS - 1, int((value - low) / (high - low) * SHOWN_BINS))] += 1
@@ -54,16 +54,15 @@ def test_a_run_shows_its_levels_over_its_float_weights(run: Run) -> None:
     assert found.note == "finetuned from some/net.pt, 100 steps"
     assert [row.name for row in found.layers] == NAMES  # in the run's order, without the bias
     weights, values = weights_of(run), dequantized(run)
-    for row, reported in zip(found.layers, run.report()["layers"], strict=False):
+    for row, reported in zip(found.layers, run.report().layers, strict=False):
         x, q = weights[row.name], values[row.name]
         assert (row.min, row.max, row.shape, row.parameters) == (x.min(), x.max(), x.shape, x.size)
-        assert (row.bits, row.bytes, row.error["trained"]) == tuple(
-            reported[key] for key in ("bits", "bytes", "error")
-        )
+        assert (row.bits, row.bytes) == (reported.bits, reported.bytes)
+        assert row.error["trained"] == reported.error
         taken = {value: (q == value).sum() for value in row.levels}
         assert list(row.counts) == list(taken.values())
         assert sum(row.counts) == x.size
-        assert len(row.levels) == reported["levels"]
+        assert len(row.levels) == reported.levels
         assert set(q.reshape(-1)) <= set(row.levels)
         assert sum(row.histogram) == x.size
         assert (
@@ -178,21 +177,27 @@ def test_pictures_and_page_are_written(run: Run, tmp_path: Path) -> None:
 
 
 def test_of_many_layers_the_single_pictures_are_svg_only(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "MANY", 3)
-    names = {p.name for p in inspect(run.path, out=tmp_path).pictures}
+    monkeypatch.setattr(layer_figures, "PNG_LAYERS", 0)
+    run = make_run(tmp_path / "run", 1)
+    names = {p.name for p in inspect(run.path, out=tmp_path / "out").pictures}
     assert "overview-1.png" in names
     assert "001-block1.conv.weight.svg" in names
     assert "001-block1.conv.weight.png" not in names
 
 
-def test_neither_run_nor_file_needs_torch(run: Run, file: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from ddqcli.commands.inspect import inspect; "
-        f"[inspect(Path(p), out=Path({str(tmp_path)!r})) for p in ({str(run.path)!r}, {str(file)!r})]; "
-        "assert 'torch' not in sys.modules"
-    )
+def test_neither_run_nor_file_needs_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1)
+    file = export_made(run, tmp_path / "model.safetensors")
+    code = f"""
+import sys
+from pathlib import Path
+from ddqcli.commands.inspect import inspect
+for path in ("{run.path}", "{file}"):
+    inspect(Path(path), out=Path("{tmp_path}/out"))
+assert "torch" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -253,8 +258,15 @@ def test_a_real_run_and_its_file_agree(pristine: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "plain"),
-    [("Conv2d", "conv"), ("depthwise Conv2d", "depthwise"), ("ConvTranspose1d", "conv"), ("EmbeddingBag", "embedding"),
-     ("Linear", "linear"), ("MultiheadAttention", "linear"), ("bias", "bias")],
-)  # fmt: skip
+    [
+        ("Conv2d", "conv"),
+        ("depthwise Conv2d", "depthwise"),
+        ("ConvTranspose1d", "conv"),
+        ("EmbeddingBag", "embedding"),
+        ("Linear", "linear"),
+        ("MultiheadAttention", "linear"),
+        ("bias", "bias"),
+    ],
+)
 def test_kinds_are_named_as_for_a_checkpoint(kind: str, plain: str) -> None:
     assert short_kind(kind) == plain

@@ -1,4 +1,4 @@
-"""What `ddq inspect` finds, against brute force in float64."""
+"""`ddq inspect` of a checkpoint: its rows against brute force in float64, and its pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from ddqcli.commands.inspect import inspect
 from ddqcli.errors import CheckpointError, DDQError
-from ddqcli.inspection.weights import BINS, ERROR_BITS, SHOWN_BINS, TOTAL_BITS, kind_of
+from ddqcli.inspection.checkpoint_rows import ERROR_BITS, TOTAL_BITS, kind_of
+from ddqcli.inspection.histograms import BINS, SHOWN_BINS
 from ddqcli.quant.histogram import Histogram
 from ddqcli.quant.lloyd_max import lloyd_max
 from ddqcli.quant.patterns import fit_pattern, power_of_two_pattern, uniform_pattern
@@ -304,6 +305,7 @@ def test_a_folder_that_cannot_be_made_is_named(path, tmp_path):
 def test_neither_torch_nor_matplotlib_is_imported(path):
     code = (
         "import sys, pathlib; from ddqcli.commands.inspect import inspect; "
-        f"inspect(pathlib.Path({str(path)!r})); assert not {{'torch', 'matplotlib', 'rich'}} & set(sys.modules)"
+        f"inspect(pathlib.Path({str(path)!r})); "
+        "assert not {'torch', 'matplotlib', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,79 @@
+"""Figures of every layer, and overview sheets of all layers, written into a folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ddqcli import plots
+from ddqcli.errors import DDQError
+from ddqcli.inspection.checkpoint_rows import Progress
+
+PAGE = "index.html"
+PNG_LAYERS = 64  # most layers drawn as PNG too; of more, PNGs would take most of the time
+
+
+@dataclass(frozen=True)
+class FigureFolder:
+    """A folder for figures, and the files written so far."""
+
+    path: Path
+    files: list[Path] = field(default_factory=list)
+
+    def save(self, figure: Figure, stem: str, *, png: bool = True) -> str:
+        """Write a figure as SVG, and PNG; return it as an element for a page."""
+        path = self.path / stem
+        path.parent.mkdir(exist_ok=True)
+        self.files.extend(plots.save(figure, path, png=png))
+        return plots.for_page(self.files[-1].read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class LayerElements:
+    """Figures of layers, and of channels of depthwise layers, as elements for a page."""
+
+    layers: list[str] = field(default_factory=list)
+    channels: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[FigureFolder]:
+    """Make the folder. Raises DDQError if it, or a file written inside the block, cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield FigureFolder(path)
+    except OSError as error:
+        raise DDQError(
+            f"Cannot write pictures into {path}: {error.strerror}; name another folder."
+        ) from error
+
+
+def draw_layers(
+    layers: Sequence[plots.Layer],
+    channels: Mapping[int, np.ndarray],
+    folder: FigureFolder,
+    on_progress: Progress | None,
+) -> LayerElements:
+    """Draw all layers into the folder; `channels` maps a layer's position to [C, 5] ranges."""
+    elements = LayerElements()
+    png = len(layers) <= PNG_LAYERS
+    for position, layer in enumerate(layers):
+        if on_progress:
+            on_progress(position, len(layers), f"pictures of {layer.name}")
+        stem = f"{position + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', layer.name)[:100]}"
+        figure = plots.layer_figure(layer)
+        elements.layers.append(folder.save(figure, f"layers/{stem}", png=png))
+        if position in channels:
+            figure = plots.channels_figure(layer.name, channels[position])
+            elements.channels.append(folder.save(figure, f"channels/{stem}", png=png))
+    for number, figure in enumerate(plots.overview_figures(layers)):
+        folder.save(figure, f"overview-{number + 1}")
+    if on_progress:
+        on_progress(len(layers), len(layers), "")
+    return elements

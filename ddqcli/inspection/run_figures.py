@@ -1,0 +1,127 @@
+"""Figures of a run: bits by layer, and bits, loss, error and levels over time; without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ddqcli import plots
+from ddqcli.errors import DDQError
+from ddqcli.inspection.histograms import SHOWN_BINS, histogram_of, shown_counts
+from ddqcli.inspection.trained_rows import run_tensors, short_kind
+from ddqcli.runs.report import TensorRow
+from ddqcli.runs.run import METRICS, Run
+
+MAX_POINTS = 400  # along the step axis
+LAYERS_WITH_LEVELS = 6
+
+
+@dataclass(frozen=True)
+class FigureGroup:
+    """Figures under one heading, by the stem of their files."""
+
+    title: str
+    text: str
+    figures: dict[str, Figure]
+
+
+def draw_bits(rows: Sequence[TensorRow], order: str = "network") -> FigureGroup:
+    """Draw the bit-width of each layer of a report."""
+    figure = plots.bits_by_layer_figure(
+        [row.name for row in rows],
+        [short_kind(row.kind) for row in rows],
+        [row.bits for row in rows],
+    )
+    text = f"Layers in {order} order, without biases."
+    return FigureGroup("Bits by layer", text, {"bits-by-layer": figure})
+
+
+def draw_run(run: Run, rows: Sequence[TensorRow]) -> list[FigureGroup]:
+    """Draw the metrics of a run over its steps, for the weights `rows` of its report.
+
+    A run without steps has no figures. Raises DDQError for a damaged run.
+    """
+    try:
+        metrics, snapshots = run.metrics(), run.snapshots()
+        groups = _draw_metrics(run, metrics, [row.name for row in rows]) if metrics else []
+        return groups + (_draw_snapshots(run, snapshots, rows) if snapshots else [])
+    except (LookupError, TypeError, ValueError) as error:
+        raise DDQError(
+            f"{run.path / METRICS} is damaged; move it away for pictures without figures over time."
+        ) from error
+
+
+def _draw_metrics(
+    run: Run, metrics: Sequence[dict[str, Any]], names: Sequence[str]
+) -> list[FigureGroup]:
+    """Draw bits and loss over time."""
+    budget = run.recipe().budget
+    target = budget.target_bits if budget.count == "bytes" else None  # the unit of the figure
+    places = np.unique(np.linspace(0, len(metrics) - 1, MAX_POINTS).round().astype(int))
+    shown = [metrics[k] for k in places]
+    bits = np.array([[entry["bits"][name] for name in names] for entry in shown], float)
+    bits_figure = plots.bits_over_time_figure(
+        [entry["step"] for entry in shown],
+        names,
+        bits,
+        [entry["average_bits"] for entry in shown],
+        target,
+    )
+    steps, loss, accuracy = (
+        _thinned([entry[key] for entry in metrics]) for key in ("step", "loss", "train_accuracy")
+    )
+    loss_figure = plots.loss_over_time_figure(steps, loss, accuracy)
+    text = (
+        "Above: stored bits a weight, with levels, scales and gates. Below: bits of each weight's "
+        "index."
+    )
+    return [
+        FigureGroup("Bits over time", text, {"bits-over-time": bits_figure}),
+        FigureGroup("Loss", "", {"loss": loss_figure}),
+    ]
+
+
+def _draw_snapshots(
+    run: Run, snapshots: Sequence[dict[str, Any]], rows: Sequence[TensorRow]
+) -> list[FigureGroup]:
+    """Draw quantization error and levels over time."""
+    steps = [entry["step"] for entry in snapshots]
+    errors = {row.name: [entry["error"][row.name] for entry in snapshots] for row in rows}
+    text = "Sum of squared differences between quantized and float weights over the sum of squares."
+    figure = plots.error_over_time_figure(steps, errors)
+    groups = [FigureGroup("Quantization error over time", text, {"error-over-time": figure})]
+    if levels := _level_figures(run, snapshots, rows):
+        text = "Layers of the largest error; beside the levels, the float weights at the end."
+        groups.append(FigureGroup("Levels over time", text, levels))
+    return groups
+
+
+def _level_figures(
+    run: Run, snapshots: Sequence[dict[str, Any]], rows: Sequence[TensorRow]
+) -> dict[str, Figure]:
+    """Draw how the levels of the layers with the largest error moved."""
+    with_levels = [row for row in rows if row.name in snapshots[-1]["levels"]]
+    by_error = sorted(with_levels, key=lambda row: -row.error)
+    names = [row.name for row in by_error[:LAYERS_WITH_LEVELS]]
+    figures = {}
+    for quantized, weights in run_tensors(run):
+        name = quantized.name
+        if name in names:
+            histogram = histogram_of(weights, run.path)
+            counts = np.array(shown_counts(histogram)).reshape(-1, 2).sum(1)
+            edges = np.linspace(histogram.low, histogram.high, SHOWN_BINS // 2 + 1)
+            entries = [entry for entry in snapshots if name in entry["levels"]]
+            steps = [entry["step"] for entry in entries]
+            levels = [entry["levels"][name] for entry in entries]
+            figures[name] = plots.levels_over_time_figure(name, steps, levels, edges, counts)
+    return {f"levels-over-time-{k + 1}": figures[name] for k, name in enumerate(names)}
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    """Return means of equally many neighbors, at most MAX_POINTS; the last may be of fewer."""
+    width = -(-len(values) // MAX_POINTS)
+    return [float(np.mean(values[k : k + width])) for k in range(0, len(values), width)]

@@ -1,0 +1,27 @@
+"""The closing lines of `ddq finetune`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from ddqcli.commands.finetune import FinetuneResult
+from ddqcli.render.report import total_lines
+
+
+def show(result: FinetuneResult, console: Console) -> None:
+    """Print the totals, the run folder, and what to type next."""
+    for line in total_lines(result.report):
+        console.print(line, markup=False, soft_wrap=True)
+    if result.run_dir is None:
+        console.print(
+            "dry run    the budget can be met; nothing was trained, so the bits follow from the "
+            "weights alone",
+            soft_wrap=True,
+        )
+        return
+    console.print(f"run        {result.run_dir}", markup=False, soft_wrap=True)
+    console.print(
+        f"next       ddq report   ddq export   ddq inspect {result.report.source.path}",
+        markup=False,
+        soft_wrap=True,
+    )

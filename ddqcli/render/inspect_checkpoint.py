@@ -1,0 +1,108 @@
+"""The result of `ddq inspect` for a checkpoint as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ddqcli.formatting import count, percent, size
+from ddqcli.inspection.checkpoint_rows import ERROR_BITS, TOTAL_BITS, CheckpointResult
+from ddqcli.render.layer_table import (
+    LEVELS,
+    MORE_COLUMNS,
+    Column,
+    blocks_of,
+    distribution_word,
+    fitting_columns,
+    kind_word,
+    layer_table,
+    plain_table,
+    spark,
+)
+
+ERROR_NOTE = (
+    "Bits: squared error in % of the squares, with uniform, power-of-two and best (Lloyd-Max) "
+    "levels."
+)
+TAIL_NOTE = "Tail: range of the central 99 %; a Gaussian has 1."
+
+
+def show(result: CheckpointResult, console: Console) -> None:
+    """Print the layers, the sizes at each bit-width, the pictures, and what to type next."""
+    console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False, markup=False)
+    if result.layers:
+        all_columns = _columns(console)
+        columns = fitting_columns(all_columns, console.width, [row.name for row in result.layers])
+        console.print()
+        console.print(layer_table(result.layers, columns, console))
+        console.print()
+        notes = [ERROR_NOTE]
+        if any(column.header == "tail" for column in columns):
+            notes.append(TAIL_NOTE)
+        if len(columns) < len(all_columns):
+            notes.append(MORE_COLUMNS)
+        console.print(Text(" ".join(notes), style="dim"))
+    console.print()
+    console.print(_totals(result, console))
+    console.print()
+    for line in _closing_lines(result):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _columns(console: Console) -> list[Column]:
+    blocks = blocks_of(console)
+    columns = [
+        Column("kind", 7, kind_word, 0, right=False),
+        Column("shape", 16, lambda row: "x".join(map(str, row.shape)), 6, right=False),
+        Column("params", 6, lambda row: count(row.parameters), 0),
+        Column("bytes", 8, lambda row: size(row.bytes), 7),
+        Column("min", 7, lambda row: f"{row.min:.2g}", 5),
+        Column("max", 7, lambda row: f"{row.max:.2g}", 5),
+        Column("std", 7, lambda row: f"{row.std:.2g}", 5),
+        Column("histogram", 10, lambda row: spark(row.histogram, 10, blocks), 0, right=False),
+        Column("distribution", 13, distribution_word, 0, right=False),
+        Column("tail", 4, lambda row: f"{row.tail_weight:.{1 if row.tail_weight < 99 else 0}f}", 1),
+    ]
+    for bits, priority in zip(ERROR_BITS, (2, 4, 0, 3), strict=True):
+        for kind, label in LEVELS.items():
+            columns.append(_error_column(bits, kind, f"{bits} bit\n{label}", priority))
+    return columns
+
+
+def _error_column(bits: int, kind: str, header: str, priority: int) -> Column:
+    return Column(header, 5, lambda row: percent(row.error[bits][kind]), priority)
+
+
+def _totals(result: CheckpointResult, console: Console) -> Table:
+    table = plain_table(console)
+    table.add_column("all tensors", no_wrap=True)
+    table.add_column("stored", justify="right", no_wrap=True)
+    for bits in TOTAL_BITS:
+        table.add_column(f"{bits} bits", justify="right", no_wrap=True)
+    sizes = [result.bytes, *(result.bytes_at[bits] for bits in TOTAL_BITS)]
+    table.add_row(f"{count(result.parameters)} parameters", *map(size, sizes))
+    table.add_row("of stored", *(f"{100 * part / max(result.bytes, 1):.1f}%" for part in sizes))
+    return table
+
+
+def _closing_lines(result: CheckpointResult) -> list[str]:
+    rest = result.rest
+    lines = []
+    if rest["tensors"]:
+        sizes = (
+            f"{rest['tensors']} tensors, {count(rest['parameters'])} values, {size(rest['bytes'])}"
+        )
+        lines.append(
+            f"Biases, norms and counters ({sizes}) stay as stored and are counted in every size."
+        )
+    if result.tied:
+        name, first = next(iter(result.tied.items()))
+        more = f", and {len(result.tied) - 1} more" if len(result.tied) > 1 else ""
+        lines.append(f"Counted once because they share memory: {name} with {first}{more}.")
+    if result.pictures:
+        lines.append(
+            f"Pictures: {result.pictures[0]} shows them all ({len(result.pictures)} files)."
+        )
+    lines.append(f"Next: ddq finetune {result.path} --data FOLDER --target-bits 4")
+    return lines

@@ -1,0 +1,279 @@
+"""The report of a finished model and the table of a sweep, as typed records; knows no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ddqcli.artifact.sizes import tensor_bytes
+from ddqcli.formatting import natural_sort_key
+
+if TYPE_CHECKING:
+    from ddqcli.artifact.read import Artifact
+
+REPORT_VERSION = 1
+SWEEP_VERSION = 1
+
+Percent = float  # 0 to 100; the fields named `float` hide the type
+
+
+class _Record(BaseModel):
+    """The fields, in their order, are the keys of the JSON object."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def data(self) -> dict[str, Any]:
+        """Return the record as JSON-able values."""
+        return self.model_dump()
+
+
+class TensorRow(_Record):
+    """One quantized tensor."""
+
+    name: str
+    kind: str  # Conv2d, depthwise Conv2d, Linear, ...; "bias"
+    shape: tuple[int, ...]
+    bits: int | float  # the mean if the groups differ
+    levels: int  # distinct levels; the most of any group
+    bytes: int  # in the exported file
+    float_bytes: int
+    error: float  # squared error of quantization over the sum of squares
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        kind: str,
+        shape: Sequence[int],
+        bits: Sequence[int],
+        distinct_levels: Sequence[int],
+        error: float,
+        *,
+        element_size: int = 4,
+    ) -> TensorRow:
+        """Return the row of a tensor with G groups.
+
+        `bits` and `distinct_levels` are [G]; `element_size` is the bytes of a float element.
+        """
+        numel = math.prod(shape)
+        return cls(
+            name=name,
+            kind=kind,
+            shape=tuple(shape),
+            bits=bits[0] if len(set(bits)) == 1 else round(sum(bits) / len(bits), 4),
+            levels=max(distinct_levels),
+            bytes=tensor_bytes([numel // len(bits)] * len(bits), bits),
+            float_bytes=element_size * numel,
+            error=error,
+        )
+
+
+class Totals(_Record):
+    """Sizes of the whole model. Bytes are those of all tensors, without names and header."""
+
+    bytes: int
+    float_bytes: int
+    budget_bytes: int | None
+    average_bits: float  # stored bits a quantized weight, level tables included
+    quantized_bytes: int
+    kept_bytes: int  # of unquantized tensors and of inputs' level tables
+    weights: int  # number of quantized values
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[TensorRow],
+        *,
+        float_bytes: int,
+        overhead_bytes: int,
+        budget_bytes: int | None,
+    ) -> Totals:
+        """Return the totals of all quantized tensors and the `overhead_bytes` beside them."""
+        quantized_bytes = sum(row.bytes for row in rows)
+        weights = sum(math.prod(row.shape) for row in rows)
+        return cls(
+            bytes=quantized_bytes + overhead_bytes,
+            float_bytes=float_bytes,
+            budget_bytes=budget_bytes,
+            average_bits=8 * quantized_bytes / max(1, weights),
+            quantized_bytes=quantized_bytes,
+            kept_bytes=overhead_bytes,
+            weights=weights,
+        )
+
+
+class Accuracy(_Record):
+    """Accuracy on the held-out data in percent, before and after quantization."""
+
+    float: Percent
+    quantized: Percent
+    drop: Percent  # points
+
+    @classmethod
+    def of(cls, before: Percent, after: Percent) -> Accuracy:
+        return cls(float=round(before, 4), quantized=round(after, 4), drop=round(before - after, 4))
+
+
+class ActivationRow(_Record):
+    """One layer's quantized input."""
+
+    name: str  # of the layer
+    bits: int
+    levels: Literal["learned", "uniform"]
+    bytes: int  # of its level table
+
+    @classmethod
+    def of(cls, name: str, bits: int, *, learned: bool) -> ActivationRow:
+        return cls(
+            name=name,
+            bits=bits,
+            levels="learned" if learned else "uniform",
+            bytes=tensor_bytes([0], [bits]),
+        )
+
+
+class Source(_Record):
+    """The float model, and the version of ddq that quantized it."""
+
+    path: str
+    sha256: str
+    arch: str
+    ddq: str
+
+
+class RunFacts(_Record):
+    """Facts of the training."""
+
+    steps: int
+    seed: int
+
+
+class Report(_Record):
+    """The content of `ddq report`: of a run folder, or of the file exported from it."""
+
+    version: int
+    layers: tuple[TensorRow, ...]
+    totals: Totals
+    accuracy: Accuracy | None  # None if nothing was evaluated
+    activations: tuple[ActivationRow, ...]
+    kept_float: dict[str, str]  # unquantized tensor -> reason
+    source: Source
+    run: RunFacts
+    warnings: tuple[str, ...]
+
+    def embedded(self) -> dict[str, Any]:
+        """Return the part that an exported file carries, as short as it can be.
+
+        The rest follows from the file's tensors; `from_artifact` is the inverse. Paths are reduced
+        to names, and errors to three digits.
+        """
+        rows = sorted(self.layers, key=lambda row: row.name)
+        paths = {key: Path(getattr(self.source, key)).name for key in ("path", "arch")}
+        return {
+            "accuracy": self.accuracy and self.accuracy.data(),
+            "run": self.run.data(),
+            "warnings": list(self.warnings),
+            "source": {**self.source.data(), **paths},
+            "kind": [row.kind for row in rows],
+            "error": [float(f"{row.error:.3g}") for row in rows],
+            "learned": [row.name for row in self.activations if row.levels == "learned"],
+            "budget_bytes": self.totals.budget_bytes,
+            "float_bytes": self.totals.float_bytes,
+        }
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact) -> Report:
+        """Return the report of an exported file.
+
+        Raises LookupError, TypeError or ValueError if the file carries none.
+        """
+        embedded: Mapping[str, Any] = artifact.meta["report"]
+        tensors = sorted(artifact.quantized.values(), key=lambda tensor: tensor.name)
+        rows = [
+            TensorRow.of(
+                tensor.name,
+                kind,
+                tensor.shape,
+                tensor.bits,
+                [len(set(levels.tolist())) for levels in tensor.levels],
+                error,
+            )
+            for tensor, kind, error in zip(
+                tensors, embedded["kind"], embedded["error"], strict=True
+            )
+        ]
+        rows.sort(key=lambda row: natural_sort_key(row.name))
+        totals = Totals.of(
+            rows,
+            float_bytes=embedded["float_bytes"],
+            overhead_bytes=artifact.sizes.payload - sum(row.bytes for row in rows),
+            budget_bytes=embedded["budget_bytes"],
+        )
+        activations = [
+            ActivationRow.of(table.layer, table.bits, learned=table.layer in embedded["learned"])
+            for table in artifact.activations.values()
+        ]
+        return cls(
+            version=REPORT_VERSION,
+            layers=tuple(rows),
+            totals=totals,
+            activations=tuple(activations),
+            kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()},
+            **{key: embedded[key] for key in ("accuracy", "source", "run", "warnings")},
+        )
+
+
+class FloatModel(_Record):
+    """The float model beside a sweep's targets."""
+
+    bytes: int
+    accuracy: float | None  # percent
+
+
+class SweepRow(_Record):
+    """One target of a sweep."""
+
+    target: str
+    bytes: int
+    budget_bytes: int | None
+    average_bits: float
+    accuracy: float | None  # percent
+    drop: float | None  # points
+    run: str | None  # folder inside the sweep's folder; None after a dry run
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, target: str, report: Report, run: str | None) -> SweepRow:
+        accuracy = report.accuracy
+        return cls(
+            target=target,
+            bytes=report.totals.bytes,
+            budget_bytes=report.totals.budget_bytes,
+            average_bits=report.totals.average_bits,
+            accuracy=accuracy.quantized if accuracy else None,
+            drop=accuracy.drop if accuracy else None,
+            run=run,
+            warnings=report.warnings,
+        )
+
+
+class SweepTable(_Record):
+    """Size against accuracy: the float model, and a row for each target."""
+
+    version: int = SWEEP_VERSION
+    float: FloatModel
+    targets: tuple[SweepRow, ...]
+    source: Source
+
+    @classmethod
+    def of(cls, first: Report, targets: Sequence[SweepRow]) -> SweepTable:
+        """Return the table of `targets`; `first` is the report of any of them."""
+        float_model = FloatModel(
+            bytes=first.totals.float_bytes,
+            accuracy=first.accuracy.float if first.accuracy else None,
+        )
+        return cls(float=float_model, targets=tuple(targets), source=first.source)

@@ -1,0 +1,134 @@
+"""Verification of an exported model: its network rebuilt, its outputs and accuracy compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ddqcli.artifact.read import decode_model
+from ddqcli.artifact.tensors import ActivationTable
+from ddqcli.checkpoint.architecture import build_model
+from ddqcli.checkpoint.read import Checkpoint, load_checkpoint
+from ddqcli.data.load import Data, load_data
+from ddqcli.errors import UsageError, VerificationError
+from ddqcli.qat.load import fill, to_torch
+from ddqcli.runs.run import FINAL, Run
+from ddqcli.training.device import place_model, resolve_device
+from ddqcli.training.evaluate import OnProgress, evaluate, output_of, sample_differences
+
+T = TypeVar("T")
+
+# Both differences are 0 on the machine of the training and with its number of threads. Elsewhere
+# sums are rounded in another order, and a value on the edge between two levels of an input may take
+# the other one.
+OUTPUT_TOLERANCE = 1e-3  # a typical sample's difference, as a share of the outputs
+QUANTIZED_OUTPUT_TOLERANCE = 0.05  # the same with quantized inputs
+ACCURACY_TOLERANCE = 0.1  # points
+
+
+@dataclass(frozen=True)
+class BehaviorCheck:
+    """Outputs and accuracy of the network rebuilt from a file; None if not compared."""
+
+    outputs: float | None  # a typical sample's difference, as a share of the outputs; 0: same bits
+    accuracy: float | None  # on the held-out data, percent
+    expected: float | None  # accuracy in the run's report, percent
+    unchecked: tuple[str, ...] = ()  # reasons why something was not compared
+
+
+def check_behavior(path: Path, run: Run, on_progress: OnProgress | None = None) -> BehaviorCheck:
+    """Rebuild the run's network from the file and compare what it computes with the run.
+
+    Raises VerificationError if the file is damaged.
+    """
+    accuracy = run.report().accuracy
+    expected = accuracy.quantized if accuracy else None
+    try:
+        tensors, tables = decode_model(path)
+        model = rebuild_model(run, to_torch(tensors), tables, str(path))
+    except UsageError as error:
+        reason = f"outputs and accuracy were not compared: {error}"
+        return BehaviorCheck(None, None, expected, (reason,))
+    unchecked = []
+    outputs = None
+    if (probe := run.load(FINAL).get("probe")) is None:
+        unchecked.append("outputs were not compared: the run holds none")
+    else:
+        outputs = output_difference(model, probe["input"], probe["output"])
+    measured, reason = attempt(lambda: evaluate(model, load_held_out(run), on_progress=on_progress))
+    if reason:
+        unchecked.append(f"accuracy was not compared: {reason}")
+    return BehaviorCheck(outputs, measured, expected, tuple(unchecked))
+
+
+def require_same_behavior(check: BehaviorCheck, name: Path, *, quantized_inputs: bool) -> None:
+    """Raise VerificationError if outputs or accuracy differ by more than their tolerance."""
+    tolerance = QUANTIZED_OUTPUT_TOLERANCE if quantized_inputs else OUTPUT_TOLERANCE
+    if check.outputs is not None and not check.outputs <= tolerance:
+        raise VerificationError(
+            f"The outputs of the network rebuilt from {name} differ from the trained network's by "
+            f"{check.outputs:.1%}."
+        )
+    if check.accuracy is None or check.expected is None:
+        return
+    if not abs(check.accuracy - check.expected) <= ACCURACY_TOLERANCE:
+        raise VerificationError(
+            f"The network rebuilt from {name} reaches {check.accuracy:.2f} %, but the run reported "
+            f"{check.expected:.2f} %; unless the held-out data changed, it is not what was trained."
+        )
+
+
+def rebuild_model(
+    run: Run, tensors: dict[str, Tensor], tables: dict[str, ActivationTable], source: str
+) -> nn.Module:
+    """Return the run's network with these tensors, in eval mode on the device of its recipe.
+
+    Raises UsageError, which calls the tensors `source`, if the network cannot be built.
+    """
+    recipe = run.recipe()
+    if recipe.model.pickle and recipe.model.arch is None:  # the code is in the pickle alone
+        checkpoint = load_checkpoint(Path(recipe.model.checkpoint or ""), pickle=True)
+    else:
+        checkpoint = Checkpoint(Path(source), "", tensors, "")
+    named = checkpoint.module or recipe.model.arch
+    arch = recipe.model.arch if named else run.report().source.arch
+    model = build_model(checkpoint, arch, recipe.model.kwargs).model
+    fill(model, tensors, tables, source)
+    return place_model(model, _device(run)).eval()
+
+
+def load_held_out(run: Run) -> Data:
+    """Load the data of the run. Raises UsageError or DataError if they are gone."""
+    recipe = run.recipe()
+    return load_data(recipe.data, seed=recipe.train.seed, device=_device(run))
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+    """Return the result and "", or None and the reason if it cannot be had."""
+    try:
+        return work(), ""
+    except (UsageError, OSError) as error:
+        return None, str(error)
+
+
+@torch.no_grad()
+def output_difference(model: nn.Module, x: Tensor, expected: Tensor) -> float:
+    """Return the median over samples of `sample_differences`, so that single edges do not count.
+
+    Infinite if the output is no tensor of the expected shape.
+    """
+    output = output_of(model(x.to(next(model.parameters()).device)))
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return float("inf")
+    return float(sample_differences(output.cpu(), expected).median())
+
+
+def _device(run: Run) -> torch.device:
+    """Return the device of the training if this machine has it, else the CPU."""
+    device, _ = attempt(lambda: resolve_device(run.recipe().train.device))
+    return device or torch.device("cpu")

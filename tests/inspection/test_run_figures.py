@@ -1,0 +1,95 @@
+"""Figures of a run over time: what is drawn of metrics and snapshots, and damaged ones refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from made_run import make_run
+from matplotlib.figure import Figure
+
+from ddqcli import plots
+from ddqcli.errors import DDQError
+from ddqcli.inspection.run_figures import FigureGroup, draw_run
+from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.run import Run
+
+FIGURES = (
+    "bits_over_time_figure",
+    "loss_over_time_figure",
+    "error_over_time_figure",
+    "levels_over_time_figure",
+)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+    """Collect the arguments of each figure in place of drawing it."""
+    arguments: dict[str, tuple[Any, ...]] = {}
+
+    def collect(name: str, *args: Any) -> Figure:
+        arguments[name] = args
+        return Figure()
+
+    for name in FIGURES:
+        monkeypatch.setattr(plots, name, lambda *args, name=name: collect(name, *args))
+    return arguments
+
+
+def draw(run: Run) -> list[FigureGroup]:
+    return draw_run(run, [row for row in run.report().layers if row.kind != "bias"])
+
+
+@pytest.mark.parametrize(("entries", "each"), [(4000, 10), (585, 2), (400, 1)])
+def test_long_runs_are_thinned_to_what_a_picture_can_show(
+    tmp_path: Path, drawn: dict[str, tuple[Any, ...]], entries: int, each: int
+) -> None:
+    run = make_run(tmp_path / "run", 1)
+    line = next(entry for entry in run.metrics() if "loss" in entry)
+    lines = ({**line, "step": 10 * k, "loss": float(k)} for k in range(1, entries + 1))
+    (run.path / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in lines))
+    draw(run)
+    steps, loss = drawn["loss_over_time_figure"][:2]
+    means = [fmean(range(k + 1, min(k + each, entries) + 1)) for k in range(0, entries, each)]
+    assert loss == pytest.approx(means)  # as smooth at the end as at the start
+    assert steps == pytest.approx([10 * mean for mean in means])
+    bit_steps = drawn["bits_over_time_figure"][0]
+    assert (bit_steps[0], bit_steps[-1], len(bit_steps)) == (10, 10 * entries, 400)
+
+
+@pytest.mark.parametrize(("count", "target"), [("bytes", 3.0), ("eqn6", None)])
+def test_a_target_is_drawn_if_it_counts_stored_bits(
+    tmp_path: Path,
+    drawn: dict[str, tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    count: str,
+    target: float | None,
+) -> None:
+    recipe = Recipe.model_validate({"budget": {"target_bits": 3, "count": count}})
+    monkeypatch.setattr(Run, "recipe", lambda self: recipe)
+    draw(make_run(tmp_path / "run"))
+    assert drawn["bits_over_time_figure"][-1] == target
+
+
+@pytest.mark.usefixtures("drawn")
+def test_levels_by_channel_are_not_drawn(tmp_path: Path) -> None:
+    titles = [group.title for group in draw(make_run(tmp_path / "run", axis=0))]
+    assert titles == ["Bits over time", "Loss", "Quantization error over time"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        '{"step": 10, "loss": 1}',
+        '{"step": 10, "levels": {}, "error": {}}',
+        '{"step": 1, "levels": 2}',
+    ],
+)
+def test_metrics_that_lack_something_are_refused(tmp_path: Path, fault: str) -> None:
+    run = make_run(tmp_path / "run", 1)
+    (run.path / "metrics.jsonl").write_text(fault + "\n")
+    with pytest.raises(DDQError, match=r"metrics\.jsonl is damaged"):
+        draw(run)

@@ -1,0 +1,86 @@
+"""The typed report: what is written is read, and what a file embeds gives the report again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from made_run import export_made, make_report, make_run
+from pydantic import ValidationError
+
+from ddqcli.artifact.read import read_artifact
+from ddqcli.runs.report import Accuracy, ActivationRow, Report, SweepRow, SweepTable, TensorRow
+
+KEYS = (
+    *("version", "layers", "totals", "accuracy", "activations", "kept_float", "source", "run"),
+    "warnings",
+)
+
+
+def test_a_report_is_the_same_after_json() -> None:
+    report = make_report()
+    assert tuple(report.data()) == KEYS
+    assert Report.model_validate(json.loads(json.dumps(report.data()))) == report
+
+
+def test_integers_stay_integers_and_floats_floats() -> None:
+    same = TensorRow.of("a", "Linear", (4, 2), [3, 3], [8, 8], 0.0)
+    mixed = TensorRow.of("a", "Linear", (4, 2), [3, 4], [8, 16], 0.0)
+    even = TensorRow.of("a", "Linear", (4, 2), [3, 5], [8, 16], 0.0)
+    for row, bits in ((same, "3"), (mixed, "3.5"), (even, "4.0")):
+        again = TensorRow.model_validate(json.loads(json.dumps(row.data())))
+        assert json.dumps(row.bits) == json.dumps(again.bits) == bits
+
+
+def test_a_row_counts_bytes_by_group() -> None:
+    row = TensorRow.of("a", "Linear", (4, 3), [3, 8, 1, 2], [7, 256, 2, 4], 0.5, element_size=8)
+    assert row.bytes == (3 * (3 + 8 + 1 + 2) + 7) // 8 + (8 + 2 + 4) + 4 * 6
+    assert (row.levels, row.float_bytes, row.bits) == (256, 12 * 8, 3.5)
+    assert ActivationRow.of("a", 4, learned=True).bytes == 16 + 6
+
+
+def test_a_missing_or_unknown_key_is_refused() -> None:
+    data = make_report().data()
+    for changed in ({**data, "more": 1}, {k: v for k, v in data.items() if k != "run"}):
+        with pytest.raises(ValidationError):
+            Report.model_validate(changed)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_an_exported_file_gives_the_report_of_its_run(tmp_path: Path, axis: int | None) -> None:
+    run = make_run(tmp_path / "run", 3, axis=axis)
+    report = run.report()
+    again = Report.from_artifact(read_artifact(export_made(run, tmp_path / "model.safetensors")))
+    assert again.layers == report.layers
+    assert again.source == report.source.model_copy(update={"path": "net.pt"})
+    assert again.kept_float == {"bn.weight": "stored as float32"}
+    same = ("accuracy", "run", "warnings", "activations")
+    assert [getattr(again, key) for key in same] == [getattr(report, key) for key in same]
+    average = again.totals.average_bits
+    assert average == pytest.approx(report.totals.average_bits, abs=1e-4)
+    assert again.totals.model_copy(update={"average_bits": 0.0}) == report.totals.model_copy(
+        update={"average_bits": 0.0}
+    )
+    assert again.embedded() == report.embedded()
+
+
+def test_accuracies_are_rounded_to_four_digits() -> None:
+    assert Accuracy.of(91.00004, 90.123456).data() == {
+        "float": 91.0,
+        "quantized": 90.1235,
+        "drop": 0.8766,
+    }
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_sweep_takes_its_rows_from_reports(measured: bool) -> None:
+    report = make_report()
+    if not measured:
+        report = report.model_copy(update={"accuracy": None})
+    row = SweepRow.of("4 bits", report, "4-bits" if measured else None)
+    table = SweepTable.of(report, [row])
+    assert SweepTable.model_validate(json.loads(json.dumps(table.data()))) == table
+    assert row.bytes == report.totals.bytes
+    assert (row.accuracy, row.drop) == ((91.25, 1.25) if measured else (None, None))
+    assert table.float.accuracy == (92.5 if measured else None)
