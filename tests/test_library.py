@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ddqcli
-from ddqcli.artifact.format import read_artifact
+from ddqcli.artifact.read import read_artifact
 from ddqcli.errors import BudgetError, UsageError, VerificationError
 from ddqcli.qat.model import QuantizedModel
 

@@ -24,8 +24,8 @@ from ddqcli.qat.frozen import freeze
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
 from ddqcli.runs.report import Report, RunFacts, Source
+from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
 from ddqcli.training import distributed
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
 from ddqcli.training.device import place_model, resolve_device

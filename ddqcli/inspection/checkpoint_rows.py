@@ -198,5 +198,5 @@ def _row(tensor: CheckpointTensor, kind: str, path: Path) -> CheckpointRow:
 
 def _channel_ranges(tensor: CheckpointTensor) -> tuple[tuple[float, ...], ...]:
     """Return five-number summaries [C, 5]. Depthwise tensors are small enough to be read whole."""
-    values = np.concatenate(list(tensor.pieces())).reshape(tensor.shape[0], -1)
+    values = np.concatenate(list(tensor.chunks())).reshape(tensor.shape[0], -1)
     return tuple(map(tuple, np.quantile(values, [0, 0.25, 0.5, 0.75, 1], axis=1).T.tolist()))

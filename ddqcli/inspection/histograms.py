@@ -1,4 +1,4 @@
-"""Histograms of stored tensors, read piece by piece, and the error of levels fitted to them."""
+"""Histograms of stored tensors, read chunk by chunk, and the error of levels fitted to them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SHOWN_BINS = 128
 def histogram_of(tensor: CheckpointTensor, path: Path) -> Histogram:
     """Return a tensor's histogram in BINS bins. Raises CheckpointError for NaN and infinity.
 
-    The pieces are read twice, first for their range. `path` is named in errors.
+    The chunks are read twice, first for their range. `path` is named in errors.
     """
     low, high = value_range(tensor, path)
-    parts = (Histogram.of(piece, BINS, low, high) for piece in tensor.pieces())
+    parts = (Histogram.of(chunk, BINS, low, high) for chunk in tensor.chunks())
     whole = next(parts)
     for part in parts:
         whole = whole + part
@@ -32,8 +32,8 @@ def histogram_of(tensor: CheckpointTensor, path: Path) -> Histogram:
 def value_range(tensor: CheckpointTensor, path: Path) -> tuple[float, float]:
     """Return the smallest and the largest value. Raises CheckpointError for NaN and infinity."""
     low, high = np.inf, -np.inf
-    for piece in tensor.pieces():
-        bounds = float(piece.min()), float(piece.max())
+    for chunk in tensor.chunks():
+        bounds = float(chunk.min()), float(chunk.max())
         if not np.isfinite(bounds).all():  # NaN anywhere makes both bounds NaN
             raise CheckpointError(
                 f"{path}: {tensor.name} holds NaN or infinite values; the training that saved it "

@@ -16,7 +16,7 @@ import numpy as np
 from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.checkpoint.tensors import CheckpointTensor, tensors_at
-from ddqcli.checkpoint.torch_zip import contents, read_tensor
+from ddqcli.checkpoint.torch_zip import load_structure, read_tensor
 from ddqcli.errors import DDQError
 from ddqcli.inspection.checkpoint_rows import VERSION, Progress
 from ddqcli.inspection.distribution import shape_of
@@ -118,7 +118,7 @@ def run_tensors(run: Run) -> Iterator[tuple[QuantizedTensor, CheckpointTensor]]:
     Raises UsageError if final.pt is missing, DDQError if it is damaged.
     """
     file = run.path / FINAL
-    state = contents(file)
+    state = load_structure(file)
     try:
         weights = {tensor.name: tensor for tensor in tensors_at(file, state["weights"])}
         for entry in state["quantized"]:

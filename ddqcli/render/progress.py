@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from ddqcli.render.console import err
 
 if TYPE_CHECKING:
-    from ddqcli.training.trainer import StepMetrics
+    from ddqcli.training.metrics import StepMetrics
 
 HEARTBEAT_SECONDS = 10.0
 

@@ -17,8 +17,8 @@ from ddqcli.runs import folder
 from ddqcli.runs import metrics as metrics_file
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.names import FINAL, LAST, METRICS, RECIPE, REPORT, SWEEP, SWEEP_RECIPE
-from ddqcli.runs.state import check_resumable, load_torch, save_torch
 from ddqcli.runs.report import Report
+from ddqcli.runs.state import check_resumable, load_torch, save_torch
 
 __all__ = ["FINAL", "LAST", "METRICS", "RECIPE", "REPORT", "ReadOnlyRun", "Run"]
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from run_files import Metrics, names
 from made_run import make_report
+from run_files import Metrics, names
 
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe.file import load_recipes
