@@ -13,7 +13,7 @@ import torch
 from ddqcli.artifact.write import encode_artifact
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.report import Report
+from ddqcli.runs.report import Course, Report
 from ddqcli.runs.run import Run
 
 SCALE, ZERO = 1 / 128, 100  # of every tensor; the scale has few bits, as a file wants it
@@ -73,6 +73,7 @@ def make_report(rows: list[dict[str, Any]] | None = None) -> Report:
             "layers": rows,
             "totals": totals,
             "accuracy": {"float": 92.5, "quantized": 91.25, "drop": 1.25},
+            "course": make_course().data(),
             "activations": [],
             "kept_float": {"bn.weight": "no layer's weight"},
             "source": source,
@@ -80,6 +81,18 @@ def make_report(rows: list[dict[str, Any]] | None = None) -> Report:
             "warnings": ["levels that no weight takes"],
         }
     )
+
+
+def make_course(**changes: Any) -> Course:
+    """Return the course of a run that training improved, with `changes` to its fields."""
+    accuracies = {"float": 92.5, "quantized": 85.0, "compensated": 90.5, "trained": 91.25}
+    course = {
+        "stages": [{"name": name, "accuracy": value} for name, value in accuracies.items()],
+        "delivered": "trained",
+        "looks": 6,
+        "best_step": 80,
+    }
+    return Course.model_validate(course | changes)
 
 
 def weights_of(run: Run) -> dict[str, np.ndarray]:
@@ -160,7 +173,7 @@ def _row(entry: dict[str, Any], k: int) -> dict[str, Any]:
 
 
 def _lines(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return metrics every 10 steps, bits falling from 8 to the last, and snapshots every 20.
+    """Return metrics every 10 steps, bits falling from 8 to the last; snapshots, looks every 20.
 
     The snapshots show no levels of layers 1 and 2 before step 40, as if they had 8 bits.
     """
@@ -190,4 +203,6 @@ def _lines(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 for k, e in enumerate(entries)
             }
             lines.append({"step": step, "error": errors, "levels": levels})
+            held_out = {"held_out_loss": 1.2 / (step + 10), "held_out_accuracy": 5 + step / 3}
+            lines.append({"step": step, **held_out})
     return lines

@@ -22,7 +22,7 @@ def write_report_page(source: Path, report: Report, path: Path) -> Path:
     page = path if path.suffix in {".html", ".htm"} and not path.is_dir() else path / PAGE
     weights = [row for row in report.layers if row.kind != "bias"]
     if source.is_dir():
-        groups = [draw_bits(weights), *draw_run(Run.open(source), weights)]
+        groups = [draw_bits(weights), *draw_run(Run.open(source), weights, report.course)]
     else:
         groups = [draw_bits(weights, "name")]
     sections = [_result(source, report), *map(_figures, groups), _layers(report)]
@@ -36,7 +36,7 @@ def _figures(group: FigureGroup) -> html.Section:
 
 
 def _result(source: Path, report: Report) -> html.Section:
-    totals, accuracy = report.totals, report.accuracy
+    totals, accuracy, course = report.totals, report.accuracy, report.course
     rows = [
         ["bytes", f"{totals.float_bytes:,}", f"{totals.bytes:,}"],
         ["not quantized", "", f"{totals.kept_bytes:,}"],
@@ -53,8 +53,11 @@ def _result(source: Path, report: Report) -> html.Section:
     if report.activations:
         bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
         text.append(f"Inputs of {len(report.activations)} layers are quantized to {bits} bits.")
+    if course:
+        stages = " → ".join(f"{stage.name} {stage.accuracy:.2f} %" for stage in course.stages)
+        text += [f"Accuracy: {stages}.", f"Delivered: {course.outcome(report.run.steps)}."]
     text += [f"Warning: {warning}." for warning in report.warnings]
-    return html.Section("Result", text, html.Table(["", "float", "quantized"], rows))
+    return html.Section("Result", text, html.Table(["", "float", "delivered"], rows))
 
 
 def _layers(report: Report) -> html.Section:

@@ -13,7 +13,7 @@ from ddqcli import plots
 from ddqcli.errors import DDQError
 from ddqcli.inspection.histograms import SHOWN_BINS, histogram_of, shown_counts
 from ddqcli.inspection.trained_rows import run_tensors, short_kind
-from ddqcli.runs.report import TensorRow
+from ddqcli.runs.report import Course, TensorRow
 from ddqcli.runs.run import METRICS, Run
 
 MAX_POINTS = 400  # along the step axis
@@ -40,14 +40,19 @@ def draw_bits(rows: Sequence[TensorRow], order: str = "network") -> FigureGroup:
     return FigureGroup("Bits by layer", text, {"bits-by-layer": figure})
 
 
-def draw_run(run: Run, rows: Sequence[TensorRow]) -> list[FigureGroup]:
-    """Draw the metrics of a run over its steps, for the weights `rows` of its report.
+def draw_run(
+    run: Run, rows: Sequence[TensorRow], course: Course | None = None
+) -> list[FigureGroup]:
+    """Draw the metrics of a run over its steps, for the weights `rows` and `course` of its report.
 
     A run without steps has no figures. Raises DDQError for a damaged run.
     """
     try:
         metrics, snapshots = run.metrics(), run.snapshots()
-        groups = _draw_metrics(run, metrics, [row.name for row in rows]) if metrics else []
+        groups = []
+        if metrics:
+            groups += [_draw_bits_over_time(run, metrics, [row.name for row in rows])]
+            groups += [_draw_loss(metrics, run.looks(), course)]
         return groups + (_draw_snapshots(run, snapshots, rows) if snapshots else [])
     except (LookupError, TypeError, ValueError) as error:
         raise DDQError(
@@ -55,34 +60,41 @@ def draw_run(run: Run, rows: Sequence[TensorRow]) -> list[FigureGroup]:
         ) from error
 
 
-def _draw_metrics(
+def _draw_bits_over_time(
     run: Run, metrics: Sequence[dict[str, Any]], names: Sequence[str]
-) -> list[FigureGroup]:
-    """Draw bits and loss over time."""
+) -> FigureGroup:
     budget = run.recipe().budget
     target = budget.target_bits if budget.count == "bytes" else None  # the unit of the figure
     places = np.unique(np.linspace(0, len(metrics) - 1, MAX_POINTS).round().astype(int))
     shown = [metrics[k] for k in places]
     bits = np.array([[entry["bits"][name] for name in names] for entry in shown], float)
-    bits_figure = plots.bits_over_time_figure(
+    figure = plots.bits_over_time_figure(
         [entry["step"] for entry in shown],
         names,
         bits,
         [entry["average_bits"] for entry in shown],
         target,
     )
-    steps, loss, accuracy = (
-        _thinned([entry[key] for entry in metrics]) for key in ("step", "loss", "train_accuracy")
-    )
-    loss_figure = plots.loss_over_time_figure(steps, loss, accuracy)
     text = (
         "Above: stored bits a weight, with levels, scales and gates. Below: bits of each weight's "
         "index."
     )
-    return [
-        FigureGroup("Bits over time", text, {"bits-over-time": bits_figure}),
-        FigureGroup("Loss", "", {"loss": loss_figure}),
-    ]
+    return FigureGroup("Bits over time", text, {"bits-over-time": figure})
+
+
+def _draw_loss(
+    metrics: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]], course: Course | None
+) -> FigureGroup:
+    """Draw loss and accuracy over time, on training batches and on held-out training samples."""
+    steps, loss, accuracy = (
+        _thinned([entry[key] for entry in metrics]) for key in ("step", "loss", "train_accuracy")
+    )
+    held_out = [(e["step"], e["held_out_loss"], e["held_out_accuracy"]) for e in looks]
+    figure = plots.loss_over_time_figure(
+        steps, loss, accuracy, held_out, course.best_step if course else None
+    )
+    text = "Held-out samples are training samples that no step has used." if looks else ""
+    return FigureGroup("Loss", text, {"loss": figure})
 
 
 def _draw_snapshots(

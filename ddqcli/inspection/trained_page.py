@@ -50,7 +50,7 @@ def _figure_groups(result: TrainedResult) -> list[FigureGroup]:
     names = {row.name for row in result.layers}
     rows = [row for row in result.report.layers if row.name in names]
     if result.what == "run":
-        return [draw_bits(rows), *draw_run(Run.open(result.path), rows)]
+        return [draw_bits(rows), *draw_run(Run.open(result.path), rows, result.report.course)]
     return [draw_bits(rows, "name")]
 
 

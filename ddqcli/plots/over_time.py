@@ -102,23 +102,41 @@ def levels_over_time_figure(
 
 
 def loss_over_time_figure(
-    steps: Sequence[float], loss: Sequence[float], accuracy: Sequence[float]
+    steps: Sequence[float],
+    loss: Sequence[float],
+    accuracy: Sequence[float],
+    looks: Sequence[tuple[float, float, float]] = (),
+    delivered_step: float | None = None,
 ) -> Figure:
-    """Draw the training loss above the accuracy on training batches (percent), by step."""
+    """Draw the loss above the accuracy in percent, by step.
+
+    Lines are of training batches. Points are of `looks` at held-out samples: step, loss, accuracy.
+    A vertical line marks `delivered_step`.
+    """
     with settings():
         figure = new_figure(6.4, 3.9)
         top = add_axes(figure, 0.75, 1.95, 5.45, 1.5)
-        top.plot(steps, loss, color=BLUE, lw=1.2)
+        axes = add_axes(figure, 0.75, 0.55, 5.45, 1.15, sharex=top)
+        look_steps, *look_values = zip(*looks, strict=True) if looks else ((), (), ())
+        for each, training, held_out in zip(
+            (top, axes), (loss, accuracy), look_values, strict=True
+        ):
+            each.plot(steps, training, color=BLUE, lw=1.2, label="training batches")
+            if looks:
+                each.plot(
+                    look_steps, held_out, "o", color=VERMILLION, ms=4, label="held-out samples"
+                )
+            if delivered_step is not None:
+                label = f"delivered: {f'step {delivered_step:,}' if delivered_step else 'start'}"
+                each.axvline(delivered_step, color=INK, lw=0.9, ls=":", label=label)
+            each.grid()
+            each.yaxis.set_major_locator(MaxNLocator(5))
         top.set_ylabel("loss")
         top.set_ylim(bottom=0)
         top.tick_params(labelbottom=False)
-        axes = add_axes(figure, 0.75, 0.55, 5.45, 1.15, sharex=top)
-        axes.plot(steps, accuracy, color=VERMILLION, lw=1.2)
-        axes.set_ylabel("training\naccuracy, %")
-        axes.set_ylim(max(0, min(accuracy) - 2), 100.5)
+        top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.3)
+        axes.set_ylabel("accuracy, %")
+        axes.set_ylim(max(0, min([*accuracy, *look_values[1]]) - 2), 100.5)
         axes.set_xlabel("step")
-        for each in (top, axes):
-            each.grid()
-            each.yaxis.set_major_locator(MaxNLocator(5))
         add_title(figure, "Loss over time")
     return figure

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from ddqcli.render.console import err
 
 if TYPE_CHECKING:
-    from ddqcli.training.metrics import StepMetrics
+    from ddqcli.training.metrics import Look, StepMetrics
 
 HEARTBEAT_SECONDS = 10.0
 
@@ -24,6 +24,7 @@ class ProgressReporter:
         self.quiet = quiet
         self.bar = _ProgressBar() if sys.stderr.isatty() and not quiet else None
         self.last_heartbeat = time.monotonic()
+        self.last_look: Look | None = None
 
     def __enter__(self) -> ProgressReporter:
         if self.bar:
@@ -51,8 +52,10 @@ class ProgressReporter:
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a training step, on the bar or as a heartbeat line; the last step always."""
+        look = self.last_look
+        held_out = f"held-out {look.held_out_accuracy:.1f} %, " if look else ""
         detail = (
-            f"loss {metrics.loss:.3f}, {metrics.train_accuracy:.1f} %, "
+            f"loss {metrics.loss:.3f}, {metrics.train_accuracy:.1f} %, {held_out}"
             f"{metrics.average_bits:.2f} bits"
         )
         now = time.monotonic()
@@ -62,6 +65,10 @@ class ProgressReporter:
             self.last_heartbeat = now
             left = _clock(metrics.remaining)
             self.note(f"train {metrics.step}/{metrics.steps}: {detail}, {left} left")
+
+    def look(self, look: Look) -> None:
+        """Show the look's accuracy beside the training steps that follow."""
+        self.last_look = look
 
 
 class _ProgressBar(Progress):

@@ -68,7 +68,10 @@ def total_lines(report: Report) -> list[str]:
     if report.activations:
         bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
         lines.append(f"inputs     {len(report.activations)} layers' inputs at {bits} bits")
-    if accuracy:
+    if course := report.course:
+        stages = " -> ".join(f"{stage.name} {stage.accuracy:.2f}%" for stage in course.stages)
+        lines += [f"accuracy   {stages}", f"delivered  {course.outcome(report.run.steps)}"]
+    elif accuracy:
         lines.append(
             f"accuracy   {accuracy.float:.2f}% float -> {accuracy.quantized:.2f}% quantized "
             f"({0 - accuracy.drop:+.2f} points)"

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, either the metrics of a step or a snapshot of tensors.
+"""metrics.jsonl: one JSON object a line: metrics of a step, a snapshot of tensors, or a look.
 
 The last line may be cut short, by a process that was killed while it wrote.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ddqcli.runs.files import disk_errors, write_atomic
+
+Kind = Literal["step", "snapshot", "look"]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -26,9 +28,11 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def is_snapshot(entry: dict[str, Any]) -> bool:
-    """True for a snapshot of tensors, False for the metrics of a step."""
-    return "levels" in entry
+def kind_of(entry: dict[str, Any]) -> Kind:
+    """Return the kind of a line, by a key that no other kind has."""
+    if "levels" in entry:
+        return "snapshot"
+    return "look" if "held_out_loss" in entry else "step"
 
 
 def truncate(path: Path, step: int) -> None:

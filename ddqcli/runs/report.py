@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from ddqcli.artifact.sizes import tensor_bytes
 from ddqcli.formatting import natural_sort_key
@@ -118,6 +118,51 @@ class Accuracy(_Record):
         return cls(float=round(before, 4), quantized=round(after, 4), drop=round(before - after, 4))
 
 
+class Stage(_Record):
+    """Accuracy on the evaluation data at one stage of a run."""
+
+    name: Literal["float", "quantized", "compensated", "trained"]
+    accuracy: Percent
+
+
+class Course(_Record):
+    """The stages of a run, and which state it delivers."""
+
+    stages: tuple[Stage, ...]  # in order, without those that the run did not keep or reach
+    delivered: Literal["quantized", "compensated", "trained"]
+    looks: int  # evaluations on held-out training samples
+    best_step: int  # of the delivered state; 0: before training
+
+    @model_validator(mode="after")
+    def _require_stages(self) -> Course:
+        if not {"float", self.delivered} <= self._accuracies.keys():
+            raise ValueError("the float model or the delivered state is not among the stages")
+        return self
+
+    @property
+    def start(self) -> Percent:
+        """Accuracy of the last stage before training."""
+        return [stage.accuracy for stage in self.stages if stage.name != "trained"][-1]
+
+    def outcome(self, steps: int) -> str:
+        """Say in one line which state is delivered, after training of `steps` steps."""
+        points = self._accuracies[self.delivered] - self._accuracies["float"]
+        distance = f"({points:+.2f} points from float)"
+        if self.delivered == "trained":
+            best = f"best of {self.looks} looks: " if self.looks > 1 else ""
+            return f"trained, {best}step {self.best_step:,} {distance}"
+        if not steps:
+            return f"{self.delivered} start, not trained {distance}"
+        return (
+            f"{self.delivered} start {distance}; training did not improve it "
+            "(too little data, or a train.lr that does not fit)"
+        )
+
+    @property
+    def _accuracies(self) -> dict[str, Percent]:
+        return {stage.name: stage.accuracy for stage in self.stages}
+
+
 class ActivationRow(_Record):
     """One layer's quantized input."""
 
@@ -159,6 +204,7 @@ class Report(_Record):
     layers: tuple[TensorRow, ...]
     totals: Totals
     accuracy: Accuracy | None  # None if nothing was evaluated
+    course: Course | None = None  # None after a dry run, and in reports of older versions
     activations: tuple[ActivationRow, ...]
     kept_float: dict[str, str]  # unquantized tensor -> reason
     source: Source
@@ -175,6 +221,7 @@ class Report(_Record):
         paths = {key: Path(getattr(self.source, key)).name for key in ("path", "arch")}
         return {
             "accuracy": self.accuracy and self.accuracy.data(),
+            "course": self.course and self.course.data(),
             "run": self.run.data(),
             "warnings": list(self.warnings),
             "source": {**self.source.data(), **paths},
@@ -223,6 +270,7 @@ class Report(_Record):
             totals=totals,
             activations=tuple(activations),
             kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()},
+            course=embedded.get("course"),
             **{key: embedded[key] for key in ("accuracy", "source", "run", "warnings")},
         )
 
@@ -242,6 +290,7 @@ class SweepRow(_Record):
     budget_bytes: int | None
     average_bits: float
     accuracy: float | None  # percent
+    start: float | None  # percent, of the last stage before training
     drop: float | None  # points
     run: str | None  # folder inside the sweep's folder; None after a dry run
     warnings: tuple[str, ...]
@@ -255,6 +304,7 @@ class SweepRow(_Record):
             budget_bytes=report.totals.budget_bytes,
             average_bits=report.totals.average_bits,
             accuracy=accuracy.quantized if accuracy else None,
+            start=report.course.start if report.course else None,
             drop=accuracy.drop if accuracy else None,
             run=run,
             warnings=report.warnings,

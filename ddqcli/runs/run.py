@@ -107,22 +107,31 @@ class Run:
     # ---- metrics
 
     def append_metrics(self, metrics: Any) -> None:
-        """Append a dataclass with a `step` to metrics.jsonl: StepMetrics or Snapshot."""
+        """Append a dataclass with a `step` to metrics.jsonl: StepMetrics, Snapshot or Look."""
         metrics_file.append_line(self.path / METRICS, asdict(metrics))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics of the training steps, with the keys of StepMetrics."""
-        entries = metrics_file.read_lines(self.path / METRICS)
-        return [entry for entry in entries if not metrics_file.is_snapshot(entry)]
+        return self._lines("step")
 
     def snapshots(self) -> list[dict[str, Any]]:
         """Return the snapshots, with the keys of Snapshot; for each step the last one written."""
-        entries = metrics_file.read_lines(self.path / METRICS)
-        return list({e["step"]: e for e in entries if metrics_file.is_snapshot(e)}.values())
+        return _last_of_each_step(self._lines("snapshot"))
+
+    def looks(self) -> list[dict[str, Any]]:
+        """Return the evaluations on held-out training samples, with the keys of Look.
+
+        For each step the last one written.
+        """
+        return _last_of_each_step(self._lines("look"))
 
     def truncate_metrics(self, step: int) -> None:
         """Remove the metrics of steps after `step`, which a resumed run writes again."""
         metrics_file.truncate(self.path / METRICS, step)
+
+    def _lines(self, kind: metrics_file.Kind) -> list[dict[str, Any]]:
+        entries = metrics_file.read_lines(self.path / METRICS)
+        return [entry for entry in entries if metrics_file.kind_of(entry) == kind]
 
     # ---- training state and final model
 
@@ -209,6 +218,10 @@ class ReadOnlyRun(Run):
 
     def _write(self, name: str, content: bytes) -> None:
         pass
+
+
+def _last_of_each_step(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({entry["step"]: entry for entry in entries}.values())
 
 
 def _checksum(report: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ddqcli.training import distributed
-from ddqcli.training.metrics import StepMetrics
+from ddqcli.training.metrics import Look, StepMetrics
 
 
 class Listener(Protocol):
@@ -20,6 +20,9 @@ class Listener(Protocol):
     def step(self, metrics: StepMetrics) -> None:
         """Receive the metrics of the latest training steps."""
 
+    def look(self, look: Look) -> None:
+        """Receive an evaluation on the held-out training samples."""
+
 
 class SilentListener:
     """Listener that ignores everything."""
@@ -31,6 +34,9 @@ class SilentListener:
         pass
 
     def step(self, metrics: StepMetrics) -> None:
+        pass
+
+    def look(self, look: Look) -> None:
         pass
 
 

@@ -39,6 +39,23 @@ class StepMetrics:
         return self.seconds / max(1, self.step) * (self.steps - self.step)
 
 
+@dataclass(frozen=True)
+class Look:
+    """One line of metrics.jsonl: a run's state on the held-out training samples.
+
+    Its `held_out_loss` tells it from the lines of StepMetrics.
+
+    Attributes:
+        step: steps done; 0 before training.
+        held_out_loss: mean over the samples.
+        held_out_accuracy: percent.
+    """
+
+    step: int
+    held_out_loss: float
+    held_out_accuracy: float
+
+
 @dataclass
 class StepMeans:
     """Means over the steps since the last report."""

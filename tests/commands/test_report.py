@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from made_run import make_report
+from made_run import make_course, make_report
 from tiny_project import ddq
 
 from ddqcli.commands.report import Limits
@@ -78,6 +78,22 @@ def test_warnings_are_shown_in_every_format(finished: Path) -> None:
     assert ddq("report", "--json").data["warnings"] == ["it went [wrong]"]
     assert ddq("export", "-o", "x.safetensors").code == 0
     assert ddq("report", "x.safetensors", "--json").data["warnings"] == ["it went [wrong]"]
+
+
+def test_the_course_is_shown_in_every_format(finished: Path) -> None:
+    run = Run(Path(RUN))
+    run.write_report(run.report().model_copy(update={"course": make_course()}))
+    lines = [
+        "accuracy   float 92.50% -> quantized 85.00% -> compensated 90.50% -> trained 91.25%",
+        "delivered  trained, best of 6 looks: step 80 (-1.25 points from float)",
+    ]
+    text, markdown = ddq("report").out.splitlines(), ddq("report", "--md").out
+    start = text.index(lines[0])
+    assert text[start : start + 2] == lines
+    assert sum(line.startswith("accuracy ") for line in text) == 1
+    for line in lines:
+        assert line.split(maxsplit=1)[1] in markdown
+    assert ddq("report", "--json").data["course"]["delivered"] == "trained"
 
 
 # ---- limits

@@ -25,6 +25,7 @@ def test_json_keys_are_these(reports: list[dict]) -> None:
                 "layers",
                 "totals",
                 "accuracy",
+                "course",
                 "activations",
                 "kept_float",
                 "source",

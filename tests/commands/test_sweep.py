@@ -224,6 +224,7 @@ def test_its_json_keys_are_these(swept: Path) -> None:
             "budget_bytes",
             "average_bits",
             "accuracy",
+            "start",
             "drop",
             "run",
             "warnings",

@@ -104,6 +104,8 @@ def test_the_page_of_a_run_has_all_sections_and_the_reports_numbers(run: Run, pa
     text = " ".join(page.found["p"])
     assert "some/net.pt (net.py:build), 100 steps, seed 0" in text
     assert f"Budget: {totals.budget_bytes:,} bytes" in text
+    assert "float 92.50 % → quantized 85.00 % → compensated 90.50 % → trained 91.25 %." in text
+    assert "Delivered: trained, best of 6 looks: step 80 (-1.25 points from float)." in text
     assert "Warning: levels that no weight takes." in text
 
 

@@ -40,7 +40,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
 
 
 def draw(run: Run) -> list[FigureGroup]:
-    return draw_run(run, [row for row in run.report().layers if row.kind != "bias"])
+    report = run.report()
+    return draw_run(run, [row for row in report.layers if row.kind != "bias"], report.course)
 
 
 @pytest.mark.parametrize(("entries", "each"), [(4000, 10), (585, 2), (400, 1)])
@@ -58,6 +59,17 @@ def test_long_runs_are_thinned_to_what_a_picture_can_show(
     assert steps == pytest.approx([10 * mean for mean in means])
     bit_steps = drawn["bits_over_time_figure"][0]
     assert (bit_steps[0], bit_steps[-1], len(bit_steps)) == (10, 10 * entries, 400)
+
+
+def test_looks_and_the_delivered_step_are_drawn_over_the_loss(
+    tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+) -> None:
+    run = make_run(tmp_path / "run")
+    draw(run)
+    looks, delivered = drawn["loss_over_time_figure"][3:]
+    assert [step for step, _, _ in looks] == [0, 20, 40, 60, 80, 100]
+    assert looks[0] == (0, 0.12, 5)
+    assert delivered == 80
 
 
 @pytest.mark.parametrize(("count", "target"), [("bytes", 3.0), ("eqn6", None)])

@@ -70,7 +70,13 @@ def make(kind: str, n: int) -> list[Figure]:
             [replace(layer(k), learned=True) for k in range(n)]
         ),
         "loss": lambda: [
-            plots.loss_over_time_figure(steps, np.exp(-steps / 99) * n, 100 - 50 / (steps + 1))
+            plots.loss_over_time_figure(
+                steps,
+                np.exp(-steps / 99) * n,
+                100 - 50 / (steps + 1),
+                [(s, n / (s + 1), 80) for s in steps[::4]],
+                steps[-1],
+            )
         ],
         "sweep": lambda: [
             plots.size_against_accuracy_figure(
@@ -219,6 +225,21 @@ def test_the_loss_figure_shows_the_given_numbers():
     figure = plots.loss_over_time_figure([10, 20, 30], [1.0, 0.5, 0.25], [10, 50, 90])
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[10, 1.0], [20, 0.5], [30, 0.25]]
     assert figure.axes[1].lines[0].get_ydata().tolist() == [10, 50, 90]
+
+
+@pytest.mark.parametrize(
+    ("delivered", "label"), [(30, "delivered: step 30"), (0, "delivered: start")]
+)
+def test_the_loss_figure_shows_looks_and_the_delivered_step(delivered: int, label: str):
+    looks = [(0, 2.0, 5.0), (30, 0.5, 80.0)]
+    figure = plots.loss_over_time_figure(
+        [10, 20, 30], [1, 0.5, 0.2], [10, 50, 90], looks, delivered
+    )
+    for axes, values in zip(figure.axes, ([2, 0.5], [5, 80]), strict=True):
+        assert axes.lines[1].get_xydata().tolist() == [[0, values[0]], [30, values[1]]]
+        assert set(axes.lines[2].get_xdata()) == {delivered}
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["training batches", "held-out samples", label]
 
 
 def test_bars_have_the_height_of_the_bits_and_depthwise_bars_are_hatched():

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from made_run import export_made, make_report, make_run
+from made_run import export_made, make_course, make_report, make_run
 from pydantic import ValidationError
 
 from ddqcli.artifact.read import read_artifact
 from ddqcli.runs.report import Accuracy, ActivationRow, Report, SweepRow, SweepTable, TensorRow
 
 KEYS = (
-    *("version", "layers", "totals", "accuracy", "activations", "kept_float", "source", "run"),
-    "warnings",
+    *("version", "layers", "totals", "accuracy", "course", "activations", "kept_float", "source"),
+    *("run", "warnings"),
 )
 
 
@@ -55,7 +56,7 @@ def test_an_exported_file_gives_the_report_of_its_run(tmp_path: Path, axis: int 
     assert again.layers == report.layers
     assert again.source == report.source.model_copy(update={"path": "net.pt"})
     assert again.kept_float == {"bn.weight": "stored as float32"}
-    same = ("accuracy", "run", "warnings", "activations")
+    same = ("accuracy", "course", "run", "warnings", "activations")
     assert [getattr(again, key) for key in same] == [getattr(report, key) for key in same]
     average = again.totals.average_bits
     assert average == pytest.approx(report.totals.average_bits, abs=1e-4)
@@ -63,6 +64,44 @@ def test_an_exported_file_gives_the_report_of_its_run(tmp_path: Path, axis: int 
         update={"average_bits": 0.0}
     )
     assert again.embedded() == report.embedded()
+
+
+def test_a_file_of_a_version_without_courses_is_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1)
+    artifact = read_artifact(export_made(run, tmp_path / "model.safetensors"))
+    del artifact.meta["report"]["course"]
+    assert Report.from_artifact(artifact).course is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "outcome"),
+    [
+        ({}, 100, "trained, best of 6 looks: step 80 (-1.25 points from float)"),
+        ({"looks": 0}, 1, "trained, step 80 (-1.25 points from float)"),
+        (
+            {"delivered": "quantized", "best_step": 0},
+            100,
+            "quantized start (-7.50 points from float); training did not improve it (too little "
+            "data, or a train.lr that does not fit)",
+        ),
+        (
+            {"delivered": "compensated", "best_step": 0},
+            0,
+            "compensated start, not trained (-2.00 points from float)",
+        ),
+    ],
+)
+def test_the_outcome_names_the_delivered_state(
+    changes: dict[str, Any], steps: int, outcome: str
+) -> None:
+    assert make_course(**changes).outcome(steps) == outcome
+
+
+def test_a_course_without_the_delivered_stage_is_refused() -> None:
+    stages = [{"name": "float", "accuracy": 92.5}, {"name": "quantized", "accuracy": 85.0}]
+    assert make_course(stages=stages, delivered="quantized").start == 85
+    with pytest.raises(ValidationError, match="not among the stages"):
+        make_course(stages=stages)
 
 
 def test_accuracies_are_rounded_to_four_digits() -> None:
@@ -77,10 +116,11 @@ def test_accuracies_are_rounded_to_four_digits() -> None:
 def test_a_sweep_takes_its_rows_from_reports(measured: bool) -> None:
     report = make_report()
     if not measured:
-        report = report.model_copy(update={"accuracy": None})
+        report = report.model_copy(update={"accuracy": None, "course": None})
     row = SweepRow.of("4 bits", report, "4-bits" if measured else None)
     table = SweepTable.of(report, [row])
     assert SweepTable.model_validate(json.loads(json.dumps(table.data()))) == table
     assert row.bytes == report.totals.bytes
-    assert (row.accuracy, row.drop) == ((91.25, 1.25) if measured else (None, None))
+    expected = (91.25, 90.5, 1.25) if measured else (None, None, None)
+    assert (row.accuracy, row.start, row.drop) == expected
     assert table.float.accuracy == (92.5 if measured else None)

@@ -13,6 +13,7 @@ from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe.file import load_recipes
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.run import FINAL, LAST, METRICS, RECIPE, REPORT, Run
+from ddqcli.training.metrics import Look
 
 
 def test_what_is_written_is_read_back(run: Run) -> None:
@@ -59,6 +60,15 @@ def test_a_line_of_metrics_cut_short_is_skipped_and_later_steps_are_removed(
     assert [json.loads(line) for line in lines] == [
         {"step": step, "loss": 0.5} for step in (10, 20, 30)
     ]
+
+
+def test_looks_are_told_from_steps_and_the_last_of_a_step_counts(run: Run) -> None:
+    for loss in (0.5, 0.25):
+        run.append_metrics(Look(10, loss, 97.5))
+        run.append_metrics(Metrics(10))
+    assert run.looks() == [{"step": 10, "held_out_loss": 0.25, "held_out_accuracy": 97.5}]
+    assert len(run.metrics()) == 2
+    assert run.snapshots() == []
 
 
 def test_a_state_of_other_conditions_is_refused_and_they_are_named(run: Run) -> None:
