@@ -114,6 +114,7 @@ def random_data(**sizes: int) -> Data:
     return Data(
         batches,
         batches,
+        batches,
         nn.functional.cross_entropy,
         lambda out, y: (out.argmax(1) == y).float(),
         None,

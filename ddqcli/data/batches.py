@@ -6,7 +6,7 @@ Batches are two tensors, an input and a target. Other files leave that to the fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -64,10 +64,12 @@ class BatchOrder:
     With a seed, the last incomplete batch is dropped unless it is the only one.
     """
 
-    samples: int
+    samples: int  # in all batches together, before any is dropped
     batch_size: int  # before sharding
     seed: int | None = None
     shard: Shard = WHOLE
+    # [samples], if these are a part of a data set. Tensors cannot be compared by ==.
+    indices: Tensor | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         if self.seed is None or self.samples < self.batch_size:
@@ -80,6 +82,8 @@ class BatchOrder:
             indices = torch.arange(self.samples)
         else:
             indices = torch.randperm(self.samples, generator=generator("order", self.seed, epoch))
+        if self.indices is not None:
+            indices = self.indices[indices]
         batches = torch.split(indices, self.batch_size)
         return [self.shard.of(batch) for batch in batches[: len(self)]]
 

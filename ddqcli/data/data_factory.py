@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from ddqcli.data.batches import Batches, BatchOrder, Shard, as_batch
 from ddqcli.data.classification import Score
+from ddqcli.data.held_out import split_held_out
 from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.memory_batches import MemoryBatches
 from ddqcli.data.ready_batches import ReadyBatches
@@ -61,42 +62,71 @@ def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:
     return FactoryData(**parts)
 
 
-def factory_batches(
-    split: Any,
-    name: str,
-    section: DataSection,
-    *,
-    seed: int,
-    shuffle: bool,
-    device: torch.device,
-    shard: Shard,
-) -> Batches:
-    """Return the batches of one split of a factory's data.
+@dataclass(frozen=True)
+class FactoryBatches:
+    """Makes batches of the splits of a factory's data.
 
     A TensorDataset stays in memory, any other map-style data set is read by worker processes, and
-    other iterables give ready batches. `name` is for messages. Raises DataError if `split` is none
-    of these, has no length, or is empty.
+    other iterables give ready batches. Raises DataError if a split is none of these, has no length,
+    or is empty.
     """
-    batches: Batches
-    if isinstance(split, IterableDataset) or not hasattr(split, "__getitem__"):
-        if not hasattr(split, "__iter__") or iter(split) is split:
-            raise DataError(
-                f"{name} is a {type(split).__name__}; give a data set, or batches that can be run "
-                "through again."
-            )
-        batches = ReadyBatches(split, device, seed=seed, shard=shard)
-    elif not hasattr(split, "__len__"):
-        raise DataError(f"{name} has no length; give its class a __len__.")
-    else:
-        order = BatchOrder(len(split), section.batch_size, seed if shuffle else None, shard)
+
+    spec: str  # the factory, for messages
+    section: DataSection
+    seed: int
+    device: torch.device
+    shard: Shard
+
+    def train(self, split: Any) -> tuple[Batches, Batches]:
+        """Return the batches to train on, and the held-out ones (see `Data`)."""
+        name = f"train of {self.spec}"
+        if _is_iterable_only(split, name):
+            ready = self._ready(split, name)
+            return ready, ready.held_out()
+        train, held_out = split_held_out(_length(split, name), self.seed)
+        return self._indexed(split, train, self.seed), self._indexed(split, held_out, None)
+
+    def val(self, split: Any) -> Batches:
+        """Return the batches of the evaluation data, in order."""
+        name = f"val of {self.spec}"
+        if _is_iterable_only(split, name):
+            return self._ready(split, name)
+        return self._indexed(split, torch.arange(_length(split, name)), None)
+
+    def _ready(self, split: Any, name: str) -> ReadyBatches:
+        batches = ReadyBatches(split, self.device, seed=self.seed, shard=self.shard)
+        if batches.samples == 0:
+            raise DataError(f"{name} holds no samples.")
+        return batches
+
+    def _indexed(self, split: Any, indices: Tensor, order_seed: int | None) -> Batches:
+        """Return batches of the samples at `indices` of a map-style data set."""
+        batch_size = self.section.batch_size
+        order = BatchOrder(len(indices), batch_size, order_seed, self.shard, indices)
         if isinstance(split, TensorDataset) and len(split.tensors) == 2:
-            batches = MemoryBatches(as_batch(split.tensors), order, device)
-        else:
-            workers = section.workers
-            batches = LoadedBatches(split, order, device, seed=seed, workers=workers)
-    if batches.samples == 0:
+            return MemoryBatches(as_batch(split.tensors), order, self.device)
+        workers = self.section.workers
+        return LoadedBatches(split, order, self.device, seed=self.seed, workers=workers)
+
+
+def _is_iterable_only(split: Any, name: str) -> bool:
+    """True for batches that a split gives ready-made, False for a map-style data set."""
+    if not isinstance(split, IterableDataset) and hasattr(split, "__getitem__"):
+        return False
+    if not hasattr(split, "__iter__") or iter(split) is split:
+        raise DataError(
+            f"{name} is a {type(split).__name__}; give a data set, or batches that can be run "
+            "through again."
+        )
+    return True
+
+
+def _length(split: Any, name: str) -> int:
+    if not hasattr(split, "__len__"):
+        raise DataError(f"{name} has no length; give its class a __len__.")
+    if len(split) == 0:
         raise DataError(f"{name} holds no samples.")
-    return batches
+    return len(split)
 
 
 def check_scores(metric: Score, spec: str) -> Score:

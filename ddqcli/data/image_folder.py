@@ -17,17 +17,17 @@ def open_folder(root: Path) -> Source:
     Raises DataError if a split or class is missing or empty, or if the splits' classes differ.
     """
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    held_out = next((name for name in ("val", "test") if name in folders), None)
-    if "train" not in folders or held_out is None:
+    val = next((name for name in ("val", "test") if name in folders), None)
+    if "train" not in folders or val is None:
         raise DataError(
             f"{root} holds {list_names(folders) if folders else 'no folders'}; it must hold train/ "
             "and val/ (or test/) with a folder for each class."
         )
-    classes, val_classes = (_class_names(root / split) for split in ("train", held_out))
+    classes, val_classes = (_class_names(root / split) for split in ("train", val))
     if classes != val_classes:
         difference = sorted(set(classes) ^ set(val_classes))
         raise DataError(
-            f"{root}: train/ and {held_out}/ differ in their classes: {list_names(difference)} "
+            f"{root}: train/ and {val}/ differ in their classes: {list_names(difference)} "
             "only in one of them."
         )
     if len(classes) < 2:
@@ -36,8 +36,8 @@ def open_folder(root: Path) -> Source:
         )
     return Source(
         train=_open_split(root / "train"),
-        val=_open_split(root / held_out),
-        location=f"{root} ({held_out}/ for evaluation)",
+        val=_open_split(root / val),
+        location=f"{root} ({val}/ for evaluation)",
         classes=classes,
         count=len(classes),
     )

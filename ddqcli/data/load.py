@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import TensorDataset
 
 from ddqcli.data.augment import Preprocess
-from ddqcli.data.batches import WHOLE, Batches, BatchOrder, Shard, as_batch
+from ddqcli.data.batches import WHOLE, Batch, Batches, BatchOrder, Shard, as_batch
 from ddqcli.data.classification import Score, classification
-from ddqcli.data.data_factory import call_factory, check_scores, factory_batches
+from ddqcli.data.data_factory import FactoryBatches, call_factory, check_scores
+from ddqcli.data.held_out import split_held_out
 from ddqcli.data.image_folder import open_folder
 from ddqcli.data.image_format import choose_format
 from ddqcli.data.images import ImageFormat, ImageReader
 from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.memory_batches import MemoryBatches
 from ddqcli.data.npz import open_npz
+from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.data.source import Source
 from ddqcli.data.torchvision_sets import is_torchvision, open_torchvision
 from ddqcli.errors import DataError, UsageError
@@ -30,9 +32,16 @@ _SMALL_VAL_BATCH = 500  # samples; small images fit in larger batches for evalua
 
 @dataclass(frozen=True)
 class Data:
-    """Training and evaluation data, and the functions that judge outputs on them."""
+    """Training and evaluation data, and the functions that judge outputs on them.
+
+    Of n training samples, min(512, n / 8) are held out: drawn at random with the seed, never
+    trained on, in order and not augmented. There are two exceptions. Fewer than 8 training samples
+    are all trained on and held out, too. Ready batches, such as a DataLoader's, cannot leave
+    samples out: held out are the first ones of a pass of its own, which training also sees.
+    """
 
     train: Batches  # shuffled and augmented, without the last incomplete batch
+    held_out: Batches
     val: Batches  # in order, complete, not augmented
     loss: Score  # (output, target) -> mean loss
     metric: Score  # (output, target) -> scores [B] in 0..1; top-1 hits by default
@@ -42,7 +51,10 @@ class Data:
     own_loss: bool = False  # True if `loss` is the user's
 
     def fingerprint(self) -> str:
-        """Return a text that differs for other data, to check that a run resumes with its own."""
+        """Return a text that differs for other data, to check that a run resumes with its own.
+
+        The training data's fingerprint covers the held-out samples.
+        """
         train, val = self.train, self.val
         return f"{train.samples} {train.fingerprint()} {val.samples} {val.fingerprint()}"
 
@@ -65,8 +77,8 @@ def load_data(
         return _factory_data(section, seed, device, shard)
     loss, metric = classification(source.count, exact=source.classes is not None)
     load = _tensor_batches if isinstance(source.train, TensorDataset) else _image_batches
-    train, val, note, augment = load(source, section, seed, device, shard)
-    return Data(train, val, loss, metric, source.classes, note, augment)
+    splits, note, augment = load(source, section, seed, device, shard)
+    return Data(*splits, loss, metric, source.classes, note, augment)
 
 
 def _open_source(section: DataSection) -> Source | None:
@@ -95,13 +107,38 @@ def _open_source(section: DataSection) -> Source | None:
     )
 
 
+class _Splits(NamedTuple):
+    train: Batches
+    held_out: Batches
+    val: Batches
+
+
+class _Orders(NamedTuple):
+    train: BatchOrder
+    held_out: BatchOrder
+    val: BatchOrder
+
+
+def _orders(
+    source: Source, batch_size: int, plain_batch_size: int, seed: int, shard: Shard
+) -> _Orders:
+    """Return the order of each split; held-out samples are a part of `source.train`."""
+    train, held_out = split_held_out(len(source.train), seed)
+    return _Orders(
+        BatchOrder(len(train), batch_size, seed, shard, train),
+        BatchOrder(len(held_out), plain_batch_size, None, shard, held_out),
+        BatchOrder(len(source.val), plain_batch_size, None, shard),
+    )
+
+
 def _image_batches(
     source: Source, section: DataSection, seed: int, device: torch.device, shard: Shard
-) -> tuple[Batches, Batches, str, Preprocess]:
-    """Return the batches of both splits, a note, and the preprocessing of training images.
+) -> tuple[_Splits, str, Preprocess]:
+    """Return the batches of all splits, a note, and the preprocessing of training images.
 
     Small images are cropped after padding, large ones by random resized crops. A split is kept in
-    memory if it fits and needs no random resized crops.
+    memory if it fits and needs no random resized crops; held-out images are those of the training
+    split.
     """
     image_format = choose_format(source, section)
     small = image_format.small
@@ -117,24 +154,34 @@ def _image_batches(
     )
     plain = Preprocess(image_format.mean, image_format.std, device)
 
-    def batches(images: Any, order: BatchOrder, prepare: Preprocess, random_crop: bool) -> Batches:
-        reader = ImageReader(images, image_format, random_crop=random_crop)
-        if random_crop or len(images) * image_format.bytes > MEMORY_LIMIT:
-            workers = section.workers
-            return LoadedBatches(reader, order, device, seed=seed, workers=workers, prepare=prepare)
-        return MemoryBatches(reader.read_all(), order, device, prepare)
+    def decode(reader: ImageReader) -> Batch | None:
+        fits = len(reader) * image_format.bytes <= MEMORY_LIMIT
+        return reader.read_all() if fits and not reader.random_crop else None
 
-    train_order = BatchOrder(len(source.train), section.batch_size, seed, shard)
+    def batches(
+        reader: ImageReader, decoded: Batch | None, order: BatchOrder, prepare: Preprocess
+    ) -> Batches:
+        if decoded:
+            return MemoryBatches(decoded, order, device, prepare)
+        workers = section.workers
+        return LoadedBatches(reader, order, device, seed=seed, workers=workers, prepare=prepare)
+
     val_size = max(_SMALL_VAL_BATCH, section.batch_size) if small else section.batch_size
-    val_order = BatchOrder(len(source.val), val_size, shard=shard)
-    train = batches(source.train, train_order, augment, not small)
-    val = batches(source.val, val_order, plain, False)
-    return train, val, _image_note(source, image_format, section, train, val), augment
+    orders = _orders(source, section.batch_size, val_size, seed, shard)
+    train = ImageReader(source.train, image_format, random_crop=not small)
+    held_out, val = (ImageReader(images, image_format) for images in (source.train, source.val))
+    decoded = decode(train)
+    splits = _Splits(
+        batches(train, decoded, orders.train, augment),
+        batches(held_out, decoded, orders.held_out, plain),
+        batches(val, decode(val), orders.val, plain),
+    )
+    return splits, _image_note(source, image_format, section, splits), augment
 
 
 def _tensor_batches(
     source: Source, section: DataSection, seed: int, device: torch.device, shard: Shard
-) -> tuple[Batches, Batches, str, None]:
+) -> tuple[_Splits, str, None]:
     """Return the batches of inputs that are ready for the model, and a note."""
     train, val = as_batch(source.train.tensors), as_batch(source.val.tensors)
     shape, val_shape = train[0].shape[1:], val[0].shape[1:]
@@ -142,41 +189,28 @@ def _tensor_batches(
         raise DataError(
             f"{source.location}: training and evaluation images differ in shape; make them equal."
         )
-    train_order = BatchOrder(len(source.train), section.batch_size, seed, shard)
-    val_order = BatchOrder(len(source.val), section.batch_size, shard=shard)
-    train_batches = MemoryBatches(train, train_order, device)
-    val_batches = MemoryBatches(val, val_order, device)
+    orders = _orders(source, section.batch_size, section.batch_size, seed, shard)
+    parts = zip((train, train, val), orders, strict=True)
+    splits = _Splits(*(MemoryBatches(data, order, device) for data, order in parts))
     note = (
-        f"{_count_note(source, train_batches, val_batches)}, float {'x'.join(map(str, shape))}, "
-        "passed on as they are: not normalized, not augmented"
+        f"{_image_counts(source, splits)}, float {'x'.join(map(str, shape))}, passed on as they "
+        "are: not normalized, not augmented"
     )
-    return train_batches, val_batches, note, None
+    return splits, note, None
 
 
 def _factory_data(section: DataSection, seed: int, device: torch.device, shard: Shard) -> Data:
     """Return a user's own data, with their loss and metric if given."""
     spec = section.source or ""
     data = call_factory(spec, section.kwargs)
-
-    def batches(split: Any, name: str, shuffle: bool) -> Batches:
-        return factory_batches(
-            split,
-            f"{name} of {spec}",
-            section,
-            seed=seed,
-            shuffle=shuffle,
-            device=device,
-            shard=shard,
-        )
-
-    train, val = batches(data.train, "train", True), batches(data.val, "val", False)
+    batches = FactoryBatches(spec, section, seed, device, shard)
+    splits = _Splits(*batches.train(data.train), batches.val(data.val))
     loss, metric = classification(None, exact=False)
     own = [name for name in ("loss", "metric") if getattr(data, name) is not None]
-    note = f"{train.samples:,} train and {val.samples:,} evaluation samples from {spec}"
-    note += ", prepared by it" + (f"; its own {' and '.join(own)}" if own else "")
+    note = f"{_counts(splits)} samples from {spec}, prepared by it"
+    note += f"; its own {' and '.join(own)}" if own else ""
     return Data(
-        train=train,
-        val=val,
+        *splits,
         loss=data.loss or loss,
         metric=check_scores(data.metric, spec) if data.metric else metric,
         classes=None,
@@ -185,18 +219,25 @@ def _factory_data(section: DataSection, seed: int, device: torch.device, shard: 
     )
 
 
-def _count_note(source: Source, train: Batches, val: Batches) -> str:
+def _image_counts(source: Source, splits: _Splits) -> str:
     classes = f" of {source.count:,} classes" if source.count else ""
-    counts = f"{train.samples:,} train and {val.samples:,} evaluation images"
-    return f"{counts}{classes} from {source.location}"
+    return f"{_counts(splits)} images{classes} from {source.location}"
+
+
+def _counts(splits: _Splits) -> str:
+    train, held_out, val = (f"{part.samples:,}" for part in splits)
+    if splits.train.samples == splits.held_out.samples:  # too few to hold any out
+        return f"{train} train and {val} evaluation"
+    if isinstance(splits.train, ReadyBatches):
+        return f"{train} train ({held_out} of them also held-out) and {val} evaluation"
+    return f"{train} train, {held_out} held-out and {val} evaluation"
 
 
 def _image_note(
     source: Source,
     image_format: ImageFormat,
     section: DataSection,
-    train: Batches,
-    val: Batches,
+    splits: _Splits,
 ) -> str:
     height, width = image_format.shape
     size = f"{width}x{height}"
@@ -206,12 +247,13 @@ def _image_note(
         size += ", gray read as RGB"
     if image_format.resize:
         size = f"resized to {image_format.resize}, {size}"
-    storage = " and ".join(dict.fromkeys(_storage_note(part, section) for part in (train, val)))
+    parts = (splits.train, splits.val)
+    storage = " and ".join(dict.fromkeys(_storage_note(part, section) for part in parts))
     mean, std = (
         " ".join(f"{v:g}" for v in values) for values in (image_format.mean, image_format.std)
     )
     return (
-        f"{_count_note(source, train, val)}, {size}, {storage}; mean {mean}, std {std}; "
+        f"{_image_counts(source, splits)}, {size}, {storage}; mean {mean}, std {std}; "
         f"training with {_augmentation_note(image_format, section)}"
     )
 

@@ -48,7 +48,8 @@ class LoadedBatches:
 
     def fingerprint(self) -> str:
         """Return a hash of a few samples, or "" if they differ each time they are read."""
-        keys = [(0, index) for index in spread_indices(self.samples)]
+        # Of all samples of the data set, also those that `order` leaves out.
+        keys = [(0, index) for index in spread_indices(len(self.dataset.samples))]
         # In a worker process if there are any: a file that the data set opens in this one would
         # not survive their fork.
         return repeatable_fingerprint(self._read([keys, keys], min(self.workers, 1)))

@@ -11,7 +11,10 @@ from ddqcli.data.fingerprint import fingerprint
 
 
 class MemoryBatches:
-    """Batches of `data`: all inputs [N, ...] and targets [N, ...] in memory."""
+    """Batches of `data`: all inputs [N, ...] and targets [N, ...] in memory.
+
+    `data` may be shared: batches are copies.
+    """
 
     def __init__(
         self,
@@ -33,5 +36,5 @@ class MemoryBatches:
             yield prepare_batch(batch, self.prepare, self.device, epoch, number)
 
     def fingerprint(self) -> str:
-        """Return a hash of the data."""
+        """Return a hash of all of the data, also of samples that `order` leaves out."""
         return fingerprint(self.data)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from ddqcli.data.batches import WHOLE, Batch, Shard, as_batch, batch_size, map_batch, to_device
+from ddqcli.data.batches import (
+    WHOLE,
+    Batch,
+    Shard,
+    as_batch,
+    batch_size,
+    map_batch,
+    take_samples,
+    to_device,
+)
 from ddqcli.data.fingerprint import repeatable_fingerprint
+from ddqcli.data.held_out import held_out_size
 from ddqcli.data.seeding import seeded
 from ddqcli.errors import DataError
+
+_HELD_OUT_EPOCH = 2**31 - 1  # that no training reaches
 
 
 class ReadyBatches:
@@ -38,6 +51,23 @@ class ReadyBatches:
         for number, batch in enumerate(self._fetch(epoch)):
             if number >= start:
                 yield map_batch(place, batch)
+
+    def held_out(self) -> ReadyBatches:
+        """Return the first min(512, n / 8) of n samples of a pass of its own, kept in memory.
+
+        All samples if there are fewer than 8. Training sees them too: no sample can be left out of
+        batches that come ready-made.
+        """
+        missing = held_out_size(self.samples) or self.samples
+        batches: list[Batch] = []
+        for batch in self._fetch(_HELD_OUT_EPOCH):
+            count = min(missing, batch_size(batch))
+            # A copy: a loader may fill the same memory again.
+            batches.append(take_samples(batch, torch.arange(count)))
+            missing -= count
+            if missing == 0:
+                break
+        return ReadyBatches(_Stored(batches), self.device, seed=self.seed, shard=self.shard)
 
     def fingerprint(self) -> str:
         """Return a hash of the first batch, or "" if it differs each time it is read."""
@@ -69,3 +99,13 @@ class ReadyBatches:
                 return
             yield as_batch(batch)
             number += 1
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Batches in memory, each given as a copy, as a network may change its input in place."""
+
+    batches: list[Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (map_batch(torch.clone, batch) for batch in self.batches)

@@ -37,10 +37,10 @@ def open_torchvision(name: str, root: str, kwargs: dict[str, Any]) -> Source:
     if "train" in accepted:
         train = _open(dataset_class, name, root, {**kwargs, "train": True})
         val = _open(dataset_class, name, root, {**kwargs, "train": False})
-        held_out = "its test part"
+        val_name = "its test part"
     elif "split" in accepted:
         train = _open(dataset_class, name, root, {**kwargs, "split": "train"})
-        held_out, val = _open_held_out(dataset_class, name, root, kwargs)
+        val_name, val = _open_val(dataset_class, name, root, kwargs)
     else:
         raise UsageError(
             f"torchvision's {name} is not split into training and evaluation; give a factory "
@@ -50,13 +50,13 @@ def open_torchvision(name: str, root: str, kwargs: dict[str, Any]) -> Source:
     return Source(
         train=train,
         val=val,
-        location=f"torchvision's {name} in {root} ({held_out} for evaluation)",
+        location=f"torchvision's {name} in {root} ({val_name} for evaluation)",
         classes=classes,
         count=len(classes) if classes else None,
     )
 
 
-def _open_held_out(
+def _open_val(
     dataset_class: Callable[..., Any], name: str, root: str, kwargs: dict[str, Any]
 ) -> tuple[str, Any]:
     """Return the split `val` if the data set has one, else `test`."""

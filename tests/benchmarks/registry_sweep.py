@@ -101,7 +101,11 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
     torch.manual_seed(0)
     recipe, noise = Recipe.model_validate({**RECIPE, **sections}), Noise(size)
     data = Data(
-        noise, noise, F.cross_entropy, lambda out, y: (out.argmax(1) == y).float(), None, "noise"
+        *(noise, noise, noise),
+        F.cross_entropy,
+        lambda out, y: (out.argmax(1) == y).float(),
+        None,
+        "noise",
     )
     model = build()
     names = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}

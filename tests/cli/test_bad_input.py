@@ -408,7 +408,7 @@ def arrays(**changed: Any) -> Change:
     """Change some arrays of images.npz."""
 
     def change() -> None:
-        whole = {**images(64, "x_train", "y_train"), **images(32, "x_test", "y_test")}
+        whole = {**images(80, "x_train", "y_train"), **images(32, "x_test", "y_test")}
         whole.update({name: array(whole[name]) for name, array in changed.items()})
         np.savez(
             "images.npz", **{name: array for name, array in whole.items() if array is not None}
@@ -470,14 +470,14 @@ DATA: dict[str, tuple[Change, str]] = {
     ),
     "a bomb": (bomb, "images.npz cannot be read"),
     "pickled objects": (
-        arrays(x_train=lambda x: np.array([Malicious()] * 64)),
+        arrays(x_train=lambda x: np.array([Malicious()] * 80)),
         "without pickled objects",
     ),
     "no images": (
         arrays(x_train=lambda x: x[:0], y_train=lambda y: y[:0]),
         "x_train holds no images",
     ),
-    "fewer labels": (arrays(y_train=lambda y: y[:-1]), "but y_train holds 63 labels"),
+    "fewer labels": (arrays(y_train=lambda y: y[:-1]), "but y_train holds 79 labels"),
     "a single class": (arrays(y_train=lambda y: y * 0), "y_train holds a single class"),
     "a label below 0": (arrays(y_train=lambda y: y - 1), "holds the label -1; labels count from 0"),
     "a label beyond the model": (
@@ -628,7 +628,7 @@ RUNS: dict[str, tuple[Change, str, str, int]] = {
         2,
     ),
     "other data": (
-        arrays(x_train=lambda x: x[:32], y_train=lambda y: y[:32]),
+        arrays(x_train=lambda x: x[:40], y_train=lambda y: y[:40]),
         RESUME,
         "The data are not the ones (6 steps",
         2,

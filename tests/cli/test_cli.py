@@ -218,7 +218,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def test_stdout_carries_only_the_result(project: Path) -> None:
     answer = ddq("finetune", "model.pt")
     assert "train 12/12" in answer.err
-    assert "data: 64 train" in answer.err
+    assert "data: 70 train, 10 held-out and 32 evaluation images" in answer.err
     assert "train" not in answer.out
     assert "accuracy" in answer.out
     assert "accuracy   " not in answer.err

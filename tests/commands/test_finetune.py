@@ -544,7 +544,7 @@ def test_data_that_are_not_finite_are_blamed_and_not_the_learning_rate(project: 
     answer = finetune_with_bad_loss([], "data")
     assert (answer.code, answer.err.splitlines()[-1]) == (
         2,
-        "Error: Batch 2 of the training data holds NaN or infinite values; repair the data.",
+        "Error: Batch 1 of the training data holds NaN or infinite values; repair the data.",
     )
 
 

@@ -35,7 +35,7 @@ def test_torchvision_set_with_a_train_argument(tmp_path):
     ((inputs, targets),) = data.val.epoch(0)
     assert torch.equal(inputs[:, 0], torch.from_numpy(images).float() / 255)
     assert targets.tolist() == list(range(10))
-    assert data.train.samples == 20
+    assert data.train.samples + data.held_out.samples == 20
     assert data.classes is not None
     assert len(data.classes) == 10
 
