@@ -35,7 +35,7 @@ from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
-from ddqcli.training.session import build_trainer, total_steps, train
+from ddqcli.training.session import build_trainer, course, total_steps, train
 from ddqcli.training.trainer import Trainer
 from ddqcli.training.user_errors import explain_user_errors
 
@@ -104,7 +104,14 @@ def finetune(
             _apply_augmentation(data, baseline.augmentation, introduce)
             _check_distillation(models.teacher, data, recipe, introduce)
             trainer = build_trainer(
-                models.quantized, models.teacher, data, models.budget, recipe, identity.steps, saved
+                models.quantized,
+                models.teacher,
+                data,
+                models.budget,
+                recipe,
+                identity.steps,
+                saved,
+                listener.progress,
             )
         if saved:
             listener.note(f"resumed {run.path} at step {trainer.step} of {trainer.steps}")
@@ -113,7 +120,7 @@ def finetune(
             train(trainer, run, identity, baseline, listener)
             accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
             trainer.gates.check_kept()
-        report = _write_results(run, trainer, models, (baseline.accuracy, accuracy), listener)
+        report = _write_results(run, trainer, models, baseline, accuracy, listener)
     return FinetuneResult(run.path, report)
 
 
@@ -253,10 +260,11 @@ def _write_results(
     run: Run,
     trainer: Trainer,
     models: _Models,
-    accuracy: tuple[float, float],
+    baseline: FloatBaseline,
+    accuracy: float,
     listener: Listener,
 ) -> Report:
-    """Write final.pt and report.json; return the report. `accuracy` is (float, quantized)."""
+    """Write final.pt and report.json; return the report. `accuracy` is the delivered model's."""
     warnings = find_warnings(trainer, run.metrics())
     for warning in warnings:
         listener.note(f"warning: {warning}")
@@ -264,7 +272,8 @@ def _write_results(
     report = build_report(
         quantized,
         trainer.gates.budget,
-        accuracy=accuracy,
+        accuracy=(baseline.accuracy, accuracy),
+        course=course(trainer, baseline, accuracy),
         source=models.source,
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,

@@ -230,16 +230,22 @@ class TrainSection(_Section):
 
     epochs: Count = 5
     max_steps: Count | None = None  # end the run after this many steps, if that is earlier
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # of weights
-    lr: Positive = 0.01  # of weights; falls to 0 along a cosine
+    # Assign weights with compensated errors before training, if held-out samples improve by it.
+    compensate: bool = True
+    # Optimizer of weights. auto: sgd if the run sees 200,000 training samples or more, else adamw.
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
+    lr: Positive | None = None  # of weights; falls to 0 along a cosine. None: sgd 0.01, adamw 1e-4
     momentum: Fraction = 0.9  # sgd
     weight_decay: NonNegative = 1e-4
     levels_lr: Positive = 0.1  # of levels (Adam), in steps of the level grid: 1/255 of the range
     # Gradient correction (Eqn 9) as a multiple of the layer's Fisher information; 0 turns it off.
     correction: NonNegative = 1.0
     distill: DistillSection = DistillSection()
-    # Fraction of the run, rounded up to an epoch, after which BatchNorm statistics are estimated
-    # anew and then frozen; not before the gates freeze.
+    # BatchNorm while training. held: the float model's statistics stay. batch: those of each batch.
+    # auto: batch if the run sees 200,000 training samples or more in batches of 32 or more.
+    batch_norm: Literal["auto", "held", "batch"] = "auto"
+    # With batch_norm=batch: fraction of the run, rounded up to an epoch, after which the statistics
+    # are estimated anew and then frozen; not before the gates freeze.
     bn_freeze: Fraction = 0.75
     bn_batches: Count = 64  # batches for that estimate; 0 keeps the running statistics
     save_every: PositiveCount = 500  # steps between two training states on disk

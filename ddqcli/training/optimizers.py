@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ddqcli.qat.model import QuantizedModel, quantizers
 from ddqcli.recipe.schema import TrainSection
+from ddqcli.training.defaults import LEARNING_RATES
 
 _STEP_SIZE_LR = 0.05  # of levels_lr, for the log2 of a learned step size or clip
 
@@ -38,9 +39,10 @@ def _network_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimi
         {"params": [p for p in own if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
     )
+    lr = LEARNING_RATES[train.optimizer] if train.lr is None else train.lr
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=train.lr, fused=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=train.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def _levels_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer | None:

@@ -12,6 +12,7 @@ from ddqcli.runs.report import (
     REPORT_VERSION,
     Accuracy,
     ActivationRow,
+    Course,
     Report,
     RunFacts,
     Source,
@@ -27,6 +28,7 @@ def build_report(
     budget: ResolvedBudget,
     *,
     accuracy: tuple[float, float] | None,
+    course: Course | None = None,
     source: Source,
     run: RunFacts,
     warnings: Sequence[str] = (),
@@ -43,6 +45,7 @@ def build_report(
             budget_bytes=budget.file_limit,
         ),
         accuracy=Accuracy.of(*accuracy) if accuracy else None,
+        course=course,
         activations=tuple(
             ActivationRow.of(name, activation.bits, learned=activation.learned is not None)
             for name, activation in model.activations.items()

@@ -13,16 +13,20 @@ from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.report import Course
 from ddqcli.runs.run import LAST, Run
 from ddqcli.training import distributed
 from ddqcli.training.calibrate import calibrate
+from ddqcli.training.defaults import with_defaults
 from ddqcli.training.device import resolve_device
 from ddqcli.training.distillation import distillation_weight
 from ddqcli.training.divergence import Diverged
+from ddqcli.training.evaluate import OnProgress, evaluate
 from ddqcli.training.listener import Listener
-from ddqcli.training.metrics import REPORT_EVERY, StepMetrics
+from ddqcli.training.metrics import REPORT_EVERY, Look, StepMetrics
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.snapshot import is_snapshot_step, snapshot
+from ddqcli.training.start import choose_start
 from ddqcli.training.trainer import Trainer
 
 ROLLBACK_LR_SCALE = 0.1
@@ -44,13 +48,15 @@ def build_trainer(
     recipe: Recipe,
     steps: int,
     saved: dict[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Trainer:
-    """Calibrate the model, choose its first bits, and return a trainer.
+    """Calibrate the model, choose its first bits and its start, and return a trainer.
 
     The trainer stands at its first step, or at that of the `saved` state. Raises BudgetError if the
     first forward pass shows that the budget cannot be met.
     """
     batch_size = round(data.train.samples / len(data.train))  # data from a factory have their own
+    recipe = with_defaults(recipe, steps, batch_size)
     gates = make_rule(recipe.gates.rule, quantized, recipe, budget, steps, batch_size)
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
     calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, None if needs_labels else teacher)
@@ -60,8 +66,10 @@ def build_trainer(
     trainer = Trainer(quantized, teacher, data, gates, recipe, steps)
     if saved:
         trainer.load(saved)
-    elif distributed.shard().count > 1:  # each rank has calibrated on its own shard
+        return trainer
+    if distributed.shard().count > 1:  # each rank has calibrated on its own shard
         trainer.load(distributed.broadcast(trainer.state()))
+    choose_start(trainer, teacher, lambda: evaluate(trainer.model, data, on_progress=on_progress))
     return trainer
 
 
@@ -85,8 +93,8 @@ def train(
 ) -> None:
     """Train to the end, with metrics, snapshots and checkpoints in the run folder.
 
-    If training diverges, it returns to the last checkpoint, once in a run, and continues at a tenth
-    of the learning rate. Raises DDQError if it diverges again.
+    The best state seen is delivered. If training diverges, it returns to that state and continues
+    at a tenth of the learning rate; if it diverges again, it ends there.
     """
 
     def report(metrics: StepMetrics) -> None:
@@ -98,6 +106,10 @@ def train(
             run.append_metrics(snapshot(trainer.quantized, metrics.step))
         listener.step(metrics)
 
+    def report_look(look: Look) -> None:
+        run.append_metrics(look)
+        listener.look(look)
+
     def save() -> None:
         distributed.check_identical(trainer.model.parameters(), "The weights, levels and gates")
         run.save(LAST, {**trainer.state(), **identity.state(), **baseline.state()})
@@ -105,33 +117,62 @@ def train(
     if trainer.step == 0:
         save()
         _add_snapshot_once(trainer, run)
-    while True:
+        if not run.looks():
+            report_look(trainer.looks[0])
+    while not trainer.gave_up:
         try:
-            trainer.run(report, save)
+            trainer.run(report, report_look, save)
             break
         except Diverged as error:
-            _roll_back(trainer, run, error)
+            step = trainer.step
+            _roll_back(trainer, run)
             save()
             run.truncate_metrics(trainer.step)
-            lr = ROLLBACK_LR_SCALE * trainer.recipe.train.lr
-            listener.note(
-                f"warning: {error}; rolled back to step {trainer.step}, continuing with train.lr "
-                f"{lr:g}"
-            )
+            if trainer.gave_up:
+                listener.note(f"warning: {error}, also at a tenth of the learning rate")
+            else:
+                lr = ROLLBACK_LR_SCALE * (trainer.recipe.train.lr or 0)
+                listener.note(
+                    f"warning: {error}; back from step {step} to the best state, of step "
+                    f"{trainer.step}, continuing with train.lr {lr:g}"
+                )
     _add_snapshot_once(trainer, run)
 
 
-def _roll_back(trainer: Trainer, run: Run, error: Diverged) -> None:
-    """Load the last checkpoint and lower the learning rate. Raises DDQError the second time."""
+def _roll_back(trainer: Trainer, run: Run) -> None:
+    """Return to the best state at a lower learning rate; the second time, to stay there.
+
+    Before any state has met the budget, the last checkpoint stands in for the best state. Raises
+    DDQError if training diverges again without one.
+    """
     distributed.barrier()
-    trainer.load(run.load(LAST))
-    if trainer.lr_scale != 1:
-        raise DDQError(
-            f"{error}, also at a tenth of the learning rate. The state at step {trainer.step} is "
-            f"kept in {run.path}; begin a new run with a smaller --set train.lr "
-            f"(now {trainer.recipe.train.lr:g})."
-        ) from error
-    trainer.lr_scale = ROLLBACK_LR_SCALE
+    again = trainer.lr_scale != 1
+    if not trainer.restart_from_best(ROLLBACK_LR_SCALE):
+        trainer.load(run.load(LAST))
+        if again:
+            raise DDQError(
+                "Training diverged, also at a tenth of the learning rate. The state at step "
+                f"{trainer.step} is kept in {run.path}; begin a new run with a smaller "
+                f"--set train.lr (now {trainer.recipe.train.lr:g})."
+            )
+        trainer.lr_scale = ROLLBACK_LR_SCALE
+    trainer.gave_up = again
+
+
+def course(trainer: Trainer, baseline: FloatBaseline, accuracy: float) -> Course:
+    """Return the stages of a finished run; `accuracy` is of the delivered state."""
+    before = {"float": baseline.accuracy, **trainer.stages}
+    best_step = trainer.steps if trainer.best is None else trainer.best.step
+    delivered = "trained" if best_step else list(trainer.stages)[-1]
+    stages = before | ({"trained": accuracy} if best_step else {})
+    return Course.model_validate(
+        {
+            "stages": [{"name": name, "accuracy": round(a, 4)} for name, a in stages.items()],
+            "delivered": delivered,
+            "looks": len(trainer.looks),
+            "best_step": best_step,
+        }
+    )
 
 
 def _add_snapshot_once(trainer: Trainer, run: Run) -> None:

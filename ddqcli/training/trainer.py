@@ -1,4 +1,8 @@
-"""Algorithm 1 of the DDQ paper: quantize, forward, loss, backward, update."""
+"""Algorithm 1 of the DDQ paper: quantize, forward, loss, backward, update.
+
+Training cannot harm: about eight times in a run the trainer looks at held-out training samples, and
+at the end it delivers the best state it has seen.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -22,11 +27,14 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.training import distributed
 from ddqcli.training.batch_norm import batch_norms, reestimate_batch_norm
 from ddqcli.training.distillation import distillation, distillation_weight, flips_at_random
-from ddqcli.training.divergence import explain_loss, require_finite
+from ddqcli.training.divergence import Diverged, explain_loss, require_finite
 from ddqcli.training.evaluate import output_of
-from ddqcli.training.metrics import REPORT_EVERY, StepMeans, StepMetrics
+from ddqcli.training.held_out import HeldOut, is_better, is_ruined
+from ddqcli.training.metrics import REPORT_EVERY, Look, StepMeans, StepMetrics
 from ddqcli.training.optimizers import make_optimizers
 from ddqcli.training.signals import hold_signals
+
+_LOOKS = 8  # in a run, beside the one before the first step
 
 
 class Trainer:
@@ -53,8 +61,15 @@ class Trainer:
         self.quantized, self.data, self.gates, self.recipe = quantized, data, gates, recipe
         self.model, self.steps, self.step = quantized.model, steps, 0
         self.lr_scale = 1.0  # factor on every learning rate
+        self.gave_up = False  # training diverged twice: the best state is delivered
         self.distill_weight = distillation_weight(recipe.train.distill, data)
         self.teacher = teacher if self.distill_weight else None
+        self.held_out = HeldOut(data, teacher, recipe)
+        self.looks: list[Look] = []  # the first is the start's
+        self.best: Look | None = None  # of the state that is delivered if training ended now
+        self._best_state: dict[str, Any] | None = None
+        self.stages: dict[str, float] = {}  # accuracy on the evaluation data before training
+        self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0}
         self.model.train()
         self.bn_frozen_from = self._bn_freeze_step()
         self.parallel = distributed.data_parallel(self.model)
@@ -62,11 +77,16 @@ class Trainer:
 
     # ---- the loop
 
-    def run(self, on_step: Callable[[StepMetrics], None], on_save: Callable[[], None]) -> None:
-        """Train from `self.step` to the end.
+    def run(
+        self,
+        on_step: Callable[[StepMetrics], None],
+        on_look: Callable[[Look], None],
+        on_save: Callable[[], None],
+    ) -> None:
+        """Train from `self.step` to the end, and return to the best state seen.
 
-        `on_step` gets metrics every few steps. `on_save` is called at each checkpoint, when all
-        parameters are finite. SIGINT and SIGTERM take effect at the end of a step, after a
+        `on_step` gets metrics every few steps, `on_look` each look at held-out samples. `on_save`
+        is called at each checkpoint, when all parameters are finite. SIGINT and SIGTERM take effect at the end of a step, after a
         checkpoint. Raises Interrupted and Diverged.
         """
         began, first_step, means = time.monotonic(), self.step, StepMeans()
@@ -80,6 +100,8 @@ class Trainer:
                     step_seconds = (time.monotonic() - began) / (self.step - first_step)
                     on_step(self._metrics(means, step_seconds))
                     means = StepMeans()
+                if self.step in self._look_steps:
+                    on_look(self.look())
                 stop = distributed.any_rank(bool(signals), sync=self.step % REPORT_EVERY == 0)
                 if stop or self._is_checkpoint_step():
                     parameters = dict(self.model.named_parameters())
@@ -92,6 +114,57 @@ class Trainer:
         self.gates.finish()
         if self.steps == self.bn_frozen_from:
             self._freeze_batch_norm()
+        if self.steps:
+            on_look(self.look())
+        self.restore_best()
+
+    # ---- looks
+
+    def look(self) -> Look:
+        """Look at the held-out samples, and keep this state if it is the best so far.
+
+        The best state has the lowest loss among those whose accuracy is not below the start's. Only
+        a state within the budget counts. Raises Diverged if training has left the start far behind.
+        """
+        look = self.held_out.look(self.model, self.step)
+        self._set_train_mode()
+        self.looks.append(look)
+        start = self.looks[0]
+        if is_ruined(look, start):
+            raise Diverged(
+                f"The held-out loss went from {start.held_out_loss:.3g} to "
+                f"{look.held_out_loss:.3g} {self._at(self.step)}"
+            )
+        limit = self.gates.budget.limit
+        fits = limit is None or self.gates.cost() <= limit
+        if fits and (self.best is None or is_better(look, self.best, start)):
+            self.best = look
+            self._best_state = {
+                "model": {k: v.clone() for k, v in self.model.state_dict().items()},
+                "gates": self.gates.state(),
+            }
+        return look
+
+    def restore_best(self) -> bool:
+        """Return to the best state. False if no state within the budget was seen."""
+        if self.best is None or self._best_state is None:
+            return False
+        if self.best is not self.looks[-1] or self.step != self.best.step:
+            self.model.load_state_dict(self._best_state["model"])
+            self.gates.load_state(self._best_state["gates"])
+        self.model.eval()
+        return True
+
+    def restart_from_best(self, lr_scale: float) -> bool:
+        """Continue from the best state with fresh optimizers. False if there is none."""
+        if not self.restore_best() or self.best is None:
+            return False
+        self.step, self.lr_scale = self.best.step, lr_scale
+        self.model.zero_grad(set_to_none=True)
+        self.weights_optimizer, self.levels_optimizer = make_optimizers(
+            self.quantized, self.recipe.train
+        )
+        return True
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield one batch per remaining step. Freezes BatchNorm when its step has come."""
@@ -226,6 +299,8 @@ class Trainer:
         """
         if not batch_norms(self.model):
             return self.steps
+        if self.recipe.train.batch_norm == "held":
+            return 0
         per_epoch = len(self.data.train)
         earliest = max(int(self.recipe.train.bn_freeze * self.steps), self.gates.frozen_from + 1)
         epoch_end = math.ceil(earliest / per_epoch) * per_epoch
@@ -233,7 +308,7 @@ class Trainer:
 
     def _freeze_batch_norm(self) -> None:
         """Re-estimate BatchNorm's statistics with the current weights, then keep them fixed."""
-        if self.steps:
+        if self.steps and self.recipe.train.batch_norm != "held":
             torch.manual_seed(self.recipe.train.seed)
             batches = self.data.train.epoch(self.recipe.train.epochs)
             reestimate_batch_norm(self.model, islice(batches, self.recipe.train.bn_batches))
@@ -256,12 +331,17 @@ class Trainer:
         return {
             "step": self.step,
             "lr_scale": self.lr_scale,
+            "gave_up": self.gave_up,
             "model": self.model.state_dict(),
             "weights_optimizer": self.weights_optimizer.state_dict(),
             "levels_optimizer": (
                 self.levels_optimizer.state_dict() if self.levels_optimizer else None
             ),
             "gates": self.gates.state(),
+            "looks": [asdict(look) for look in self.looks],
+            "best": self.best and asdict(self.best),
+            "best_state": self._best_state,
+            "stages": self.stages,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -269,11 +349,15 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         try:
             self.step, self.lr_scale = state["step"], state["lr_scale"]
+            self.gave_up = state["gave_up"]
             self.model.load_state_dict(state["model"])
             self.weights_optimizer.load_state_dict(state["weights_optimizer"])
             if self.levels_optimizer:
                 self.levels_optimizer.load_state_dict(state["levels_optimizer"])
             self.gates.load_state(state["gates"])
+            self.looks = [Look(**look) for look in state["looks"]]
+            self.best = state["best"] and Look(**state["best"])
+            self._best_state, self.stages = state["best_state"], state["stages"]
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DDQError(
                 "The saved state does not fit this model: another version of ddq wrote it, or a "
