@@ -163,7 +163,7 @@ def test_the_command_gives_every_form(sides: tuple[Path, Path], result: DiffResu
 def test_what_does_not_go_with_it_is_refused(sides: tuple[Path, Path], more: list[str]) -> None:
     answer = ddq("report", "--diff", *sides, *more)
     assert answer.code == 2
-    assert "--diff takes A and B" in answer.err
+    assert "--diff compares A and B" in answer.err
 
 
 def test_a_side_that_is_no_report_is_named(sides: tuple[Path, Path], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ddqcli.errors import BudgetError, DDQError
 from ddqcli.qat.frozen import freeze
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import RULES
+from ddqcli.runs.report import RunFacts, Source
 from ddqcli.training.evaluate import evaluate
 from ddqcli.training.report import build_report
 from ddqcli.training.trainer import Trainer
@@ -94,9 +95,14 @@ def test_a_finished_run_keeps_its_budget(name: str, rule: str, steps: int) -> No
 
 def totals_of(finished: Trainer) -> dict[str, Any]:
     rule = finished.gates
-    report = build_report(rule.model, rule.budget, accuracy=None, source={}, run={})
-    totals: dict[str, Any] = report["totals"]
-    return totals
+    report = build_report(
+        rule.model,
+        rule.budget,
+        accuracy=None,
+        source=Source(path="", sha256="", arch="", ddq=""),
+        run=RunFacts(steps=0, seed=0),
+    )
+    return report.totals.data()
 
 
 @pytest.mark.parametrize("rule", RULES)

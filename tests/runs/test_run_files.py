@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_run import make_report
 from run_files import Metrics, names
 
 from ddqcli.errors import DDQError, UsageError
@@ -69,6 +70,6 @@ def test_a_folder_that_vanished_is_one_sentence(run: Run) -> None:
     (run.path / RECIPE).unlink()
     run.path.rmdir()
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
-        run.write_report({})
+        run.write_report(make_report())
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
         run.append_metrics(Metrics(1))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from made_run import make_report
 from run_files import names
 
 from ddqcli.errors import UsageError
@@ -39,7 +40,7 @@ def test_the_newest_finished_and_the_newest_unfinished_run_are_found(
         run.write_recipe(Recipe())
         os.utime(run.path / RECIPE, (number, number))
         if name in "ad":
-            run.write_report({"layers": []})
+            run.write_report(make_report())
             os.utime(run.path / REPORT, (number, number))
     assert Run.open(None).path.name == "d"
     assert Run.unfinished(None).path.name == "b"
