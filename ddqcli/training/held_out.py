@@ -1,4 +1,4 @@
-"""Looks at a model on held-out training samples, by which a run chooses the state it delivers."""
+"""Looks at a model on held-out training samples, which decide what state a run delivers."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from ddqcli.training.distillation import distillation, distillation_weight
 from ddqcli.training.evaluate import output_of
 from ddqcli.training.metrics import Look
 
-_RUINED_LOSS = 4.0  # times the start's loss, and
-_RUINED_POINTS = 5.0  # fewer points than the start: training has left the region it started in
+# Training has left the region it started in if, against the start,
+_RUINED_RISE = 3.0  # the loss is higher by this many times its size, and
+_RUINED_POINTS = 5.0  # the accuracy is lower by this many points.
 
 
 class HeldOut:
     """The held-out training samples, with the loss that training minimizes.
 
     Args:
-        data: its `held_out` samples are looked at; its `val` never is.
+        data: of its splits, only `held_out` is read.
         teacher: the float model, for distillation.
         recipe: the share of distillation and its temperature.
     """
 
     def __init__(self, data: Data, teacher: nn.Module | None, recipe: Recipe) -> None:
         self.data, self.teacher, self.distill = data, teacher, recipe.train.distill
-        self.weight = distillation_weight(recipe.train.distill, data) if teacher else 0.0
+        self.weight = 0.0 if teacher is None else distillation_weight(self.distill, data)
         self._targets: list[Tensor] | None = None
 
     @torch.no_grad()
     def look(self, model: nn.Module, step: int) -> Look:
-        """Return the mean loss and score of the model, over the samples of all ranks.
+        """Return the model's mean loss and score over the samples of all ranks.
 
-        Leaves the model in eval mode.
+        A loss that is not a number counts as infinite. Leaves the model in eval mode.
         """
         model.eval()
         total = torch.zeros(3, dtype=torch.float64)  # loss, score, samples
@@ -51,7 +52,7 @@ class HeldOut:
             score = float(self.data.metric(output.float(), y).double().sum())
             total += torch.tensor([loss * len(y), score, len(y)], dtype=torch.float64)
         loss, score, samples = distributed.sum_ranks(total).tolist()
-        return Look(step, loss / samples, 100 * score / samples)
+        return Look(step, math.inf if math.isnan(loss) else loss / samples, 100 * score / samples)
 
     def _loss(self, output: Any, y: Tensor, number: int) -> Tensor:
         if not self.weight:
@@ -67,7 +68,9 @@ class HeldOut:
         if self._targets is None:
             assert self.teacher is not None
             batches = self.data.held_out.epoch(0)
-            self._targets = [output_of(self.teacher(x.clone())).float() for x, _ in batches]
+            self._targets = [
+                output_of(self.teacher(x.clone())).float() if len(x) else x for x, _ in batches
+            ]
         return self._targets
 
 
@@ -81,7 +84,8 @@ def is_better(look: Look, best: Look, start: Look) -> bool:
 
 def is_ruined(look: Look, start: Look) -> bool:
     """True if training has diverged, though its loss may be finite."""
+    rise = look.held_out_loss - start.held_out_loss
     return not math.isfinite(look.held_out_loss) or (
-        look.held_out_loss > _RUINED_LOSS * start.held_out_loss
+        rise > _RUINED_RISE * abs(start.held_out_loss)  # a user's own loss may be negative
         and look.held_out_accuracy < start.held_out_accuracy - _RUINED_POINTS
     )
