@@ -37,8 +37,10 @@ def compensated_rounding(
     Returns:
         Q [G, O, I] in weight's dtype; every value is one of `levels`, bit for bit.
 
-    Raises torch.linalg.LinAlgError if H is not finite.
+    Raises ValueError if an argument is not finite.
     """
+    if not all(x.isfinite().all() for x in (weight, hessian, pull) if x is not None):
+        raise ValueError("a weight, H or P holds NaN or infinity; no level is near those")
     factor, order = _ordered_cholesky(hessian)
     target = _ordered_columns(weight, order)
     if pull is not None:

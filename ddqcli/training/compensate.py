@@ -111,12 +111,11 @@ class Compensation:
         layer: Any = self.quantized.model.get_submodule(name)
         before = layer.bias.clone()
         lack = _finite(self.float.biased[name] - _channel_means(layer, output), 0.0)
-        tensor = self.biases.get(name)
-        if tensor is None:
-            layer.bias.add_(lack)
-        else:
-            tensor.parameter.add_(lack)
+        if tensor := self.biases.get(name):
+            tensor.parameter.copy_(before + lack)
             tensor.quantizer.fit(tensor.parameter, tensor.quantizer.bits)
+        else:
+            layer.bias.copy_(before + lack)
         change: Tensor = layer.bias - before
         moved = output + change.view(-1, *[1] * _axes_after_channels(layer))
         return moved.to(output.dtype)
