@@ -73,7 +73,9 @@ def expected_recipe(network: str, setting: tuple[str, str]) -> dict[str, Any]:
         "budget": {"target_bits": target_bits},
         "train": {
             "epochs": 30,
+            "optimizer": "sgd",
             "lr": 0.01,
+            "batch_norm": "batch",
             "weight_decay": weight_decay,
             "distill": {"weight": 0},
             "save_every": 1000,

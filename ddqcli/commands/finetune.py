@@ -44,7 +44,7 @@ _Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished run. After a dry run `run_dir` is None, and the report is of what would be trained."""
+    """A finished run. After a dry run `run_dir` is None: the report is of what would be trained."""
 
     run_dir: Path | None
     report: Report
@@ -265,7 +265,8 @@ def _write_results(
     listener: Listener,
 ) -> Report:
     """Write final.pt and report.json; return the report. `accuracy` is the delivered model's."""
-    warnings = find_warnings(trainer, run.metrics())
+    run_course = course(trainer, baseline, accuracy)
+    warnings = find_warnings(trainer, run.metrics(), run_course)
     for warning in warnings:
         listener.note(f"warning: {warning}")
     quantized = trainer.quantized
@@ -273,7 +274,7 @@ def _write_results(
         quantized,
         trainer.gates.budget,
         accuracy=(baseline.accuracy, accuracy),
-        course=course(trainer, baseline, accuracy),
+        course=run_course,
         source=models.source,
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,

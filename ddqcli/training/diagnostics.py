@@ -1,4 +1,4 @@
-"""Warnings of a finished run: rollback, constant layers, unused levels, idle gates."""
+"""Warnings of a finished run, each with its remedy: lost accuracy, divergence, idle parts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddqcli.qat.budget import kept_bytes, nbytes, stored_bytes
 from ddqcli.qat.model import QuantizedParameter
+from ddqcli.runs.report import Course
+from ddqcli.training import distributed
 from ddqcli.training.trainer import Trainer
 
+_FAR_BELOW_FLOAT = 10.0  # points
+_LARGE_FLOAT_SHARE = 0.5  # of the file's bytes
+_SMALL_BATCH = 8  # samples, up to which batch statistics are too noisy to normalize by
+
 _UNUSED_SHARE = 0.25  # of a tensor's levels, from which on they are worth a warning
+_NAMED = 3  # tensors in a warning
 _VALUES_PER_LEVEL = 4  # a tensor with fewer cannot be expected to use every level
 
 
-def find_warnings(trainer: Trainer, metrics: list[dict[str, Any]]) -> list[str]:
+def find_warnings(
+    trainer: Trainer, metrics: list[dict[str, Any]], course: Course | None = None
+) -> list[str]:
     """Return one sentence for each problem of the run, with its remedy.
 
-    `metrics` are the run's lines of metrics.jsonl, as StepMetrics has them.
+    `metrics` are the run's lines of metrics.jsonl, as StepMetrics has them. Without `course`,
+    nothing is said about accuracies.
     """
     warnings = [
-        _rollback(trainer),
+        _far_below_float(trainer, course) if course else None,
+        _divergence(trainer),
+        _no_improvement(trainer, course) if course else None,
+        _rising_loss(trainer),
+        _small_batches(trainer),
+        _much_stays_float(trainer),
         _constant_tensors(trainer),
         _unused_levels(trainer),
         _idle_gates(trainer, metrics),
@@ -28,12 +44,92 @@ def find_warnings(trainer: Trainer, metrics: list[dict[str, Any]]) -> list[str]:
     return [warning for warning in warnings if warning]
 
 
-def _rollback(trainer: Trainer) -> str | None:
-    if trainer.lr_scale == 1:
+# ---- accuracy
+
+
+def _far_below_float(trainer: Trainer, course: Course) -> str | None:
+    accuracies = {stage.name: stage.accuracy for stage in course.stages}
+    drop = accuracies["float"] - accuracies[course.delivered]
+    if drop <= _FAR_BELOW_FLOAT:
+        return None
+    recipe = trainer.recipe
+    bits = f"a larger budget (now {recipe.budget.target})"
+    if recipe.budget.target == "none":
+        bits = f"a larger weights.max_bits (now {recipe.weights.max_bits})"
+    return (
+        f"the quantized model is {drop:.1f} points below the float model; take {bits}, more "
+        f"training data, or more train.epochs (now {recipe.train.epochs})"
+    )
+
+
+def _no_improvement(trainer: Trainer, course: Course) -> str | None:
+    """Report that the start is delivered; after two divergences, another warning does."""
+    if course.delivered == "trained" or not trainer.steps or trainer.gave_up:
         return None
     return (
-        "training diverged once and continued at a tenth of the learning rate; take a smaller "
-        f"train.lr (now {trainer.recipe.train.lr:g})"
+        f"training did not improve the start: none of the {course.looks - 1} later looks at the "
+        f"held-out samples found a better state; {trainer.data.train.samples:,} training samples "
+        f"may be too few, or train.lr (now {trainer.recipe.train.lr:g}) does not fit"
+    )
+
+
+def _rising_loss(trainer: Trainer) -> str | None:
+    """Report a held-out loss that fell, but ended above its first value within the budget."""
+    start, best, last = trainer.start, trainer.best, trainer.looks[-1]
+    if start is None or best is None or not best.step or last.held_out_loss <= start.held_out_loss:
+        return None
+    return (
+        f"the loss on held-out samples ended above its first value ({start.held_out_loss:.3g} -> "
+        f"{last.held_out_loss:.3g}), and the state of step {best.step} is delivered; take a "
+        f"smaller train.lr (now {trainer.recipe.train.lr:g})"
+    )
+
+
+# ---- training
+
+
+def _divergence(trainer: Trainer) -> str | None:
+    remedy = f"take a smaller train.lr (now {trainer.recipe.train.lr:g})"
+    if trainer.gave_up:
+        return (
+            "training diverged twice, the second time at a tenth of the learning rate, and the "
+            f"best state, of step {trainer.step}, is delivered; {remedy}"
+        )
+    if trainer.lr_scale == 1:
+        return None
+    return f"training diverged once and continued at a tenth of the learning rate; {remedy}"
+
+
+def _small_batches(trainer: Trainer) -> str | None:
+    train = trainer.data.train
+    size = round(train.samples / len(train) / distributed.shard().count)  # on this rank
+    if not trainer.steps or not trainer.uses_batch_statistics or size > _SMALL_BATCH:
+        return None
+    return (
+        f"BatchNorm trained on the statistics of batches of {size} samples, which are noisy; take "
+        "train.batch_norm=held, or a larger data.batch_size"
+    )
+
+
+# ---- parts of the model
+
+
+def _much_stays_float(trainer: Trainer) -> str | None:
+    """Name the largest tensors that stay float if they are most of the file."""
+    quantized = trainer.quantized
+    float_bytes = {name: nbytes([value]) for name, value in quantized.float_tensors().items()}
+    in_float = sum(float_bytes.values())
+    total = sum(map(stored_bytes, quantized.tensors)) + sum(kept_bytes(quantized).values())
+    if in_float <= _LARGE_FLOAT_SHARE * total:
+        return None
+    largest = sorted(float_bytes, key=lambda name: float_bytes[name], reverse=True)[:_NAMED]
+    reasons = [
+        f"{name} ({100 * float_bytes[name] / total:.0f} %: {quantized.kept_float[name]})"
+        for name in largest
+    ]
+    return (
+        f"{100 * in_float / total:.0f} % of the file's bytes stay float, which no bit-width "
+        f"shrinks; the largest: {', '.join(reasons)}"
     )
 
 
@@ -118,4 +214,5 @@ def _used_levels(tensor: QuantizedParameter) -> int:
 
 
 def _join(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -107,7 +107,9 @@ def train(
         listener.step(metrics)
 
     def report_look(look: Look) -> None:
-        run.append_metrics(look)
+        # A run that was killed after its last checkpoint may have reported its last look.
+        if not any(entry["step"] == look.step for entry in run.looks()):
+            run.append_metrics(look)
         listener.look(look)
 
     def save() -> None:
@@ -117,8 +119,7 @@ def train(
     if trainer.step == 0:
         save()
         _add_snapshot_once(trainer, run)
-        if not run.looks():
-            report_look(trainer.looks[0])
+        report_look(trainer.looks[0])
     while not trainer.gave_up:
         try:
             trainer.run(report, report_look, save)
@@ -129,7 +130,10 @@ def train(
             save()
             run.truncate_metrics(trainer.step)
             if trainer.gave_up:
-                listener.note(f"warning: {error}, also at a tenth of the learning rate")
+                listener.note(
+                    f"warning: {error}, also at a tenth of the learning rate; training ends, and "
+                    f"the best state, of step {trainer.step}, is delivered"
+                )
             else:
                 lr = ROLLBACK_LR_SCALE * (trainer.recipe.train.lr or 0)
                 listener.note(
@@ -164,7 +168,7 @@ def course(trainer: Trainer, baseline: FloatBaseline, accuracy: float) -> Course
     before = {"float": baseline.accuracy, **trainer.stages}
     best_step = trainer.steps if trainer.best is None else trainer.best.step
     delivered = "trained" if best_step else list(trainer.stages)[-1]
-    stages = before | ({"trained": accuracy} if best_step else {})
+    stages = before | {delivered: accuracy}
     return Course.model_validate(
         {
             "stages": [{"name": name, "accuracy": round(a, 4)} for name, a in stages.items()],

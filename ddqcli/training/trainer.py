@@ -65,12 +65,15 @@ class Trainer:
         self.distill_weight = distillation_weight(recipe.train.distill, data)
         self.teacher = teacher if self.distill_weight else None
         self.held_out = HeldOut(data, teacher, recipe)
-        self.looks: list[Look] = []  # the first is the start's
+        self.looks: list[Look] = []  # the first is from before training
+        self.start: Look | None = None  # the first look at a state within the budget
         self.best: Look | None = None  # of the state that is delivered if training ended now
         self._best_state: dict[str, Any] | None = None
         self.stages: dict[str, float] = {}  # accuracy on the evaluation data before training
-        self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0}
+        self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0, steps}
         self.model.train()
+        held = recipe.train.batch_norm == "held"
+        self.uses_batch_statistics = bool(batch_norms(self.model)) and not held
         self.bn_frozen_from = self._bn_freeze_step()
         self.parallel = distributed.data_parallel(self.model)
         self.weights_optimizer, self.levels_optimizer = make_optimizers(quantized, recipe.train)
@@ -86,8 +89,8 @@ class Trainer:
         """Train from `self.step` to the end, and return to the best state seen.
 
         `on_step` gets metrics every few steps, `on_look` each look at held-out samples. `on_save`
-        is called at each checkpoint, when all parameters are finite. SIGINT and SIGTERM take effect at the end of a step, after a
-        checkpoint. Raises Interrupted and Diverged.
+        is called at each checkpoint, when all parameters are finite. SIGINT and SIGTERM take effect
+        at the end of a step, after a checkpoint. Raises Interrupted and Diverged.
         """
         began, first_step, means = time.monotonic(), self.step, StepMeans()
         self._set_train_mode()
@@ -123,20 +126,23 @@ class Trainer:
     def look(self) -> Look:
         """Look at the held-out samples, and keep this state if it is the best so far.
 
-        The best state has the lowest loss among those whose accuracy is not below the start's. Only
-        a state within the budget counts. Raises Diverged if training has left the start far behind.
+        Only a state within the budget counts. The best has the lowest loss among those whose
+        accuracy is not below that of the first. Raises Diverged if training has ruined the first.
         """
         look = self.held_out.look(self.model, self.step)
         self._set_train_mode()
         self.looks.append(look)
-        start = self.looks[0]
-        if is_ruined(look, start):
+        limit = self.gates.budget.limit
+        fits = limit is None or self.gates.cost() <= limit
+        if fits and self.start is None:
+            self.start = look
+        # Bits that still come down to the budget raise the loss without a divergence.
+        start = self.start or look
+        if self.step and is_ruined(look, start):
             raise Diverged(
                 f"The held-out loss went from {start.held_out_loss:.3g} to "
                 f"{look.held_out_loss:.3g} {self._at(self.step)}"
             )
-        limit = self.gates.budget.limit
-        fits = limit is None or self.gates.cost() <= limit
         if fits and (self.best is None or is_better(look, self.best, start)):
             self.best = look
             self._best_state = {
@@ -150,7 +156,7 @@ class Trainer:
         if self.best is None or self._best_state is None:
             return False
         if self.best is not self.looks[-1] or self.step != self.best.step:
-            self.model.load_state_dict(self._best_state["model"])
+            self._load_model(self._best_state["model"])
             self.gates.load_state(self._best_state["gates"])
         self.model.eval()
         return True
@@ -160,6 +166,7 @@ class Trainer:
         if not self.restore_best() or self.best is None:
             return False
         self.step, self.lr_scale = self.best.step, lr_scale
+        self.looks = [look for look in self.looks if look.step <= self.step]
         self.model.zero_grad(set_to_none=True)
         self.weights_optimizer, self.levels_optimizer = make_optimizers(
             self.quantized, self.recipe.train
@@ -339,6 +346,7 @@ class Trainer:
             ),
             "gates": self.gates.state(),
             "looks": [asdict(look) for look in self.looks],
+            "start": self.start and asdict(self.start),
             "best": self.best and asdict(self.best),
             "best_state": self._best_state,
             "stages": self.stages,
@@ -350,16 +358,23 @@ class Trainer:
         try:
             self.step, self.lr_scale = state["step"], state["lr_scale"]
             self.gave_up = state["gave_up"]
-            self.model.load_state_dict(state["model"])
+            self._load_model(state["model"])
             self.weights_optimizer.load_state_dict(state["weights_optimizer"])
             if self.levels_optimizer:
                 self.levels_optimizer.load_state_dict(state["levels_optimizer"])
             self.gates.load_state(state["gates"])
             self.looks = [Look(**look) for look in state["looks"]]
+            self.start = state["start"] and Look(**state["start"])
             self.best = state["best"] and Look(**state["best"])
             self._best_state, self.stages = state["best_state"], state["stages"]
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DDQError(
-                "The saved state does not fit this model: another version of ddq wrote it, or a "
-                "forward pass resizes a buffer."
+                "The saved state does not fit this model: another version of ddq wrote it."
             ) from error
+
+    def _load_model(self, state: dict[str, Tensor]) -> None:
+        """Load parameters and buffers. Buffers that a forward pass has resized get their shapes."""
+        for name, buffer in self.model.named_buffers():
+            if name in state and buffer.shape != state[name].shape:
+                buffer.data = state[name].to(buffer.device, copy=True)
+        self.model.load_state_dict(state)

@@ -42,7 +42,7 @@ RECIPE = {
     "activations": {"bits": 8},
     "budget": {"target_bits": 4},
     "data": {"batch_size": BATCH},
-    "train": {"momentum": 0, "lr": 1e-4},
+    "train": {"optimizer": "sgd", "momentum": 0, "lr": 1e-4, "batch_norm": "batch"},
 }
 
 
@@ -120,7 +120,9 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
     )
     gates.start()
     metrics: list[StepMetrics] = []
-    Trainer(converted, None, data, gates, recipe, 1).run(metrics.append, lambda: None)
+    Trainer(converted, None, data, gates, recipe, 1).run(
+        metrics.append, lambda _: None, lambda: None
+    )
     accuracy = evaluate(converted.model, data)
     assert 0 <= accuracy <= 100
     assert gates.cost() <= (budget.limit or 0), "the budget is not kept"

@@ -110,7 +110,8 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
     `views`: 1 for distillation from the float model, 2 where training mirrors images, 0 for labels alone.
     """
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if views else nn.Identity()
-    recipe = Recipe.model_validate({"budget": {"target_bits": 4}, **sections})
+    base = {"budget": {"target_bits": 4}, "train": {"optimizer": "sgd"}}
+    recipe = Recipe.model_validate({**base, **sections})
     converted = convert(model, recipe)
     size = sum(t.parameter.numel() for t in converted.tensors)
     budget = ResolvedBudget(size // 2, 0, 4 * size, size)

@@ -70,6 +70,10 @@ FLAGS = {
         "budget.target_bits = -4.0: input should be gr",
     ),
     "budget above 32 bits": ("finetune model.pt --target-bits 33", "less than or equal to 32"),
+    "budget above what weights may have": (
+        "finetune model.pt --target-bits 5 --max-bits 4",
+        "no weight may take more than 4",
+    ),
     "budget of NaN bits": ("finetune model.pt --target-bits nan", "budget.target_bits = nan"),
     "size of 0": ("finetune model.pt --target-size 0kB", "'0kB' is less than one byte"),
     "size of 400 digits": (

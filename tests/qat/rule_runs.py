@@ -58,7 +58,7 @@ def rule_of(
 def finished_run(
     recipe: Recipe, steps: int, model: nn.Module | None = None
 ) -> tuple[Trainer, list[tuple[int, ...]]]:
-    """A finished run, and the bits of all groups after each step."""
+    """A run at its last state, and the bits of all groups after each step."""
     running = trainer(model or network(), recipe, steps, random_data())
     history: list[tuple[int, ...]] = []
     after_backward = running.gates.after_backward
@@ -68,7 +68,8 @@ def finished_run(
         history.append(bits_in_force(running.gates.model))
 
     running.gates.after_backward = watched  # type: ignore[method-assign]
-    running.run(lambda metrics: None, lambda: None)
+    running.restore_best = lambda: True  # type: ignore[method-assign]
+    running.run(lambda metrics: None, lambda look: None, lambda: None)
     return running, history
 
 

@@ -44,6 +44,42 @@ def test_an_impossible_budget_is_refused_with_the_smallest_size(budget: dict[str
     assert "min-bits" not in str(caught.value), "there are no fewer than one"
 
 
+@pytest.mark.parametrize(
+    ("target_bits", "sections", "message"),
+    [
+        (12, {}, r"12 bits a weight .* more than 8 \(.*; lower the target\.$"),
+        (5, {"weights": {"max_bits": 4}}, r"more than 4 .*, or raise --max-bits\.$"),
+        (
+            6.5,
+            {"weights": {"max_bits": 4}, "overrides": [{"match": "8", "max_bits": 6}]},
+            "more than 6 ",
+        ),
+    ],
+)
+def test_more_bits_than_weights_may_have_are_refused(
+    target_bits: float, sections: dict[str, Any], message: str
+) -> None:
+    recipe = rule_recipe("fisher", {"target_bits": target_bits}, **sections)
+    with pytest.raises(BudgetError, match=message):
+        make_budget(convert(network(), recipe), recipe)
+
+
+@pytest.mark.parametrize(
+    ("target_bits", "sections"),
+    [
+        (8, {}),
+        (4, {"weights": {"max_bits": 4}}),
+        (5, {"weights": {"max_bits": 4}, "overrides": [{"match": "8", "bits": 6}]}),
+        (5, {"weights": {"max_bits": 4, "granularity": "channel"}}),  # the tables take the rest
+    ],
+)
+def test_as_many_bits_as_weights_and_their_tables_take_are_allowed(
+    target_bits: float, sections: dict[str, Any]
+) -> None:
+    recipe = rule_recipe("fisher", {"target_bits": target_bits}, **sections)
+    assert make_budget(convert(network(), recipe), recipe).limit
+
+
 REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "fewest bits": (
         {"target_bits": 3},

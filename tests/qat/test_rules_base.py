@@ -34,7 +34,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "1.3 bits": {"budget": {"target_bits": 1.3}},
     "2.5 bits": {"budget": {"target_bits": 2.5}},
     "7.9 bits": {"budget": {"target_bits": 7.9}},
-    "12 bits, more than all can take": {"budget": {"target_bits": 12}},
+    "8 bits": {"budget": {"target_bits": 8}},
+    "half the file, more than all can take": {"budget": {"target_size": "50%"}},
     "5 kB": {"budget": {"target_size": "5kB"}},
     "20 % with 4-bit inputs": {"budget": {"target_size": "20%"}, "activations": {"bits": 4}},
     "eqn 6": {"budget": {"target_bits": 3.3, "count": "eqn6"}},
@@ -124,7 +125,7 @@ def test_layers_without_gradients_share_the_budget_too() -> None:
 
 @pytest.mark.parametrize("weights", ["zeros", "ternary", "nine tenths zero"])
 @pytest.mark.parametrize("rule", ["fisher", "fixed"])
-@pytest.mark.parametrize("bits", [3.0, 8.2])
+@pytest.mark.parametrize("bits", [3.0, 8.0])
 def test_weights_that_few_levels_hold_leave_no_bytes_idle(
     weights: str, rule: str, bits: float
 ) -> None:
@@ -214,7 +215,7 @@ def test_buffers_that_a_forward_pass_makes_are_in_the_budget(grows: str) -> None
     recipe = rule_recipe("fisher", {"target_size": "7kB"}, weights={"min_bits": 2})
     finished, _ = finished_run(recipe, 8, nn.Sequential(*network(), Buffered(grows)))
     finished.gates.check_kept()
-    assert len(finished.model[-1].seen) >= 200
+    assert len(finished.model[-1].seen) >= 160
     total = totals_of(finished)["bytes"]
     assert total == file_bytes(finished.gates.model)
     assert total <= 7000
@@ -227,7 +228,6 @@ def test_buffers_that_a_forward_pass_makes_are_in_the_budget(grows: str) -> None
 def test_a_network_that_outgrows_its_budget_in_evaluation_is_refused() -> None:
     model = nn.Sequential(*network(), Buffered("in evaluation"))
     finished, _ = finished_run(rule_recipe("fisher", {"target_size": "7kB"}), 2, model)
-    finished.gates.check_kept()
     evaluate(finished.model, finished.data)
     message = r"bytes left to them. The network's buffers grew while it ran"
     with pytest.raises(DDQError, match=message):

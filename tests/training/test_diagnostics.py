@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 
 from ddqcli.qat.model import QuantizedParameter
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.report import Course
 from ddqcli.training.diagnostics import find_warnings
+from ddqcli.training.metrics import Look
 from ddqcli.training.session import ROLLBACK_LR_SCALE
 from ddqcli.training.trainer import Trainer
 
@@ -28,6 +31,21 @@ def begin(**sections: Any) -> Trainer:
     return trainer(model, recipe, STEPS, random_data())
 
 
+def course(start: float, trained: float | None = None, looks: int = 9) -> Course:
+    """The course of a run on a network of 90 %; `trained` is None if the start is delivered."""
+    accuracies = {"float": 90.0, "quantized": start}
+    if trained is not None:
+        accuracies["trained"] = trained
+    return Course.model_validate(
+        {
+            "stages": [{"name": name, "accuracy": a} for name, a in accuracies.items()],
+            "delivered": list(accuracies)[-1],
+            "looks": looks,
+            "best_step": 0 if trained is None else STEPS,
+        }
+    )
+
+
 def weights_of(running: Trainer, name: str) -> QuantizedParameter:
     return next(tensor for tensor in running.quantized.tensors if tensor.name == name)
 
@@ -36,8 +54,62 @@ def weights_of(running: Trainer, name: str) -> QuantizedParameter:
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_healthy_training_gets_no_warning(levels: str, granularity: str) -> None:
     running = begin(weights={"max_bits": 3, "levels": levels, "granularity": granularity})
-    running.run(lambda _: None, lambda: None)
-    assert find_warnings(running, []) == []
+    running.run(lambda _: None, lambda _: None, lambda: None)
+    assert find_warnings(running, [], course(80, 85)) == []
+
+
+# ---- accuracy
+
+
+@pytest.mark.parametrize(
+    ("budget", "remedy"),
+    [
+        ({"target_bits": 3}, "take a larger budget (now 3 bits)"),
+        ({"target_size": "50%"}, "take a larger budget (now 50%)"),
+        ({}, "take a larger weights.max_bits (now 4)"),
+    ],
+)
+def test_an_accuracy_far_below_the_float_models_is_reported(
+    budget: dict[str, Any], remedy: str
+) -> None:
+    running = begin(budget=budget)
+    (warning,) = find_warnings(running, [], course(50, 79.9))
+    assert warning == (
+        f"the quantized model is 10.1 points below the float model; {remedy}, more training data, "
+        "or more train.epochs (now 5)"
+    )
+    assert find_warnings(running, [], course(50, 80)) == []
+
+
+def test_training_that_did_not_improve_the_start_says_so() -> None:
+    (warning,) = find_warnings(begin(), [], course(85))
+    assert warning == (
+        "training did not improve the start: none of the 8 later looks at the held-out samples "
+        "found a better state; 32 training samples may be too few, or train.lr (now 0.0001) does "
+        "not fit"
+    )
+
+
+def test_a_run_without_training_needs_no_improvement() -> None:
+    running = trainer(nn.Sequential(nn.Flatten(), nn.Linear(108, 10)), Recipe(), 0, random_data())
+    assert find_warnings(running, [], course(85, looks=1)) == []
+
+
+def test_a_held_out_loss_that_ended_above_its_first_value_is_reported() -> None:
+    running = begin()
+    running.start = Look(0, 0.5, 85)
+    running.best = Look(4, 0.4, 86)
+    running.looks = [running.start, running.best, Look(STEPS, 0.625, 86)]
+    (warning,) = find_warnings(running, [], course(85, 86))
+    assert warning == (
+        "the loss on held-out samples ended above its first value (0.5 -> 0.625), and the state of "
+        "step 4 is delivered; take a smaller train.lr (now 0.0001)"
+    )
+    running.looks[-1] = Look(STEPS, 0.5, 86)
+    assert find_warnings(running, [], course(85, 86)) == []
+
+
+# ---- training
 
 
 def test_a_rollback_stays_visible_to_the_end() -> None:
@@ -45,7 +117,64 @@ def test_a_rollback_stays_visible_to_the_end() -> None:
     running.lr_scale = ROLLBACK_LR_SCALE
     (warning,) = find_warnings(running, [])
     assert "training diverged once" in warning
-    assert "take a smaller train.lr (now 0.01)" in warning
+    assert "take a smaller train.lr (now 0.0001)" in warning
+
+
+def test_training_that_gave_up_says_so_and_which_state_is_delivered() -> None:
+    running = begin()
+    running.lr_scale, running.gave_up, running.step = ROLLBACK_LR_SCALE, True, 4
+    (warning,) = find_warnings(running, [], course(85))
+    assert warning == (
+        "training diverged twice, the second time at a tenth of the learning rate, and the best "
+        "state, of step 4, is delivered; take a smaller train.lr (now 0.0001)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch_norm", "size", "warned"),
+    [("batch", 8, True), ("batch", 9, False), ("held", 8, False), ("auto", 8, False)],
+)
+def test_batch_norm_on_the_statistics_of_small_batches_is_reported(
+    batch_norm: str, size: int, warned: bool
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)]
+    recipe = Recipe.model_validate({"train": {"batch_norm": batch_norm}})
+    running = trainer(nn.Sequential(*layers), recipe, STEPS, random_data(size=size))
+    expected = [
+        "BatchNorm trained on the statistics of batches of 8 samples, which are noisy; take "
+        "train.batch_norm=held, or a larger data.batch_size"
+    ]
+    assert find_warnings(running, []) == (expected if warned else [])
+
+
+def test_the_author_of_a_network_may_keep_its_batch_norm_fixed() -> None:
+    class Fixed(nn.Sequential):
+        def train(self, mode: bool = True) -> Fixed:
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    model = Fixed(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 10))
+    recipe = Recipe.model_validate({"train": {"batch_norm": "batch"}})
+    assert find_warnings(trainer(model, recipe, STEPS, random_data()), []) == []
+
+
+# ---- float tensors
+
+
+def test_a_file_that_is_mostly_float_names_the_largest_tensors_and_why() -> None:
+    running = begin(overrides=[{"match": "3", "skip": True}])
+    (warning,) = find_warnings(running, [])
+    rest = math.ceil(216 * 4 / 8) + 16 + 6 + 8 + 6  # 0.weight and 0.bias, with their tables
+    total = 4 * 1290 + rest
+    shares = [f"{100 * 4 * size / total:.0f} %" for size in (1290, 1280, 10)]
+    assert warning == (
+        f"{shares[0]} of the file's bytes stay float, which no bit-width shrinks; the largest: "
+        f"3.weight ({shares[1]}: an override says skip), 3.bias ({shares[2]}: an override says "
+        "skip)"
+    )
+    assert find_warnings(begin(weights={"max_bits": 4, "bias_bits": None}), []) == []
 
 
 # ---- unused levels
@@ -78,7 +207,7 @@ def test_a_layer_that_became_constant_is_named() -> None:
     weights_of(running, "0.weight").parameter.data.fill_(0.1)
     (warning,) = find_warnings(running, [])
     assert warning.startswith("every value of 0.weight is the same after quantization")
-    assert "take a smaller train.lr (now 0.01)" in warning
+    assert "take a smaller train.lr (now 0.0001)" in warning
 
 
 def test_a_layer_that_was_constant_before_is_not_blamed_on_training() -> None:
@@ -138,6 +267,6 @@ def test_the_warning_of_idle_gates_agrees_with_a_real_run(lr: float, idle: bool)
         reported.append({"step": step + 1, "bits": bits})
 
     running.gates.after_backward = report  # type: ignore[method-assign]
-    running.run(lambda _: None, lambda: None)
+    running.run(lambda _: None, lambda _: None, lambda: None)
     warnings = find_warnings(running, reported)
     assert any("no gate moved" in warning for warning in warnings) == idle

@@ -17,7 +17,9 @@ def test_a_signal_waits_for_the_end_of_the_step_and_saves(number: int, code: int
     saved = []
     before_each_step(running, lambda step: step == 4 and os.kill(os.getpid(), number))
     with pytest.raises(Interrupted) as caught:
-        running.run(lambda metrics: None, lambda: saved.append(stored(running.state())))
+        running.run(
+            lambda metrics: None, lambda look: None, lambda: saved.append(stored(running.state()))
+        )
     assert caught.value.exit_code == code
     assert saved[-1]["step"] == 5
     resumed.load(saved[-1])
@@ -41,7 +43,7 @@ def test_the_end_of_a_loaders_process_does_not_cut_the_step_in_which_a_signal_ca
     handler = signal.signal(signal.SIGCHLD, handler_of_torch)
     try:
         with pytest.raises(Interrupted, match="Stopped at step 5 of 11"):
-            running.run(lambda metrics: None, lambda: saved.append(running.step))
+            running.run(lambda metrics: None, lambda look: None, lambda: saved.append(running.step))
     finally:
         signal.signal(signal.SIGCHLD, handler)
     assert saved[-1] == 5
@@ -62,4 +64,4 @@ def test_a_signal_that_no_step_handles_is_raised_when_training_ends(at: str) -> 
 
     before_each_step(running, fail)
     with pytest.raises(KeyboardInterrupt):
-        running.run(lambda metrics: None, save)
+        running.run(lambda metrics: None, lambda look: None, save)

@@ -34,7 +34,7 @@ def begin(**weights: object) -> Trainer:
 
 def test_errors_and_levels_are_those_of_brute_force() -> None:
     running = begin()
-    running.run(lambda metrics: None, lambda: None)
+    running.run(lambda metrics: None, lambda look: None, lambda: None)
     taken = snapshot(running.quantized, STEPS)
     assert taken.step == STEPS
     assert set(taken.error) == {t.name for t in running.quantized.tensors}
@@ -78,7 +78,7 @@ def test_snapshots_change_nothing() -> None:
                 snapshot(running.quantized, running.step)
 
         hook()
-        running.run(hook, hook)
+        running.run(hook, hook, hook)
         states.append((copy.deepcopy(running.state()), torch.get_rng_state()))
     (one, random_one), (other, random_other) = states
     assert torch.equal(random_one, random_other)

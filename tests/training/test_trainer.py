@@ -6,12 +6,22 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from small_models import RandomBatches, random_data, trainer
-from tiny_training import STEPS, before_each_step, begin, differences, finish, recipe, stored
+from tiny_training import (
+    STEPS,
+    before_each_step,
+    begin,
+    differences,
+    finish,
+    finish_at_last,
+    recipe,
+    stored,
+)
 from torch import Tensor, nn
 
 from ddqcli.errors import DataError, DDQError
@@ -35,6 +45,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "uniform levels": {"weights": {"levels": "uniform"}},
     "power of two": {"weights": {"levels": "power_of_two", "max_bits": 4}},
     "adamw": {"train": {"optimizer": "adamw", "lr": 1e-3}},
+    "held BatchNorm": {"train": {"batch_norm": "held"}},
+    "compensated": {"train": {"compensate": True}},
     "bfloat16": {"train": {"precision": "bfloat16"}, "activations": {"bits": 8}},
     "distillation": {"train": {"distill": {"weight": 0.5, "temperature": 2}}},
 }
@@ -109,7 +121,7 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another(name: str)
 def test_checkpoints_come_every_save_every_steps_and_at_each_epochs_end() -> None:
     running = begin(recipe())
     saved: list[int] = []
-    running.run(lambda metrics: None, lambda: saved.append(running.step))
+    running.run(lambda metrics: None, lambda look: None, lambda: saved.append(running.step))
     assert saved == [3, 4, 6, 8, 9, 11]
 
 
@@ -120,7 +132,7 @@ def test_every_part_of_a_model_learns_and_the_loss_falls() -> None:
     running = begin(recipe(activations={"bits": 4}), steps=60)
     weights = [t for t in running.quantized.tensors if t.kind != "bias"]
     before = {name: value.clone() for name, value in running.model.state_dict().items()}
-    metrics = finish(running)
+    metrics = finish_at_last(running)
     assert metrics[-1].loss < 0.8 * metrics[0].loss
     moved = {
         name
@@ -167,7 +179,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step() -> None:
 
 
 def test_a_run_without_batch_norm_reads_each_batch_once() -> None:
-    running = trainer(nn.Sequential(nn.Flatten(), nn.Linear(108, 10)), recipe(), 4, random_data())
+    data = replace(random_data(), held_out=RandomBatches())
+    running = trainer(nn.Sequential(nn.Flatten(), nn.Linear(108, 10)), recipe(), 4, data)
     epoch, epochs_read = RandomBatches.epoch, []
 
     def counted(*args: Any) -> Iterator[Any]:
@@ -203,7 +216,7 @@ def test_batch_norm_freezes_at_its_statistics_over_bn_batches(
         before[step] = [value.detach().clone() for value in values]
 
     before_each_step(running, keep)
-    finish(running)
+    finish_at_last(running)
     weight, bias = (
         before[frozen_from][2:]
         if frozen_from < STEPS

@@ -32,9 +32,20 @@ def network(seed: int = 0) -> nn.Sequential:
 
 
 def recipe(**sections: Any) -> Recipe:
-    """3 bits, gates frozen at step 7, a checkpoint every 3 steps, no distillation."""
+    """3 bits, gates frozen at step 7, a checkpoint every 3 steps, no distillation.
+
+    SGD and BatchNorm on batch statistics, from the quantized model as it is.
+    """
     gates = {"looks": 3, "freeze": 0.7, **sections.pop("gates", {})}
-    train = {"lr": 0.05, "save_every": 3, "distill": {"weight": 0}, **sections.pop("train", {})}
+    train = {
+        "compensate": False,
+        "optimizer": "sgd",
+        "lr": 0.05,
+        "batch_norm": "batch",
+        "save_every": 3,
+        "distill": {"weight": 0},
+        **sections.pop("train", {}),
+    }
     base = {"budget": {"target_bits": 3}, "gates": gates, "train": train, "data": {"batch_size": 8}}
     return Recipe.model_validate({**base, **sections})
 
@@ -48,8 +59,14 @@ def begin(recipe: Recipe, steps: int = STEPS, seed: int = 0) -> Trainer:
 def finish(running: Trainer) -> list[StepMetrics]:
     """Run to the end; return the metrics."""
     metrics: list[StepMetrics] = []
-    running.run(metrics.append, lambda: None)
+    running.run(metrics.append, lambda look: None, lambda: None)
     return metrics
+
+
+def finish_at_last(running: Trainer) -> list[StepMetrics]:
+    """Run to the end and stay there, even if an earlier state was better; return the metrics."""
+    running.restore_best = lambda: True  # type: ignore[method-assign]
+    return finish(running)
 
 
 def before_each_step(running: Trainer, call: Callable[[int], object]) -> None:
