@@ -74,9 +74,14 @@ def _no_improvement(trainer: Trainer, course: Course) -> str | None:
 
 
 def _rising_loss(trainer: Trainer) -> str | None:
-    """Report a held-out loss that fell, but ended above its first value within the budget."""
+    """Report a held-out loss that fell, but ended above its first value within the budget.
+
+    After a divergence, another warning names the learning rate.
+    """
     start, best, last = trainer.start, trainer.best, trainer.looks[-1]
-    if start is None or best is None or not best.step or last.held_out_loss <= start.held_out_loss:
+    if start is None or best is None or best.step == 0 or trainer.lr_scale != 1:
+        return None
+    if last.held_out_loss <= start.held_out_loss:
         return None
     return (
         f"the loss on held-out samples ended above its first value ({start.held_out_loss:.3g} -> "
