@@ -10,6 +10,9 @@ where r_k = e_k + sum_{j > k} M_jk e_j. So the columns are rounded from the last
 to the level nearest to w_k + sum_{j > k} M_jk e_j: that makes r_k as small as one level can. This
 is LDLQ (Chee et al. 2023, arXiv 2307.13304, Sec. 3), which equals GPTQ (Frantar et al. 2022, arXiv
 2210.17323) and needs no inverse. The levels may be any table, as in GPTVQ (arXiv 2402.15319).
+
+Two sweeps of coordinate descent follow: each column is put on the levels nearest to the minimum of
+the same error with all other columns fixed, w_k + sum_{j != k} (H_jk / H_kk) e_j.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DAMPING = 0.01  # GPTQ's share of H's mean diagonal that is added to it, so that H is invertible
+# Share of H's mean diagonal that is added to it. Ten times GPTQ's: what few samples do not show is
+# not to be relied on.
+DAMPING = 0.1
+_DESCENT_SWEEPS = 2  # more change little
 _BLOCK = 128  # columns whose errors reach all earlier columns as one matrix product
 
 
@@ -41,18 +47,23 @@ def compensated_rounding(
     """
     if not all(x.isfinite().all() for x in (weight, hessian, pull) if x is not None):
         raise ValueError("a weight, H or P holds NaN or infinity; no level is near those")
-    factor, order = _ordered_cholesky(hessian)
+    damped, order = _damped(hessian)
+    factor = torch.linalg.cholesky(damped)
     target = _ordered_columns(weight, order)
     if pull is not None:
         target += torch.cholesky_solve(_ordered_columns(pull, order), factor)
-    feedback = factor / factor.diagonal(dim1=1, dim2=2)[:, None]  # M
-    rounded = _round_from_last(target, levels.double(), feedback)
+    rounded, error = torch.zeros_like(target), torch.zeros_like(target)
+    feedback = factor.tril(-1) / factor.diagonal(dim1=1, dim2=2)[:, None]  # M without its diagonal
+    descent = damped / damped.diagonal(dim1=1, dim2=2)[:, None]
+    descent.diagonal(dim1=1, dim2=2).zero_()
+    for coupling in (feedback, *[descent] * _DESCENT_SWEEPS):
+        _sweep(target, rounded, error, coupling, levels.double())
     original_order = order.argsort(1)[:, :, None].expand_as(rounded)
     return rounded.gather(1, original_order).transpose(1, 2).to(weight.dtype)
 
 
-def _ordered_cholesky(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Cholesky factor [G, I, I] of damped H, and the order [G, I] of its columns.
+def _damped(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return damped H [G, I, I] in float64, and the order [G, I] of its columns.
 
     The diagonal ascends. The column with the largest inputs is last, so it is rounded first, while
     all others can still make up for its error.
@@ -63,7 +74,7 @@ def _ordered_cholesky(hessian: Tensor) -> tuple[Tensor, Tensor]:
     damped = hessian.gather(1, rows).gather(2, rows.transpose(1, 2)).double()
     mean = diagonal.mean(1, keepdim=True)
     damped.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, DAMPING * mean, 1.0))
-    return torch.linalg.cholesky(damped), order
+    return damped, order
 
 
 def _ordered_columns(matrix: Tensor, order: Tensor) -> Tensor:
@@ -72,19 +83,26 @@ def _ordered_columns(matrix: Tensor, order: Tensor) -> Tensor:
     return columns.gather(1, order[:, :, None].expand_as(columns))
 
 
-def _round_from_last(target: Tensor, levels: Tensor, feedback: Tensor) -> Tensor:
-    """Round the columns of target [G, I, O] from the last to the first, with error feedback."""
+def _sweep(
+    target: Tensor, rounded: Tensor, error: Tensor, coupling: Tensor, levels: Tensor
+) -> None:
+    """Round column k to the levels nearest to target_k + sum_j coupling_jk error_j, last k first.
+
+    Args:
+        target: [G, I, O].
+        rounded, error: [G, I, O], changed in place; error is target - rounded, or 0 at first.
+        coupling: [G, I, I], zero on the diagonal.
+        levels: [n] or [G, O, n].
+    """
     thresholds = (levels[..., 1:] + levels[..., :-1]) / 2
-    rounded, error = torch.empty_like(target), torch.empty_like(target)
     for end in range(target.shape[1], 0, -_BLOCK):
         first = max(0, end - _BLOCK)
-        moved = target[:, first:end] + feedback[:, end:, first:end].mT @ error[:, end:]
+        moved = target[:, first:end] + coupling[:, :, first:end].mT @ error
         for k in range(end - 1, first - 1, -1):
-            within_block = feedback[:, k + 1 : end, k, None].mT @ error[:, k + 1 : end]
-            x = moved[:, k - first] + within_block[:, 0]
-            rounded[:, k] = _nearest(x, levels, thresholds)
-            error[:, k] = target[:, k] - rounded[:, k]
-    return rounded
+            rounded[:, k] = _nearest(moved[:, k - first], levels, thresholds)
+            change = target[:, k] - rounded[:, k] - error[:, k]
+            error[:, k] += change
+            moved[:, : k - first] += coupling[:, k, first:k, None] * change[:, None]
 
 
 def _nearest(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
