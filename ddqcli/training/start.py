@@ -40,14 +40,14 @@ def choose_start(
         plain_state = best_state = copy.deepcopy(model.state_dict())
         compensation = Compensation(trainer.quantized, teacher, _samples(trainer.data))
         for means, variances in ((True, True), (True, False), (False, False)):
-            model.load_state_dict(plain_state)
+            trainer.load_model(plain_state)
             compensation.apply(means=means, variances=variances)
             if distributed.shard().count > 1:  # each rank has compensated on its own shard
-                model.load_state_dict(distributed.broadcast(model.state_dict()))
+                trainer.load_model(distributed.broadcast(model.state_dict()))
             look = trainer.held_out.look(model, 0)
             if is_better(look, best, plain):
                 best, best_state = look, copy.deepcopy(model.state_dict())
-        model.load_state_dict(best_state)
+        trainer.load_model(best_state)
         if best is not plain:
             trainer.stages["compensated"] = evaluate()
     trainer.look()

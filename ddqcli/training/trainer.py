@@ -156,7 +156,7 @@ class Trainer:
         if self.best is None or self._best_state is None:
             return False
         if self.best is not self.looks[-1] or self.step != self.best.step:
-            self._load_model(self._best_state["model"])
+            self.load_model(self._best_state["model"])
             self.gates.load_state(self._best_state["gates"])
         self.model.eval()
         return True
@@ -358,7 +358,7 @@ class Trainer:
         try:
             self.step, self.lr_scale = state["step"], state["lr_scale"]
             self.gave_up = state["gave_up"]
-            self._load_model(state["model"])
+            self.load_model(state["model"])
             self.weights_optimizer.load_state_dict(state["weights_optimizer"])
             if self.levels_optimizer:
                 self.levels_optimizer.load_state_dict(state["levels_optimizer"])
@@ -372,7 +372,7 @@ class Trainer:
                 "The saved state does not fit this model: another version of ddq wrote it."
             ) from error
 
-    def _load_model(self, state: dict[str, Tensor]) -> None:
+    def load_model(self, state: dict[str, Tensor]) -> None:
         """Load parameters and buffers. Buffers that a forward pass has resized get their shapes."""
         for name, buffer in self.model.named_buffers():
             if name in state and buffer.shape != state[name].shape:

@@ -69,11 +69,11 @@ class Labeled:
 
 
 def begin(settings: Recipe, train: RandomBatches | None = None) -> tuple[Trainer, nn.Module]:
-    """A trainer at its start, and the float model."""
+    """A trainer at its start, and the float model. Only the loss decides: scores are all 1."""
     model = network()
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     batches = Labeled(RandomBatches(count=4, size=32), teacher)
-    data = replace(random_data(), held_out=batches, val=batches)
+    data = replace(random_data(), held_out=batches, val=batches, metric=lambda _, y: y >= 0)
     data = replace(data, train=Labeled(train, teacher) if train else batches)
     return trainer(model, settings, 4, data, teacher), teacher
 
@@ -87,11 +87,7 @@ def test_a_compensated_start_is_kept_where_it_is_better() -> None:
     plain, compensated = (begin(recipe(compensate=c))[0] for c in (False, True))
     (before,), (after,) = plain.looks, compensated.looks
     assert after.held_out_loss < 0.8 * before.held_out_loss
-    assert after.held_out_accuracy >= before.held_out_accuracy
     assert list(compensated.stages) == ["quantized", "compensated"]
-    assert compensated.stages["quantized"] == plain.stages["quantized"]
-    # Held-out and evaluation samples are the same here.
-    assert compensated.stages["compensated"] == pytest.approx(after.held_out_accuracy)
     assert compensated.best is after
 
 
@@ -127,6 +123,28 @@ def test_the_start_can_be_trained_from() -> None:
     optimized = {id(p) for group in running.weights_optimizer.param_groups for p in group["params"]}
     weights = [t.parameter for t in running.quantized.tensors]
     assert {id(weight) for weight in weights} <= optimized
+
+
+class KeepsItsLastInput(nn.Module):
+    """Has a buffer that takes the shape of the last batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x.detach()
+        return self.layers(x)
+
+
+def test_a_network_may_resize_a_buffer() -> None:
+    model = KeepsItsLastInput()
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    train, held_out = (RandomBatches(size=size) for size in (48, 32))
+    data = replace(random_data(), train=train, held_out=held_out, metric=lambda _, y: y >= 0)
+    running = trainer(model, recipe(), 4, data, teacher)
+    assert list(running.stages) == ["quantized", "compensated"]
 
 
 # ---- the choice, by looks that the test makes up
