@@ -24,9 +24,9 @@ def choose_start(
 ) -> None:
     """Set the trainer's model to the best start, and add the first of the trainer's looks.
 
-    The starts are the quantized model as it is, and compensated ones with corrected means and
-    variances, with corrected means, and with weights alone. A compensated start is taken only if
-    the loss on held-out training samples is lower, and their accuracy no lower.
+    The starts are the quantized model as it is, and compensated ones with corrected channel
+    statistics and with weights alone. A compensated start is taken only if the loss on held-out
+    training samples is lower, and their accuracy no lower.
 
     Args:
         trainer: at its first step; `trainer.stages` gets the accuracy of the starts.
@@ -39,7 +39,7 @@ def choose_start(
     if trainer.recipe.train.compensate and teacher is not None:
         plain_state = best_state = copy.deepcopy(model.state_dict())
         compensation = Compensation(trainer.quantized, teacher, _samples(trainer.data))
-        for means, variances in ((True, True), (True, False), (False, False)):
+        for means, variances in ((True, True), (False, False)):
             trainer.load_model(plain_state)
             compensation.apply(means=means, variances=variances)
             if distributed.shard().count > 1:  # each rank has compensated on its own shard
