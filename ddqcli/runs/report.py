@@ -221,7 +221,7 @@ class Report(_Record):
         paths = {key: Path(getattr(self.source, key)).name for key in ("path", "arch")}
         return {
             "accuracy": self.accuracy and self.accuracy.data(),
-            "course": self.course and self.course.data(),
+            "course": self.course and self.course.model_dump(mode="json"),  # as the file has it
             "run": self.run.data(),
             "warnings": list(self.warnings),
             "source": {**self.source.data(), **paths},

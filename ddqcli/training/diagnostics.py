@@ -67,9 +67,8 @@ def _no_improvement(trainer: Trainer, course: Course) -> str | None:
     if course.delivered == "trained" or not trainer.steps or trainer.gave_up:
         return None
     return (
-        f"training did not improve the start: none of the {course.looks - 1} later looks at the "
-        f"held-out samples found a better state; {trainer.data.train.samples:,} training samples "
-        f"may be too few, or train.lr (now {trainer.recipe.train.lr:g}) does not fit"
+        f"training did not improve the start: {trainer.data.train.samples:,} training samples may "
+        f"be too few, or train.lr (now {trainer.recipe.train.lr:g}) does not fit"
     )
 
 

@@ -219,7 +219,7 @@ def test_stdout_carries_only_the_result(project: Path) -> None:
     answer = ddq("finetune", "model.pt")
     assert "train 12/12" in answer.err
     assert "data: 70 train, 10 held-out and 32 evaluation images" in answer.err
-    assert "train" not in answer.out
+    assert not re.search(r"^train ", answer.out, re.M)
     assert "accuracy" in answer.out
     assert "accuracy   " not in answer.err
 
@@ -247,7 +247,9 @@ def test_without_a_terminal_progress_is_plain_lines(
         "train 30/30",
     ]
     assert re.search(
-        r"^train 10/30: loss \d\.\d+, \d+\.\d %, \d\.\d+ bits, \d:\d\d left$", answer.err, re.M
+        r"^train 10/30: loss \d\.\d+, \d+\.\d %, held-out \d+\.\d %, \d\.\d+ bits, \d:\d\d left$",
+        answer.err,
+        re.M,
     )
     assert "\x1b" not in answer.err
     assert "\r" not in answer.err
