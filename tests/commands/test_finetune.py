@@ -20,6 +20,7 @@ from tiny_project import STEPS, ddq, exit_code, in_child, inside
 
 from ddqcli.runs import files
 from ddqcli.runs import run as runs
+from ddqcli.training.metrics import Look
 from ddqcli.training.trainer import Trainer
 
 RUN = "runs/a"
@@ -247,6 +248,34 @@ def test_a_kill_at_any_step_and_in_any_write_loses_nothing(
         assert not list(Path(RUN).glob(".*.tmp")), moment
 
 
+@pytest.mark.parametrize("before_checkpoint", [True, False])
+@pytest.mark.parametrize("step", [0, 4, 6, 12])  # with checkpoints at all of them
+def test_a_kill_at_a_look_loses_and_repeats_none(
+    project: Path, undisturbed: bytes, step: int, before_checkpoint: bool
+) -> None:
+    """The kill comes after the look was written, before or after the checkpoint of its step."""
+
+    def dying() -> None:
+        append, save = runs.Run.append_metrics, runs.Run.save
+
+        def append_and_die(run: runs.Run, entry: Any) -> None:
+            append(run, entry)
+            if before_checkpoint and isinstance(entry, Look) and entry.step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def save_and_die(run: runs.Run, name: str, state: dict[str, Any]) -> None:
+            save(run, name, state)
+            if not before_checkpoint and state.get("step") == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        runs.Run.append_metrics, runs.Run.save = append_and_die, save_and_die
+
+    assert exit_code(in_child(BEGIN, before=dying)) == -signal.SIGKILL
+    assert exit_code(in_child(RESUME, EXPORT)) == 0, Path("child.txt").read_text()
+    assert artifact() == undisturbed
+    assert look_steps() == [0, 2, 3, 4, 6, 8, 9, 10, 12]
+
+
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     project: Path, undisturbed: bytes
 ) -> None:
@@ -416,11 +445,12 @@ def test_resume_with_a_model_begins_where_nothing_was_begun(project: Path) -> No
 
 
 def test_resuming_a_finished_run_makes_its_result_again(finished: Path) -> None:
-    before = ddq("report", "--json").data
+    before, metrics_before = ddq("report", "--json").data, metrics("runs/done")
     Path("runs/done/report.json").write_text("{")
     Path("runs/done/final.pt").unlink()
     assert ddq("finetune", "--resume", "--run-dir", "runs/done").code == 0
     assert ddq("report", "--json").data == before
+    assert metrics("runs/done") == metrics_before
 
 
 def test_data_that_vanish_while_resuming_leave_the_run_as_it_was(
