@@ -54,6 +54,7 @@ class ExportResult:
                 "file": self.sizes.file,
             },
             "verified": {"tensors": self.tensors, "values": self.values},
+            # Scripts read this key: its British spelling is frozen.
             "behaviour": asdict(self.behavior),
         }
 
