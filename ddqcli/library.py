@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from ddqcli import __version__
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.sizes import Sizes
-from ddqcli.artifact.write import encode_artifact
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.budget import make_budget
 from ddqcli.qat.convert import attach, detach, prepare

@@ -204,7 +204,7 @@ def test_what_cannot_be_quantized_as_asked_is_left_as_it_was(
 
 def test_models_that_are_quantized_or_have_no_weights_are_refused() -> None:
     model = ddqcli.quantize(Net(), bits=4)
-    with pytest.raises(UsageError, match="converted already"):
+    with pytest.raises(UsageError, match="already quantized; pass the float model"):
         ddqcli.quantize(model, bits=4)
     with pytest.raises(UsageError, match="Nothing in this ReLU can be quantized"):
         ddqcli.quantize(nn.ReLU(), bits=4)

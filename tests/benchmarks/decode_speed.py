@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from ddqcli.artifact import decoder
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
-from ddqcli.artifact.write import encode_artifact
 
 LARGEST = (512, 512, 3, 3)
 RESNET18 = (
