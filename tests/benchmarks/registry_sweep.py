@@ -95,11 +95,11 @@ def registry(arch: str) -> tuple[Callable[[], nn.Module], int]:
     return lambda: torchvision.models.get_model(arch, weights=None, **kwargs), size
 
 
-def check(arch: str, build: Callable[[], nn.Module], size: int) -> Row:
-    """Check one architecture; any exception is a failure."""
+def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any) -> Row:
+    """Check one architecture with these sections of the recipe; any exception is a failure."""
     began = time.monotonic()
     torch.manual_seed(0)
-    recipe, noise = Recipe.model_validate(RECIPE), Noise(size)
+    recipe, noise = Recipe.model_validate({**RECIPE, **sections}), Noise(size)
     data = Data(
         noise, noise, F.cross_entropy, lambda out, y: (out.argmax(1) == y).float(), None, "noise"
     )
