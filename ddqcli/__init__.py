@@ -1,6 +1,7 @@
 """ddq: finetune a trained PyTorch model under a memory budget with DDQ (ICML 2021).
 
-The library is `quantize`, `Budget`, `DDQuantizer`, `save` and `load`; the command line is `ddq`.
+The library is `quantize`, `parameter_groups`, `save` and `load`, with `Budget` and `DDQuantizer`.
+The command line is `ddq`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddqcli.library import Budget as Budget
+    from ddqcli.library import parameter_groups as parameter_groups
     from ddqcli.library import quantize as quantize
     from ddqcli.library import save as save
     from ddqcli.qat.load import load as load
     from ddqcli.quant.quantizer import DDQuantizer as DDQuantizer
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "DDQuantizer", "__version__", "load", "quantize", "save"]
+__all__ = [
+    "Budget",
+    "DDQuantizer",
+    "__version__",
+    "load",
+    "parameter_groups",
+    "quantize",
+    "save",
+]
 
 # Imported when first used: they import torch, which `ddq --help` does without.
 _MODULES = {
     "Budget": "ddqcli.library",
     "DDQuantizer": "ddqcli.quant.quantizer",
     "load": "ddqcli.qat.load",
+    "parameter_groups": "ddqcli.library",
     "quantize": "ddqcli.library",
     "save": "ddqcli.library",
 }

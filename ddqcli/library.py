@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from ddqcli import __version__
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.sizes import Sizes
-from ddqcli.artifact.write import encode_artifact
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.budget import make_budget
 from ddqcli.qat.convert import attach, detach, prepare
@@ -27,8 +27,9 @@ from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.level_kinds import LevelKind
 from ddqcli.recipe.schema import Budget, Recipe
 from ddqcli.runs.files import write_atomic
+from ddqcli.training.optimizers import level_groups, network_groups
 
-__all__ = ["Budget", "quantize", "save"]
+__all__ = ["Budget", "parameter_groups", "quantize", "save"]
 
 
 def quantize(
@@ -104,6 +105,30 @@ def quantize(
         detach(quantized)
         raise
     return model
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, *, weight_decay: float = 1e-4, levels_lr: float = 0.1
+) -> list[dict[str, Any]]:
+    """Return the parameters of a quantized model in groups for Adam or AdamW.
+
+    Levels need a learning rate of their own: they are positions on a grid of 255 steps, so with a
+    rate that suits weights they would not move, and weight decay would pull them to one end.
+
+    Args:
+        model: as `quantize` returned it.
+        lr: of weights, biases and norms.
+        weight_decay: of matrices and kernels; nothing else decays.
+        levels_lr: of levels, in steps of the level grid.
+
+    Raises UsageError for a model without quantizers.
+
+    >>> optimizer = torch.optim.AdamW(ddqcli.parameter_groups(model, lr=1e-4))  # doctest: +SKIP
+    """
+    quantized = QuantizedModel.of(model)
+    network = [{"lr": lr, **group} for group in network_groups(quantized, weight_decay)]
+    levels = [{"weight_decay": 0.0, **group} for group in level_groups(quantized, levels_lr)]
+    return network + levels
 
 
 def save(model: nn.Module, path: str | Path) -> Sizes:

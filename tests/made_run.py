@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddqcli.artifact.write import encode_artifact
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.report import Course, Report

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
-from ddqcli.artifact.write import encode_artifact
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.recipe.schema import Recipe

@@ -204,7 +204,7 @@ def test_what_cannot_be_quantized_as_asked_is_left_as_it_was(
 
 def test_models_that_are_quantized_or_have_no_weights_are_refused() -> None:
     model = ddqcli.quantize(Net(), bits=4)
-    with pytest.raises(UsageError, match="converted already"):
+    with pytest.raises(UsageError, match="already quantized; pass the float model"):
         ddqcli.quantize(model, bits=4)
     with pytest.raises(UsageError, match="Nothing in this ReLU can be quantized"):
         ddqcli.quantize(nn.ReLU(), bits=4)
@@ -244,3 +244,35 @@ def test_importing_ddqcli_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = ddqcli.lod
+
+
+def test_parameter_groups_hold_every_parameter_once_and_only_weights_decay() -> None:
+    model = ddqcli.quantize(Net(), bits=4)
+    groups = ddqcli.parameter_groups(model, lr=1e-3, weight_decay=0.5)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    wanted = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == wanted
+    levels = {id(t.quantizer.levels) for t in QuantizedModel.of(model).tensors}
+    for group in groups:
+        weights = all(p.ndim > 1 and id(p) not in levels for p in group["params"])
+        assert group["weight_decay"] == (0.5 if weights else 0.0)
+
+
+def test_levels_move_with_parameter_groups() -> None:
+    """With a learning rate for weights they would stay within 1e-3 grid steps."""
+    model = ddqcli.quantize(Net(), bits=3)
+    tensors = [t for t in QuantizedModel.of(model).tensors if t.kind != "bias"]
+    before = [t.quantizer.levels.detach().clone() for t in tensors]
+    optimizer = torch.optim.AdamW(ddqcli.parameter_groups(model, lr=1e-4))
+    for _ in range(20):
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = [
+        float((t.quantizer.levels - old).detach().abs().max())
+        for t, old in zip(tensors, before, strict=True)
+    ]
+    assert max(moved) > 0.5
+    with pytest.raises(UsageError, match="no quantizers"):
+        ddqcli.parameter_groups(Net(), lr=1e-3)

@@ -1,4 +1,4 @@
-"""Bytes: of a quantized tensor, of an activation's level table, and of each part of a file."""
+"""Size of each part of an exported file, and of one quantized tensor."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def measure(
     header: int,
     file: int,
 ) -> Sizes:
-    """Return where the bytes of a file went, given the bytes of its header and of all of it."""
+    """Return a file's size by part, given the bytes of its header and of the whole file."""
     bits = [s for tensor in quantized for s in tensor.bits] + [table.bits for table in activations]
     in_records = {tensor.name: tensor.nbytes for tensor in quantized}
     in_records |= {table.name: table.nbytes for table in activations}

@@ -1,4 +1,4 @@
-"""`ddq report`: its options."""
+"""`ddq report`: its command-line options."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.sizes import Sizes
 from ddqcli.artifact.tensors import INPUT_SUFFIX
 from ddqcli.artifact.verify import require_same_tensors
-from ddqcli.artifact.write import encode_artifact
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.frozen import Array, FrozenModel
 from ddqcli.recipe.schema import Recipe
@@ -54,6 +54,7 @@ class ExportResult:
                 "file": self.sizes.file,
             },
             "verified": {"tensors": self.tensors, "values": self.values},
+            # Scripts read this key: its British spelling is frozen.
             "behaviour": asdict(self.behavior),
         }
 

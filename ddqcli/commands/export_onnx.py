@@ -52,6 +52,7 @@ class OnnxResult:
             "format": "onnx",
             "float_bytes": self.float_bytes,
             "sizes": {"file": self.size},
+            # Scripts read these two keys: their British spelling is frozen.
             "optimised": asdict(self.optimized),
             "unoptimised": asdict(self.unoptimized),
             "unchecked": list(self.unchecked),

@@ -44,7 +44,10 @@ _Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished run. After a dry run `run_dir` is None: the report is of what would be trained."""
+    """A finished run.
+
+    A dry run leaves `run_dir` None; its report describes the run that would be trained.
+    """
 
     run_dir: Path | None
     report: Report

@@ -1,4 +1,4 @@
-"""`ddq report`: the report of a run or an exported file, held against limits; without torch."""
+"""`ddq report`: check the report of a run or an exported file against limits, without torch."""
 
 from __future__ import annotations
 

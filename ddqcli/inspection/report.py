@@ -1,4 +1,4 @@
-"""The report of a run folder or of an exported file, read without torch."""
+"""Read the report of a run folder or an exported file, without torch."""
 
 from __future__ import annotations
 

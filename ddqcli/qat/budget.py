@@ -1,4 +1,4 @@
-"""Byte counting: quantized tensors, what stays float, and the budget for all of it."""
+"""The budget in bytes: what quantized tensors may cost, and what stays float."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def cost_of(tensor: QuantizedParameter, bits: tuple[int, ...], eqn6: bool) -> in
 def costs_of(tensor: QuantizedParameter, eqn6: bool) -> dict[int, int]:
     """Return the cost of every bit-width on offer.
 
-    None is on offer where more bits cost less, as the levels of a small tensor can outweigh it.
+    Omits a bit-width if a larger one costs no more (the level table of a small tensor can outweigh
+    its indices).
     """
     groups = len(tensor.quantizer.bits)
     costs = {

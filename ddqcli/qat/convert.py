@@ -103,7 +103,7 @@ def _distinct(places: Sequence[Place]) -> list[tuple[nn.Module, str]]:
 def _check_convertible(model: nn.Module) -> None:
     """Raise UsageError for a converted model and for a state that no exported file can hold."""
     if any(isinstance(m, (DDQuantizer, ActivationQuantizer)) for m in model.modules()):
-        raise UsageError("The model is converted already; convert the float model.")
+        raise UsageError("The model is already quantized; pass the float model.")
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise UsageError(

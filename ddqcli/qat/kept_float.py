@@ -32,7 +32,10 @@ def reason_to_keep_float(
 
 
 def reason_to_keep_input_float(place: Place, configs: Mapping[str, LayerConfig]) -> str | None:
-    """Return why a layer's input stays float that was to be quantized; None if it was not to be."""
+    """Return the reason a layer's input stays float despite `act_bits`.
+
+    None if `act_bits` does not apply.
+    """
     config = configs.get(place.layer)
     if config is None or not config.act_bits or isinstance(place.module, EMBEDDINGS):
         return None  # the input of an embedding are indices

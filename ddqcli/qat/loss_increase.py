@@ -44,7 +44,7 @@ class FisherEstimate:
             self.mean_square[tensor.name] = mean + weight * (new - mean)
 
     def of(self, tensor: QuantizedParameter) -> float:
-        """Return the tensor's Fisher: twice the loss per unit of squared weight error.
+        """Return a tensor's Fisher: lambda, where the loss increase is lambda / 2 * squared error.
 
         It is the same for all tensors before any gradient. Of a frozen tensor it is unknown, and
         taken for the mean over the values of those that are not.

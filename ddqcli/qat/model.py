@@ -51,7 +51,7 @@ class QuantizedParameter:
 
     @property
     def fixed(self) -> bool:
-        """True if its bit-width is not traded."""
+        """True if min_bits == max_bits."""
         return self.min_bits == self.max_bits
 
 

@@ -76,7 +76,7 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def table(self) -> dict[str, Any]:
-        """What the file stores: `levels` (uint8 [2^a], grid positions), `scale`, `zero_point`."""
+        """Return `levels` (uint8 [2^a], grid positions), `scale` and `zero_point` for the file."""
         if self.learned is not None:
             levels, scales, zero_points = self.learned.effective_levels()
             return {

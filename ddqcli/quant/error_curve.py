@@ -1,4 +1,4 @@
-"""Squared quantization error by bit-width: what the gates weigh."""
+"""Squared quantization error by bit-width, from which rules estimate the loss increase."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ There are two ways to the nearest level, with the same results bit for bit. `_lo
 table with one entry per half-step of the grid, for any number of levels and groups. `_threshold_*`
 compares with each threshold, which beats the table up to `FEW_LEVELS` levels, but only when fused.
 The functions without an underscore are the interface: kernels for another device go behind it.
+`activation.py`'s own kernels (uniform levels, above 4 bits) and `compiled.py` belong to the same
+interface: another kind of device needs its own version of them too.
 
 They take one tensor of G groups or G tensors of one group each, and `values` [G, n]. The kernels
 themselves take rows: [G, M], or for several tensors one row [1, N] (`Rows`).
@@ -29,7 +31,7 @@ FEW_LEVELS = 16  # up to here, a fused comparison with each level is faster than
 
 @dataclass(frozen=True)
 class Constants:
-    """What the kernels need and autograd does not.
+    """Arguments of the kernels that autograd does not see.
 
     Attributes:
         cells: the nearest level for each cell of the grid.
@@ -45,7 +47,7 @@ class Constants:
 
 
 class Gradients(NamedTuple):
-    """What a backward pass computes from all values, for n levels.
+    """Results of a backward pass over all values, for n levels.
 
     Attributes:
         xs: gradient of each tensor.

@@ -49,8 +49,8 @@ class EffectiveLevels(torch.autograd.Function):
 
     The values are returned twice, because levels and gates get different gradients of x_q: the
     first output is differentiable in levels (Eqn 8's 1 / Z_U) and scale, the second in the gates.
-    The third are the grid positions. n is 2^s, or 2^(s + 1) with learned gates, for which the two
-    children of each level are told apart: each position is repeated to fill n.
+    The third are the grid positions. n is 2^s, or 2^(s + 1) with learned gates, so that each
+    level's two finer levels stay separate: each position is repeated to fill n.
     """
 
     @staticmethod

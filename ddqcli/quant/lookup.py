@@ -24,7 +24,7 @@ class CellTables:
 
     Attributes:
         nearest_value: [G, 512] value of the nearest level.
-        bin: [G, 512] 2k where values go up to level k of n, 2k + 1 where they go down to it.
+        bin: [G, 512] 2k for a cell rounded up to level k; 2k + 1 for a cell rounded down to it.
         half_step: [G, 1] half the scale.
         zero_cell: [G, 1] the cell that starts at the value 0.
     """
@@ -46,7 +46,7 @@ class CellTables:
 
 @dataclass(frozen=True)
 class LookupTables:
-    """Levels in force and where values go, for G groups. Made from the levels once per step.
+    """Levels in force, and the nearest-level table, for G groups. Precomputed once per step.
 
     Attributes:
         values: [G, n] the levels in force, ascending; differentiable in levels and scale.

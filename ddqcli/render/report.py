@@ -1,4 +1,4 @@
-"""A report as a table for the terminal, as CSV or as Markdown."""
+"""Render a report as a table for the terminal, as CSV or as Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a finished model and the table of a sweep, as typed records; knows no torch."""
+"""Report records: typed rows and totals of a finished model, and a sweep's table; without torch."""
 
 from __future__ import annotations
 

@@ -29,24 +29,23 @@ def make_optimizers(
     return network, levels
 
 
-def _network_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer:
-    """SGD or AdamW. Weight decay applies to matrices and kernels, not to biases and norms."""
+def network_groups(quantized: QuantizedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the network's own parameters; decay applies to matrices and kernels alone."""
     of_quantizers = {id(p) for quantizer in quantizers(quantized) for p in quantizer.parameters()}
     own = [
         p for p in quantized.model.parameters() if id(p) not in of_quantizers and p.requires_grad
     ]
-    groups = _without_empty(
-        {"params": [p for p in own if p.ndim > 1], "weight_decay": train.weight_decay},
+    return _without_empty(
+        {"params": [p for p in own if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
     )
-    lr = LEARNING_RATES[train.optimizer] if train.lr is None else train.lr
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=train.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def _levels_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer | None:
-    """Adam, so that the learning rate is the size of a step, in units of the level grid."""
+def level_groups(quantized: QuantizedModel, levels_lr: float) -> list[dict[str, Any]]:
+    """Return the learned levels, and the learned step sizes and clips, for an Adam optimizer.
+
+    `levels_lr` is in units of the level grid, 1/255 of a tensor's range.
+    """
     learned = {
         id(p): (name, p)
         for quantizer in quantizers(quantized)
@@ -55,10 +54,23 @@ def _levels_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimiz
     }
     levels = [p for name, p in learned.values() if name.endswith("levels")]
     step_sizes = [p for name, p in learned.values() if "log2" in name]
-    groups = _without_empty(
-        {"params": levels, "lr": train.levels_lr},
-        {"params": step_sizes, "lr": train.levels_lr * _STEP_SIZE_LR},
+    return _without_empty(
+        {"params": levels, "lr": levels_lr},
+        {"params": step_sizes, "lr": levels_lr * _STEP_SIZE_LR},
     )
+
+
+def _network_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer:
+    groups = network_groups(quantized, train.weight_decay)
+    lr = LEARNING_RATES[train.optimizer] if train.lr is None else train.lr
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=train.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def _levels_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer | None:
+    """Adam, so that the learning rate is the size of a step, in units of the level grid."""
+    groups = level_groups(quantized, train.levels_lr)
     return torch.optim.Adam(groups, fused=True) if groups else None
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import BFLOAT16, ActivationTable, QuantizedTensor
-from ddqcli.artifact.write import encode_artifact
 
 ENTRIES = ("quantized", "manifest")
 FLOAT_ENTRIES = ("f32", "f64", "f16", "bf16", "i64", "u8", "bool")

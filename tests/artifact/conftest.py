@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from artifact_example import Contents, example
 
-from ddqcli.artifact.write import encode_artifact
+from ddqcli.artifact.encode import encode_artifact
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from artifact_example import Contents
 
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import decode_model, read_artifact
-from ddqcli.artifact.write import encode_artifact
 from ddqcli.errors import UsageError, VerificationError
 
 

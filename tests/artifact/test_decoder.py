@@ -22,9 +22,9 @@ import pytest
 from artifact_example import Contents, quantized
 
 from ddqcli.artifact import decoder
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
-from ddqcli.artifact.write import encode_artifact
 from ddqcli.errors import UsageError, VerificationError
 
 GOLDEN = Path(__file__).parent / "golden.ddq"

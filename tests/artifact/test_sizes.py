@@ -9,9 +9,9 @@ import pytest
 import safetensors
 from artifact_example import ENTRIES, FLOAT_ENTRIES, Contents
 
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.sizes import tensor_bytes
 from ddqcli.artifact.tensors import ActivationTable, QuantizedTensor
-from ddqcli.artifact.write import encode_artifact
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""How fast a ddq file becomes float32, beside the speed of copying memory; both on one thread, in one run.
+"""Decoding speed of exported files and of memory copies, on one thread.
 
     python tests/benchmarks/decode_speed.py [--json]
 
-`tensor`: one tensor of 512 x 512 x 3 x 3, layer-wise and channel-wise. `file`: a whole file of ResNet-18's size, with the
-reading of the file (from the page cache) and its SHA-256. GB/s are of float32 output and
-of processor time; each the best of several.
+`tensor` decodes one tensor of 512 x 512 x 3 x 3, `file` a file of ResNet-18's size. A file's time
+includes reading it (from the page cache) and its SHA-256. Each figure is the best of nine repeats,
+in GB of float32 output per second of processor time. Takes less than a minute.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from ddqcli.artifact import decoder
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
-from ddqcli.artifact.write import encode_artifact
 
 LARGEST = (512, 512, 3, 3)
 RESNET18 = (
@@ -39,20 +39,23 @@ RESNET18 = (
 )
 
 
-def best(work: Callable[[], object], repeats: int = 9) -> float:
-    """Processor seconds of the quickest of `repeats`."""
+def best_seconds(work: Callable[[], object], repeats: int = 9) -> float:
+    """Return the processor seconds of the fastest of `repeats` calls."""
     seconds = []
     for _ in range(repeats):
-        start = time.thread_time()  # of this thread: what else the machine does is not counted
+        start = time.thread_time()  # unlike wall time, excludes waiting for other processes
         work()
         seconds.append(time.thread_time() - start)
     return min(seconds)
 
 
-def made_up(shapes: list[tuple[int, ...]], bits: int, axis: int | None) -> list[QuantizedTensor]:
+def random_tensors(
+    shapes: list[tuple[int, ...]], bits: int, axis: int | None
+) -> list[QuantizedTensor]:
+    """Return a tensor of random levels and indices for each shape; `axis` None: per layer."""
     random = np.random.default_rng(0)
     tensors = []
-    for at, shape in enumerate(shapes):
+    for number, shape in enumerate(shapes):
         groups = 1 if axis is None else shape[axis]
         levels = tuple(
             np.sort(random.choice(256, 2**bits, replace=False)).astype(np.uint8)
@@ -60,29 +63,27 @@ def made_up(shapes: list[tuple[int, ...]], bits: int, axis: int | None) -> list[
         )
         scale, zero_point = np.full(groups, 2.0**-7, np.float32), np.full(groups, 128, np.uint8)
         indices = random.integers(0, 2**bits, int(np.prod(shape)), dtype=np.uint8)
-        tensors.append(
-            QuantizedTensor(f"{at}.weight", shape, axis, indices, levels, scale, zero_point)
-        )
+        name = f"{number}.weight"
+        tensors.append(QuantizedTensor(name, shape, axis, indices, levels, scale, zero_point))
     return tensors
 
 
 def measure(
     what: str, shapes: list[tuple[int, ...]], bits: int, axis: int | None, folder: Path
 ) -> dict[str, object]:
+    """Return one row of the table."""
     path = folder / "model.ddq"
-    path.write_bytes(encode_artifact(made_up(shapes, bits, axis), [], {}, {}, {})[0])
+    path.write_bytes(encode_artifact(random_tensors(shapes, bits, axis), [], {}, {}, {})[0])
     stored, *_ = decoder.read(path)
     decoded = [decoder.dequantize(tensor) for tensor in stored.values()]
-    copies, nbytes = (
-        [np.zeros_like(array) for array in decoded],
-        sum(array.nbytes for array in decoded),
-    )
-    copy = best(lambda: [np.copyto(to, array) for to, array in zip(copies, decoded, strict=True)])
-    fresh = best(lambda: [array.copy() for array in decoded])
+    pairs = [(np.zeros_like(array), array) for array in decoded]
+    nbytes = sum(array.nbytes for array in decoded)
+    copy = best_seconds(lambda: [np.copyto(target, array) for target, array in pairs])
+    fresh = best_seconds(lambda: [array.copy() for array in decoded])
     if what == "file":
-        decode = best(lambda: decoder.decode(path))
+        decode = best_seconds(lambda: decoder.decode(path))
     else:
-        decode = best(lambda: [decoder.dequantize(tensor) for tensor in stored.values()])
+        decode = best_seconds(lambda: [decoder.dequantize(t) for t in stored.values()])
     return {
         "what": what,
         "levels": "layer" if axis is None else "channel",
@@ -111,7 +112,8 @@ def main() -> None:
         print(json.dumps(rows, indent=1))
         return
     print(
-        "what    levels   bits   decode   copyto   copy to new memory   decode / copyto     (GB/s of float32, 1 thread)"
+        "what    levels   bits   decode   copyto   copy to new memory   decode / copyto"
+        "     (GB/s of float32, 1 thread)"
     )
     for row in rows:
         what, levels, bits, decode, copy, fresh, ratio = row.values()

@@ -1,11 +1,13 @@
-"""ResNet-20 on CIFAR-10: who wins at equal bytes, and how good the default recipe gets. Final epoch, held-out images.
+"""Train the rows of recipes/evidence: ResNet-20 on CIFAR-10 at equal bytes, and by default.
 
-    PYTHONPATH=. python tests/benchmarks/evidence.py CHECKPOINT FILE.py:FACTORY CIFAR10_FOLDER [--only TEXT ...] [--jobs 2]
+    python tests/benchmarks/evidence.py CHECKPOINT FILE.py:FACTORY CIFAR10_FOLDER \\
+        [--only TEXT ...] [--jobs 2] [--runs FOLDER]
     python tests/benchmarks/evidence.py --table [RESULTS]
 
-The first form trains every row (`ddq finetune`) that recipes/evidence/results.jsonl does not hold yet; several side by side have
-one thread each, and an interrupted row is resumed. All rows take nine hours on two cores. The second prints the tables
-of recipes/evidence/results.jsonl, or of another file like it.
+The first form runs `ddq finetune` for each row that recipes/evidence/results.jsonl lacks, resumes
+interrupted rows, and appends the held-out accuracy after the last epoch. Parallel jobs use one
+thread each. All rows take nine hours on two cores. The second form prints the tables of
+recipes/evidence/results.jsonl or of another such file.
 """
 
 from __future__ import annotations
@@ -29,22 +31,17 @@ RECIPE = "recipes/cifar10_resnet20.yaml"
 RESULTS = ROOT / "recipes" / "evidence" / "results.jsonl"
 SEEDS = (0, 1, 2)
 
-# Every layer at the same bits (at 2 bits, the first and the last have 8), and what such a file weighs: the budget of the others.
+# Uniform bits, and the bytes of their file, which are the budget of the other methods. At 2 bits,
+# the first and last layer have 8.
 ENDS = "overrides=[{match: conv1, bits: 8}, {match: linear, bits: 8}]"
 UNIFORM = {
     "4/8": (["--max-bits", "4", "--min-bits", "4"], "145904B"),
     "2/4": (["--max-bits", "2", "--min-bits", "2", "--set", ENDS], "79664B"),
 }
-# Quantizers are compared with labels alone, and with BatchNorm's statistics from the end of the run.
+# The comparison trains on labels alone and estimates BatchNorm's statistics at the end of the run.
 LABELS_ALONE = ["--set", "train.distill.weight=0", "--set", "train.bn_freeze=1"]
 LSQ = ["--set", "weights.levels=uniform", "--set", "activations.levels=uniform"]
-GOOD = {
-    "4/8": 0.0,
-    "4/4": 0.2,
-    "3/3": 0.6,
-    "2/4": 1.0,
-    "2/2": 1.9,
-}  # the drop that was aimed at, percent
+GOALS = {"4/8": 0.0, "4/4": 0.2, "3/3": 0.6, "2/4": 1.0, "2/2": 1.9}  # accuracy drop, points
 
 
 @dataclass(frozen=True)
@@ -61,156 +58,154 @@ class Row:
     def name(self) -> str:
         return f"{self.table} {self.setting} {self.method} seed {self.seed}"
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that identify the row in a results file."""
+        return {
+            "table": self.table, "setting": self.setting, "method": self.method, "seed": self.seed
+        }  # fmt: skip
 
-def rows() -> list[Row]:
-    """All runs of both tables, in the order in which they are worth having."""
-    found = []
+
+def all_rows() -> list[Row]:
+    """Return the runs of both tables, most valuable first."""
+    rows = []
     for seed in SEEDS:
         for setting, (uniform, size) in reversed(UNIFORM.items()):
-            common = (
-                "--epochs",
-                "5",
-                "--target-size",
-                size,
-                "--act-bits",
-                setting[-1],
-                *LABELS_ALONE,
-            )
+            budget = ("--epochs", "5", "--target-size", size, "--act-bits", setting[-1])
             methods = {
                 "gates": [],
                 "static allocation": ["--set", "gates.rule=fixed"],
                 "uniform bits, learned levels": uniform,
                 "uniform bits, LSQ": [*uniform, *LSQ],
             }
-            found += [
-                Row("equal bytes", setting, m, seed, (*common, *o)) for m, o in methods.items()
+            rows += [
+                Row("equal bytes", setting, method, seed, (*budget, *LABELS_ALONE, *options))
+                for method, options in methods.items()
             ]
-    for setting in reversed(GOOD):
+    for setting in reversed(GOALS):
         weights, inputs = setting.split("/")
         options = ("--epochs", "15", "--target-bits", weights, "--act-bits", inputs)
-        found.append(Row("default recipe", setting, "as it is", 0, options))
-    return found
+        rows.append(Row("default recipe", setting, "as it is", 0, options))
+    return rows
+
+
+def missing_rows(results: list[dict[str, Any]]) -> list[Row]:
+    """Return the rows without a result."""
+    return [
+        row for row in all_rows() if not any(row.identity.items() <= r.items() for r in results)
+    ]
 
 
 def train(row: Row, model: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Run one row; raises CalledProcessError if the command fails."""
+    """Train one row and return its result; raise CalledProcessError if the command fails."""
     checkpoint, arch, data = model
     options = [*row.options, "--set", "train.precision=bfloat16", "--seed", str(row.seed)]
-    named = ["--recipe", RECIPE, "--arch", Path(arch).name, "--data", "CIFAR10_FOLDER"]
-    shown = ["ddq", "finetune", Path(checkpoint).name, *named]
-    here = ["--recipe", str(ROOT / RECIPE), "--arch", arch, "--data", data]
-    command = [sys.executable, "-m", "ddqcli", "finetune", checkpoint, *here]
     run = folder / row.name.replace("/", "-").replace(" ", "_")
-    done = subprocess.run(
-        [*command, *options, "--run-dir", str(run), "--resume", "--json", "--quiet"],
+    process = subprocess.run(
+        [
+            sys.executable, "-m", "ddqcli", "finetune", checkpoint, "--recipe", str(ROOT / RECIPE),
+            "--arch", arch, "--data", data, *options,
+            "--run-dir", str(run), "--resume", "--json", "--quiet",
+        ],
         env=environment, check=True, stdout=subprocess.PIPE,
     )  # fmt: skip
-    report = json.loads(done.stdout)["data"]
-    bits = {tensor["name"]: tensor["bits"] for tensor in report["layers"]}
-    kept = {key: report[key] for key in ("accuracy", "totals", "run")} | {
-        "training_loss": training_loss(run)
-    }
-    name = {"table": row.table, "setting": row.setting, "method": row.method, "seed": row.seed}
+    report = json.loads(process.stdout)["data"]
+    portable_command = [
+        "ddq", "finetune", Path(checkpoint).name, "--recipe", RECIPE, "--arch", Path(arch).name,
+        "--data", "CIFAR10_FOLDER", *options,
+    ]  # fmt: skip
     return {
-        **name,
+        **row.identity,
         "commit": commit(),
-        "command": shlex.join([*shown, *options]),
-        **kept,
-        "bits": bits,
+        "command": shlex.join(portable_command),
+        **{key: report[key] for key in ("accuracy", "totals", "run")},
+        "training_loss": training_loss(run),
+        "bits": {tensor["name"]: tensor["bits"] for tensor in report["layers"]},
     }
 
 
 def training_loss(run: Path) -> float:
-    """Mean over the last tenth of the run, in which the bits are frozen."""
-    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return round(
-        statistics.mean(m["loss"] for m in told if "loss" in m and m["step"] > 0.9 * m["steps"]), 5
-    )
+    """Return the mean loss of the last tenth of a run, where the bits are frozen."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["loss"] for m in metrics if "loss" in m and m["step"] > 0.9 * m["steps"]]
+    return round(statistics.mean(losses), 5)
 
 
 def commit() -> str:
-    """Of which code a result tells."""
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(
-        asked, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
+    """Return the short hash of the repository's commit."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    process = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return process.stdout.strip()
 
 
-def results(file: Path) -> list[dict[str, Any]]:
+def read_results(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def print_tables(found: list[dict[str, Any]]) -> None:
+def print_tables(results: list[dict[str, Any]]) -> None:
+    """Print the rows of both tables in Markdown."""
     for setting in UNIFORM:
         print(
-            f"\n{setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds; training losses"
+            f"\n{setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds; "
+            "training losses"
         )
-        for method in dict.fromkeys(row.method for row in rows() if row.table == "equal bytes"):
-            of = [
-                r
-                for r in found
-                if (r["table"], r["setting"], r["method"]) == ("equal bytes", setting, method)
-            ]
-            accuracy = [r["accuracy"]["quantized"] for r in of]
-            if accuracy:
-                spread = f"{statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "-"
-                size = max(r["totals"]["bytes"] for r in of)
-                each = " ".join(f"{a:.2f}" for a in accuracy)
-                loss = " ".join(
-                    f"{r['training_loss']:.4f}" if "training_loss" in r else "-" for r in of
-                )
-                print(
-                    f"| {method} | {size:,} | {statistics.mean(accuracy):.2f} | {spread} | {each} | {loss} |"
-                )
+        for method in dict.fromkeys(r.method for r in all_rows() if r.table == "equal bytes"):
+            key = {"table": "equal bytes", "setting": setting, "method": method}
+            if seeds := [r for r in results if key.items() <= r.items()]:
+                print(comparison_line(method, seeds))
     print("\ndefault recipe, 15 epochs")
-    for r in found:
+    for r in results:
         if r["table"] == "default recipe":
             accuracy, totals = r["accuracy"], r["totals"]
-            size, drop = (
-                f"{totals['bytes']:,} | {totals['average_bits']:.3f}",
-                f"{accuracy['drop']:.2f}",
-            )
-            name = f"{r['setting']} | {r['method']} | {r['commit']}"
             print(
-                f"| {name} | {size} | {accuracy['quantized']:.2f} | {drop} | {GOOD[r['setting']]} |"
+                f"| {r['setting']} | {r['method']} | {r['commit']} "
+                f"| {totals['bytes']:,} | {totals['average_bits']:.3f} "
+                f"| {accuracy['quantized']:.2f} | {accuracy['drop']:.2f} | {GOALS[r['setting']]} |"
             )
+
+
+def comparison_line(method: str, seeds: list[dict[str, Any]]) -> str:
+    """Return one line of the comparison at equal bytes."""
+    accuracy = [r["accuracy"]["quantized"] for r in seeds]
+    spread = f"{statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else "-"
+    size = max(r["totals"]["bytes"] for r in seeds)
+    each = " ".join(f"{a:.2f}" for a in accuracy)
+    loss = " ".join(f"{r['training_loss']:.4f}" if "training_loss" in r else "-" for r in seeds)
+    return f"| {method} | {size:,} | {statistics.mean(accuracy):.2f} | {spread} | {each} | {loss} |"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("model", nargs="*", metavar="CHECKPOINT FILE.py:FACTORY CIFAR10_FOLDER")
-    options.add_argument(
-        "--only", nargs="*", default=[], help="rows whose name contains one of these"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("model", nargs="*", metavar="CHECKPOINT FILE.py:FACTORY CIFAR10_FOLDER")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="parts of names")
+    parser.add_argument("--jobs", type=int, default=1)
     runs = Path(tempfile.gettempdir()) / f"ddq-evidence-{commit()}"
-    options.add_argument("--runs", type=Path, default=runs)
-    options.add_argument("--table", nargs="?", type=Path, const=RESULTS, metavar="RESULTS")
-    given = options.parse_args()
-    if not given.table and len(given.model) != 3:
-        options.error("give CHECKPOINT, FILE.py:FACTORY and CIFAR10_FOLDER, or --table")
-    if not given.table:
-        RESULTS.parent.mkdir(exist_ok=True)
-        done = {(r["table"], r["setting"], r["method"], r["seed"]) for r in results(RESULTS)}
-        missing = [r for r in rows() if (r.table, r.setting, r.method, r.seed) not in done]
-        wanted = [
-            r for r in missing if not given.only or any(text in r.name for text in given.only)
-        ]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        if given.jobs > 1:
-            environment["OMP_NUM_THREADS"] = "1"
-        lock = threading.Lock()
+    parser.add_argument("--runs", type=Path, default=runs, help="folder of the run folders")
+    parser.add_argument("--table", nargs="?", type=Path, const=RESULTS, metavar="RESULTS")
+    args = parser.parse_args()
+    if args.table:
+        print_tables(read_results(args.table))
+        return
+    if len(args.model) != 3:
+        parser.error("give CHECKPOINT, FILE.py:FACTORY and CIFAR10_FOLDER, or --table")
+    rows = [r for r in missing_rows(read_results(RESULTS)) if any(t in r.name for t in args.only)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if args.jobs > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+    lock = threading.Lock()
 
-        def work(row: Row) -> None:
-            result = train(row, given.model, given.runs, environment)
-            with lock, RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(f"{row.name}: {result['accuracy']['quantized']:.2f} %", flush=True)
+    def work(row: Row) -> None:
+        result = train(row, args.model, args.runs, environment)
+        with lock, RESULTS.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(f"{row.name}: {result['accuracy']['quantized']:.2f} %", flush=True)
 
-        with ThreadPoolExecutor(given.jobs) as pool:
-            for _ in pool.map(work, wanted):
-                pass
-    print_tables(results(given.table or RESULTS))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in pool.map(work, rows):  # raises the first exception of a job
+            pass
+    print_tables(read_results(RESULTS))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Latency in onnxruntime on the CPU: the float network beside `ddq export --format onnx` at W4/A8, interleaved in one run.
+"""CPU latency in onnxruntime: the float network against `ddq export --format onnx` at W4/A8.
 
-    python tests/benchmarks/onnx_latency.py [--threads 1] [--runs 30] [--json]
+    python tests/benchmarks/onnx_latency.py [--only NAME ...] [--threads 1] [--runs 30] [--json]
 
-ResNet-18 and MobileNetV2 of torchvision, random weights, 224 x 224, batch 1. Weights do not change what a layer costs, so
-nothing is trained. Wall time is the best and the median of the runs; `cpu` is processor time of the calling thread,
-which other processes on the machine disturb less (only told for one thread).
+torchvision's ResNet-18 and MobileNetV2 at 224 x 224, batch 1. Latency does not depend on the values
+of the weights, so they are random. The two networks alternate within one process. `best` and
+`median` are wall time; `cpu` is the calling thread's processor time, which other processes disturb
+less (for one thread only). Takes two minutes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NETWORKS = ("resnet18", "mobilenet_v2")
 
 
 def float_onnx(model: nn.Module, x: torch.Tensor, path: Path) -> None:
-    """As a user would export it; onnxruntime then folds BatchNorm and picks its fastest layouts."""
+    """Export the float network unmodified; onnxruntime folds BatchNorm and picks fast layouts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -50,26 +51,28 @@ def float_onnx(model: nn.Module, x: torch.Tensor, path: Path) -> None:
 
 
 def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Open an ONNX file in onnxruntime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def interleaved(
+def time_alternating(
     sessions: list[onnxruntime.InferenceSession], x: np.ndarray, runs: int
 ) -> list[list[tuple[float, float]]]:
-    """For each session, (wall, processor) milliseconds of each run."""
-    found: list[list[tuple[float, float]]] = [[] for _ in sessions]
+    """Return (wall, processor) milliseconds of each run, for each session."""
+    all_times: list[list[tuple[float, float]]] = [[] for _ in sessions]
     for number in range(runs + 3):
-        for each, times in zip(sessions, found, strict=True):
+        for each, times in zip(sessions, all_times, strict=True):
             wall, cpu = time.perf_counter(), time.thread_time()
             each.run(None, {each.get_inputs()[0].name: x})
-            if number >= 3:
+            if number >= 3:  # the first runs warm up
                 times.append((1e3 * (time.perf_counter() - wall), 1e3 * (time.thread_time() - cpu)))
-    return found
+    return all_times
 
 
 def measure(name: str, folder: Path, threads: list[int], runs: int) -> list[dict[str, object]]:
+    """Return one row for each number of threads."""
     torch.manual_seed(0)
     model, x = shake(zoo.get_model(name, weights=None)), torch.randn(4, 3, 224, 224)
     plain, ddq = folder / f"{name}.float.onnx", folder / f"{name}.ddq.onnx"
@@ -78,7 +81,8 @@ def measure(name: str, folder: Path, threads: list[int], runs: int) -> list[dict
     write_onnx(ddq, ddqcli.load(quantized.path, model), quantized.weights, x, {})
     rows: list[dict[str, object]] = []
     for count in threads:
-        times = interleaved([session(path, count) for path in (plain, ddq)], x[:1].numpy(), runs)
+        sessions = [session(path, count) for path in (plain, ddq)]
+        times = time_alternating(sessions, x[:1].numpy(), runs)
         best = [min(wall for wall, _ in each) for each in times]
         median = [statistics.median(wall for wall, _ in each) for each in times]
         cpu = [min(used for _, used in each) for each in times]
@@ -96,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NAME")
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1], help="numbers of threads to measure"
     )
@@ -106,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row
-            for name in NETWORKS
+            for name in arguments.only
             for row in measure(name, Path(folder), arguments.threads, arguments.runs)
         ]
     if arguments.json:

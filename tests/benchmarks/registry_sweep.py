@@ -1,9 +1,10 @@
-"""Every classification architecture of torchvision: convert, calibrate, one training step, one evaluation, on noise.
+"""Convert, calibrate, train for one step and evaluate every classifier of torchvision, on noise.
 
-    PYTHONPATH=. python tests/benchmarks/registry_sweep.py [--only NAME ...] [--threads N] [--json FILE]
+    python tests/benchmarks/registry_sweep.py [--only TEXT ...] [--threads N] [--json FILE]
 
-All 80 take half an hour on one thread, the largest 11 GB; --only resnet takes those whose name contains "resnet".
-The exit code is 1 if any failed.
+Each architecture must keep its budget, use it, and keep the names and shapes of its parameters.
+`--only resnet` selects the architectures with "resnet" in their name. All 80 take half an hour on
+one thread and up to 11 GB of memory. The exit code is 1 if any fails.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,21 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one architecture."""
+    """The result for one architecture."""
 
     arch: str
     size: int  # pixels
-    values: int  # quantized
-    quantized: int  # tensors
+    values: int  # quantized values
+    quantized: int  # quantized tensors
     kept: int  # tensors and layer inputs that stay float
-    inputs: int  # layer inputs that are quantized
-    bits: float  # average after the step, tables included
+    inputs: int  # quantized layer inputs
+    bits: float  # average per value after the step, overhead bytes included
     seconds: float
     fault: str | None = None
 
 
 class Noise:
-    """One batch of random images."""
+    """A loader of one batch of random images."""
 
     samples = BATCH
 
@@ -81,22 +82,22 @@ class Noise:
 
 
 def registry(arch: str) -> tuple[Callable[[], nn.Module], int]:
-    """A factory for the architecture, and an image size that it takes."""
+    """Return a factory for the architecture and an image size that it accepts."""
     size, kwargs = 64, {"num_classes": CLASSES}
     if arch.startswith("vit_"):
-        size = 2 * int(arch.rsplit("_", 1)[1])  # two patches a side
+        size = 2 * int(arch.rsplit("_", 1)[1])  # two patches per side
         kwargs["image_size"] = size
     elif arch.startswith("maxvit"):
-        size = 224  # its partition, 7, under five halvings
+        size = 224  # five halvings must leave a multiple of its partition size, 7
     elif arch.startswith("inception"):
-        size = 299  # its auxiliary head has no padding
+        size = 299  # smallest size for its unpadded auxiliary head
     if arch in ("googlenet", "inception_v3"):
-        kwargs["init_weights"] = False  # takes a minute
+        kwargs["init_weights"] = False  # initialization takes a minute
     return lambda: torchvision.models.get_model(arch, weights=None, **kwargs), size
 
 
 def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any) -> Row:
-    """Run one architecture through the engine, with these sections of the recipe. Raises whatever goes wrong."""
+    """Check one architecture with these sections of the recipe; any exception is a failure."""
     began = time.monotonic()
     torch.manual_seed(0)
     recipe, noise = Recipe.model_validate({**RECIPE, **sections}), Noise(size)
@@ -108,37 +109,38 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
         "noise",
     )
     model = build()
-    names = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
-    converted = convert(model, recipe)
-    budget = make_budget(converted, recipe)
-    gates = make_rule(recipe.gates.rule, converted, recipe, budget, 1, BATCH)
-    order = executed(converted)
-    calibrate(converted, data, 1, gates.watch)
-    inputs = list(converted.activations)
+    float_signature = signature(model.state_dict())
+    quantized = convert(model, recipe)
+    budget = make_budget(quantized, recipe)
+    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, 1, BATCH)
+    order = execution_order(quantized)
+    calibrate(quantized, data, 1, gates.watch)
+    inputs = list(quantized.activations)
     assert (order[0], order[-1]) == (inputs[0], inputs[-1]), (
         "the first and last layer executed are not those defined"
     )
     gates.start()
     metrics: list[StepMetrics] = []
-    Trainer(converted, None, data, gates, recipe, 1).run(
+    Trainer(quantized, None, data, gates, recipe, 1).run(
         metrics.append, lambda _: None, lambda: None
     )
-    accuracy = evaluate(converted.model, data)
-    assert 0 <= accuracy <= 100
-    assert gates.cost() <= (budget.limit or 0), "the budget is not kept"
+    assert 0 <= evaluate(quantized.model, data) <= 100
+    assert gates.cost() <= (budget.limit or 0), "the budget is exceeded"
     assert is_used(gates), "the budget is not used"
-    state = quantized_state(converted)
-    assert {name: (value.shape, value.dtype) for name, value in state.items()} == names, (
-        "the float names have changed"
-    )
+    assert signature(quantized_state(quantized)) == float_signature, "the float names have changed"
     return Row(
-        arch, size, budget.weights, len(converted.tensors), len(converted.kept_float), len(inputs),
+        arch, size, budget.weights, len(quantized.tensors), len(quantized.kept_float), len(inputs),
         8 * gates.cost() / budget.weights, time.monotonic() - began,
     )  # fmt: skip
 
 
+def signature(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the shape and dtype of each tensor of a state dict."""
+    return {name: (value.shape, value.dtype) for name, value in state.items()}
+
+
 def is_used(gates: Rule) -> bool:
-    """Whether the bits take 98 % of the budget, or else no tensor could have one more bit."""
+    """True if the bits fill 98 % of the budget, or no tensor has room for one more bit."""
     spare = (gates.budget.limit or 0) - gates.cost()
     rises = [
         stored_bytes(t, bits + 1) - stored_bytes(t)
@@ -148,10 +150,10 @@ def is_used(gates: Rule) -> bool:
     return spare <= 0.02 * (gates.budget.limit or 0) or spare < min(rises, default=0)
 
 
-def executed(converted: QuantizedModel) -> list[str]:
-    """A list that fills with the layers' names in the order in which their inputs are quantized."""
+def execution_order(quantized: QuantizedModel) -> list[str]:
+    """Return a list that the next forward pass fills with layer names in execution order."""
     order: list[str] = []
-    for name, quantizer in converted.activations.items():
+    for name, quantizer in quantized.activations.items():
         quantizer.register_forward_pre_hook(lambda *_, name=name: order.append(name))
     return order
 
@@ -161,31 +163,28 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only",
-        nargs="*",
-        default=[""],
-        metavar="NAME",
-        help="architectures whose name contains one of these",
+        "--only", nargs="+", default=[""], metavar="TEXT", help="parts of architecture names"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    known = torchvision.models.list_models(module=torchvision.models)
+    archs = torchvision.models.list_models(module=torchvision.models)
     rows = []
     print(
-        f"{'architecture':<22}{'px':>4}{'values':>13}{'tensors':>9}{'inputs':>8}{'kept':>6}{'bits':>7}{'s':>7}  outcome"
+        f"{'architecture':<22}{'px':>4}{'values':>13}{'tensors':>9}{'inputs':>8}{'kept':>6}"
+        f"{'bits':>7}{'s':>7}  outcome"
     )
-    for arch in (a for a in known if any(part in a for part in options.only)):
+    for arch in (a for a in archs if any(part in a for part in options.only)):
         build, size = registry(arch)
         try:
             row = check(arch, build, size)
-        except Exception as error:  # the sweep goes on and reports it
+        except Exception as error:  # reported as this architecture's outcome
             traceback.print_exc(file=sys.stderr)
             row = Row(arch, size, 0, 0, 0, 0, 0.0, 0.0, f"{type(error).__name__}: {error}")
         print(
-            f"{row.arch:<22}{row.size:>4}{row.values:>13,}{row.quantized:>9}{row.inputs:>8}{row.kept:>6}{row.bits:>7.3f}"
-            f"{row.seconds:>7.1f}  {row.fault or 'ok'}",
+            f"{row.arch:<22}{row.size:>4}{row.values:>13,}{row.quantized:>9}{row.inputs:>8}"
+            f"{row.kept:>6}{row.bits:>7.3f}{row.seconds:>7.1f}  {row.fault or 'ok'}",
             flush=True,
         )
         rows.append(row)

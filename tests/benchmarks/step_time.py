@@ -1,12 +1,13 @@
-"""What DDQ adds to a training step, beside a float step and peers' uniform fake-quant, all in turn in one process.
+"""Time of a training step with DDQ, Brevitas and torch's fake-quantize, relative to a float step.
 
-    python tests/benchmarks/step_time.py                                    # ResNet-20, batch 128, 2 threads
-    python tests/benchmarks/step_time.py --model mlp                        # weights dominate
+    python tests/benchmarks/step_time.py                 # ResNet-20, batch 128, 2 threads
+    python tests/benchmarks/step_time.py --model mlp     # most of the time goes to the weights
     python tests/benchmarks/step_time.py --model mobilenet_v2 --size 224 --batch 256 --device cuda
     python tests/benchmarks/step_time.py --json > step_time.json
 
-Each figure is the median over rounds of the paired ratio to the float step of the same round. Brevitas is measured where it
-is installed (`pip install brevitas`).
+All methods alternate within one process. A ratio is the median over rounds of a method's time
+divided by the float step's time in the same round. Brevitas needs `pip install brevitas`. Takes a
+few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ Step = Callable[[], None]
 
 
 class Block(nn.Module):
+    """A residual block of ResNet-20; the shortcut subsamples and pads channels with zeros."""
+
     def __init__(self, cin: int, cout: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
@@ -53,18 +56,8 @@ class Block(nn.Module):
 
 
 def resnet20() -> nn.Module:
-    widths = [
-        (16, 16),
-        (16, 16),
-        (16, 16),
-        (16, 32),
-        (32, 32),
-        (32, 32),
-        (32, 64),
-        (64, 64),
-        (64, 64),
-    ]
-    blocks = [Block(cin, cout, 2 if cin != cout else 1) for cin, cout in widths]
+    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+    blocks = [Block(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(widths)]
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
@@ -76,6 +69,7 @@ def mlp() -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
+    """Return `resnet20`, `mlp` or a torchvision model, with random weights."""
     if name in ("resnet20", "mlp"):
         return {"resnet20": resnet20, "mlp": mlp}[name]()
     import torchvision
@@ -83,9 +77,11 @@ def build(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None)
 
 
-def step_of(
+def training_step(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], x: Tensor, y: Tensor
 ) -> Step:
+    """Return a plain training step on one batch."""
+
     def step() -> None:
         F.cross_entropy(model(x), y).backward()
         for optimizer in optimizers:
@@ -101,40 +97,41 @@ def sgd(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def float_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    return step_of(model, sgd(model), x, y)
+    return training_step(model, sgd(model), x, y)
 
 
 def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections: dict) -> Step:
-    """As `ddq finetune` trains: 8 -> 4 bits by the default gates, their Fisher watched, gradient correction on.
+    """Return a step of `ddq finetune` at 4 bits per weight, with the default gates.
 
-    `views`: 1 for distillation from the float model, 2 where training mirrors images, 0 for labels alone.
+    `views` is the number of float outputs to distill: 0 for labels alone, 1 for the image's, 2 for
+    the image's and its mirror image's. `sections` are added to the recipe.
     """
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if views else nn.Identity()
     base = {"budget": {"target_bits": 4}, "train": {"optimizer": "sgd"}}
     recipe = Recipe.model_validate({**base, **sections})
-    converted = convert(model, recipe)
-    size = sum(t.parameter.numel() for t in converted.tensors)
+    quantized = convert(model, recipe)
+    size = sum(t.parameter.numel() for t in quantized.tensors)
     budget = ResolvedBudget(size // 2, 0, 4 * size, size)
-    gates = make_rule(recipe.gates.rule, converted, recipe, budget, 10**9, len(x))
-    for activation in converted.activations.values():
+    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, 10**9, len(x))
+    for activation in quantized.activations.values():
         activation.observing = True
     F.cross_entropy(model.eval()(x), y).backward()
     gates.watch()
     use_compiled = can_compile(x.device)
-    for activation in converted.activations.values():
+    for activation in quantized.activations.values():
         activation.fit()
-    for quantizer in quantizers(converted):
+    for quantizer in quantizers(quantized):
         quantizer.use_compiled = use_compiled
     gates.start()
     model.train()
-    optimizers = [o for o in make_optimizers(converted, recipe.train) if o]
+    optimizers = [o for o in make_optimizers(quantized, recipe.train) if o]
     counter = iter(range(1, 10**9))
 
     def step() -> None:
         number = next(counter)
         with torch.no_grad():
             targets = [teacher(x.flip(-1) if mirrored else x) for mirrored in range(views)]
-        with converted.batched():
+        with quantized.batched():
             output = model(x)
             loss = F.cross_entropy(output, y)
             if targets:
@@ -149,7 +146,7 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
 
 
 def torch_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) -> Step:
-    """torch's own fake-quant for QAT: uniform, not learned, range from a moving average."""
+    """Return a step with torch's fake-quantize: uniform, its range a moving average."""
     from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
     from torch.nn.utils import parametrize
 
@@ -167,11 +164,11 @@ def torch_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) -> 
         if act_bits:
             module.act = fake_quant(act_bits, False).to(x.device)
             module.register_forward_pre_hook(lambda m, inputs: (m.act(inputs[0]), *inputs[1:]))
-    return step_of(model, sgd(model), x, y)
+    return training_step(model, sgd(model), x, y)
 
 
 def brevitas_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) -> Step:
-    """Brevitas: a learned scale for weights and activations."""
+    """Return a step with Brevitas: a learned scale for weights and activations."""
     import brevitas.nn as qnn
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
 
@@ -188,14 +185,10 @@ def brevitas_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) 
             if act_bits:
                 common |= {"input_quant": Int8ActPerTensorFloat, "input_bit_width": act_bits}
             if isinstance(child, nn.Conv2d):
-                args = (
-                    child.in_channels,
-                    child.out_channels,
-                    child.kernel_size,
-                    child.stride,
-                    child.padding,
-                )
-                new = qnn.QuantConv2d(*args, groups=child.groups, **common)
+                new = qnn.QuantConv2d(
+                    child.in_channels, child.out_channels, child.kernel_size,
+                    child.stride, child.padding, groups=child.groups, **common,
+                )  # fmt: skip
             elif isinstance(child, nn.Linear):
                 new = qnn.QuantLinear(child.in_features, child.out_features, **common)
             else:
@@ -205,10 +198,12 @@ def brevitas_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) 
 
     swap(model)
     model.to(x.device)
-    return step_of(model, sgd(model), x, y)
+    return training_step(model, sgd(model), x, y)
 
 
-def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
+def make_steps(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
+    """Return the step of each method, every one on its own copy of `model`."""
+
     def fresh() -> nn.Module:
         return copy.deepcopy(model)
 
@@ -233,10 +228,11 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
 
 
 def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of each step in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(rounds + 3):
-        first = number % len(names)  # so that none always follows the same one
+        first = number % len(names)  # rotate, so that caches favor no step
         for name in names[first:] + names[:first]:
             step = steps[name]
             if device.type == "cuda":
@@ -251,7 +247,9 @@ def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=128)
@@ -268,7 +266,7 @@ def main() -> None:
     )
     y = torch.randint(0, 10, (args.batch,), device=device)
     model = build(args.model).to(device, memory_format=torch.channels_last)
-    seconds = measure(contenders(model, x, y), args.rounds, device)
+    seconds = measure(make_steps(model, x, y), args.rounds, device)
     rows = {
         name: {
             "ms": round(1000 * statistics.median(times), 2),

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny_project import RECIPE, ddq
 
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import Artifact, read_artifact
-from ddqcli.artifact.write import encode_artifact
 from ddqcli.commands.export import portable_recipe
 from ddqcli.recipe.schema import Recipe
 

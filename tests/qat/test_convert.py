@@ -478,7 +478,7 @@ def test_models_that_cannot_be_converted_are_refused(model: Any, message: str) -
 def test_a_model_is_not_converted_twice() -> None:
     model = small()
     convert(model, recipe())
-    with pytest.raises(UsageError, match="converted already"):
+    with pytest.raises(UsageError, match="already quantized; pass the float model"):
         convert(model, recipe())
 
 

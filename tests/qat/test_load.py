@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision import models as zoo
 
 import ddqcli
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import BFLOAT16
-from ddqcli.artifact.write import encode_artifact
 from ddqcli.errors import CheckpointError, UsageError, VerificationError
 
 

@@ -1,4 +1,4 @@
-"""What the documentation of the method says holds: METHOD.md's names and the docstring examples."""
+"""The method's documentation is correct: METHOD.md's names and the docstring examples."""
 
 from __future__ import annotations
 

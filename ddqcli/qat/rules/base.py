@@ -60,7 +60,10 @@ class Rule(ABC):
     # ---- the interface, in the order of a run
 
     def watch(self, share: float = 1.0) -> None:
-        """Take the weights' gradients, means over a `share` of a batch, into the Fisher."""
+        """Update the Fisher estimate from the current gradients.
+
+        Each is averaged over the fraction `share` of a batch.
+        """
         self.fisher.update(share)
 
     def recount(self) -> None:
@@ -116,7 +119,7 @@ class Rule(ABC):
     # ---- budget
 
     @property
-    def moving(self) -> bool:
+    def has_budget(self) -> bool:
         """True if there is a budget to be met."""
         return self.budget.limit is not None
 
@@ -148,8 +151,8 @@ class Rule(ABC):
     def allocate_start(self) -> None:
         """Give all tensors the bits of least loss increase within the limit at step 0.
 
-        These are the fewest on offer if the limit is below them: a dry run's limit counts the
-        inputs of layers that are never called.
+        If even the minimum exceeds the limit, use the minimum: a dry run's limit counts the inputs
+        of layers that are never called.
         """
         options = self.options()
         self.refit(allocate(options, max(self.limit(0), minimum_cost(options))))

@@ -1,4 +1,7 @@
-"""The default rule: give bits where the loss feels them most, and look again a few times a run."""
+"""The default rule: give bits where they reduce the expected loss most.
+
+It reconsiders all bits about `gates.looks` times a run.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ class FisherRule(Rule):
 
     def start(self) -> None:
         """Allocate within the budget of step 0."""
-        if self.moving:
+        if self.has_budget:
             self.allocate_start()
         self.set_corrections()
 
     def before_step(self, step: int) -> None:
         """Allocate again if this is one of the steps to look at."""
-        if self.moving and step in self.looks_at and self.weights_are_finite():
+        if self.has_budget and step in self.looks_at and self.weights_are_finite():
             self._reallocate(self.limit(step))
             self.set_corrections()
 

@@ -17,6 +17,6 @@ class FixedRule(Rule):
 
     def start(self) -> None:
         """Allocate within the budget."""
-        if self.moving:
+        if self.has_budget:
             self.allocate_start()
         self.set_corrections()

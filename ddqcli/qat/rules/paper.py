@@ -20,7 +20,7 @@ class PaperRule(Rule):
 
     def start(self) -> None:
         """Open all gates at gates.init and let them have gradients."""
-        if self.moving:
+        if self.has_budget:
             for tensor in self.model.tensors:
                 logits = tensor.quantizer.gate_logits
                 logits.requires_grad_(not tensor.fixed)
@@ -29,14 +29,14 @@ class PaperRule(Rule):
 
     def before_step(self, step: int) -> None:
         """Meet the budget at the freeze."""
-        if self.moving and step == self.frozen_from and self.weights_are_finite():
+        if self.has_budget and step == self.frozen_from and self.weights_are_finite():
             self.close_excess()
             self.open_fitting()
 
     def after_backward(self, step: int, loss: float) -> None:
         """Take one SGD step on the gate logits, until the freeze."""
         super().after_backward(step, loss)
-        if self.moving and step < self.frozen_from:
+        if self.has_budget and step < self.frozen_from:
             self._descend(loss)
 
     @torch.no_grad()

@@ -1,4 +1,7 @@
-"""The rules by the names that recipes give them. A new rule is one file here and one line below."""
+"""The rules by the names that recipes give them.
+
+A new rule is one module here, an entry in `RULES`, and its name in `GatesSection.rule`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing: the bytes of a ddq file, as FORMAT.md describes it."""
+"""Encode a ddq file as bytes, as FORMAT.md describes it; callers write them to disk."""
 
 from __future__ import annotations
 

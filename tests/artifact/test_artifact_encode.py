@@ -1,4 +1,4 @@
-"""Writing: a safetensors file with the same bytes for the same content, and what it refuses."""
+"""Encoding: a safetensors file with the same bytes for the same content, and what it refuses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 from artifact_example import ENTRIES, FLOAT_ENTRIES, Contents
 
 import ddqcli
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.tensors import BFLOAT16
-from ddqcli.artifact.write import encode_artifact
 
 
 def write(path: Path, *contents: Any) -> None:
@@ -63,7 +63,7 @@ SCRIPT = """
 import sys; sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from artifact_example import example
-from ddqcli.artifact.write import encode_artifact
+from ddqcli.artifact.encode import encode_artifact
 step = int(sys.argv[3])
 in_order = (
     a[::step] if isinstance(a, list) else dict(list(a.items())[::step])
