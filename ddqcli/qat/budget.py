@@ -60,7 +60,7 @@ def make_budget(
     if target.target_bits is not None:
         limit = int(weights * (2**target.target_bits if eqn6 else target.target_bits / 8))
         overhead, uncertain = {}, 0  # not counted
-        _check_usable(model, target.target_bits, limit, eqn6)
+        _check_usable(model, recipe, target.target_bits, limit)
     elif target.target_size is not None:
         try:
             limit = parse_size(target.target_size, float_bytes) - overhead_bytes
@@ -138,15 +138,16 @@ def costs_of(tensor: QuantizedParameter, eqn6: bool) -> dict[int, int]:
     }
 
 
-def _check_usable(model: QuantizedModel, target_bits: float, limit: int, eqn6: bool) -> None:
+def _check_usable(model: QuantizedModel, recipe: Recipe, target_bits: float, limit: int) -> None:
     """Raise BudgetError for more bits than weights may have, unless their tables need the rest."""
+    eqn6 = recipe.budget.count == "eqn6"
     max_bits = max((t.max_bits for t in model.tensors if t.kind != "bias"), default=0)
     most = sum(costs_of(t, eqn6)[t.max_bits] for t in model.tensors)
     if target_bits > max_bits and limit > most:
-        remedy = "lower the target" + (", or raise --max-bits" if max_bits < 8 else "")
+        remedy = ", or raise --max-bits" if recipe.weights.max_bits < 8 else ""
         raise BudgetError(
             f"The budget of {target_bits:g} bits a weight can never be used: no weight may take "
-            f"more than {max_bits} (--max-bits and overrides); {remedy}."
+            f"more than {max_bits} (by --max-bits, levels and overrides); lower the target{remedy}."
         )
 
 

@@ -48,6 +48,7 @@ def test_an_impossible_budget_is_refused_with_the_smallest_size(budget: dict[str
     ("target_bits", "sections", "message"),
     [
         (12, {}, r"12 bits a weight .* more than 8 \(.*; lower the target\.$"),
+        (5, {"weights": {"levels": "power_of_two"}}, r"more than 4 .*; lower the target\.$"),
         (5, {"weights": {"max_bits": 4}}, r"more than 4 .*, or raise --max-bits\.$"),
         (
             6.5,

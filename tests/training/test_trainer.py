@@ -25,6 +25,7 @@ from tiny_training import (
 from torch import Tensor, nn
 
 from ddqcli.errors import DataError, DDQError
+from ddqcli.training.divergence import Diverged
 from ddqcli.training.trainer import Trainer
 
 # ---- resuming
@@ -78,6 +79,27 @@ def test_a_resumed_run_ends_as_an_undisturbed_one_bit_for_bit(name: str) -> None
         assert not differences(stored(resumed.state()), state)
         finish(resumed)
         assert not differences(resumed.state(), whole.state())
+
+
+def test_a_run_resumed_after_its_return_to_the_best_state_ends_bit_for_bit_the_same() -> None:
+    settings = recipe()
+    whole, resumed = begin(settings), begin(settings)
+
+    def diverge(step: int) -> None:
+        if step == 9:
+            raise Diverged("The loss became nan")
+
+    before_each_step(whole, diverge)
+    with pytest.raises(Diverged):
+        finish(whole)
+    assert whole.restart_from_best(0.1)
+    del whole.gates.before_step  # the rule's own is back
+    resumed.load(stored(whole.state()))
+    for running in (whole, resumed):
+        assert running.step < 9
+        assert [look.step for look in running.looks][-1] == running.step
+        finish(running)
+    assert not differences(resumed.state(), whole.state())
 
 
 class WithAuxiliaryHead(nn.Module):
