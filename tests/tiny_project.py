@@ -33,7 +33,8 @@ data: {source: images.npz, mean: [0.5], std: [0.5], pad: 1, flip: auto, batch_si
 activations: {bits: 8}
 budget: {target_bits: 4}
 train:
-  {epochs: 3, optimizer: sgd, lr: 0.01, batch_norm: batch, bn_batches: 2, save_every: 3, device: cpu}
+  {epochs: 3, optimizer: sgd, lr: 0.01, batch_norm: batch, bn_batches: 2, save_every: 3,
+   device: cpu}
 """
 STEPS = 12  # 10 of 80 training images are held out, so an epoch has 4 batches
 
