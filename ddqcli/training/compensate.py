@@ -35,7 +35,7 @@ _MOST_VARIANCE = 4.0  # factor by which a BatchNorm's variance is corrected
 
 @dataclass
 class _FloatStatistics:
-    """What the float network computes for the samples, by layer name."""
+    """Results of the float network for the samples, by layer name."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)  # [G, O, P] of patches, without bias
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # inputs: mean, variance

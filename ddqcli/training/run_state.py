@@ -1,4 +1,4 @@
-"""What last.pt holds beside the trainer's state, so that a run can be resumed."""
+"""Entries of last.pt beside the trainer's state, for resuming a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STATE_FORMAT = 2  # raised when the contents of last.pt change
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """Facts that a resumed run must share with the saved state; `Run.saved` compares them.
+    """Facts that a resumed run must share with the saved state; `Run.load_resume_state` compares them.
 
     Attributes:
         format: version of the state's contents.
@@ -40,7 +40,7 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class FloatBaseline:
-    """What a run measures on the float model; a resumed run takes it from the saved state."""
+    """Measurements on the float model; a resumed run takes them from the saved state."""
 
     accuracy: float  # percent, on held-out data
     augmentation: DetectedAugmentation
