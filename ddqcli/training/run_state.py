@@ -13,7 +13,10 @@ _STATE_FORMAT = 2  # raised when the contents of last.pt change
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """Facts that a resumed run must share with the saved state; `Run.load_resume_state` compares them.
+    """Facts that a resumed run must share with the saved state.
+
+    `Run.load_resume_state` compares them.
+
 
     Attributes:
         format: version of the state's contents.
