@@ -54,7 +54,7 @@ Keywords = Annotated[dict[str, Any], AfterValidator(_check_json_values)]
 class _Section(BaseModel):
     """A part of the recipe: immutable, without unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -24,7 +24,7 @@ Percent = float  # 0 to 100; the fields named `float` hide the type
 class _Record(BaseModel):
     """The fields, in their order, are the keys of the JSON object."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     def data(self) -> dict[str, Any]:
         """Return the record as JSON-able values."""
