@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ddqcli.errors import CheckpointError
+from ddqcli.recipe.consent import require_consent
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"  # the opcode PROTO
@@ -52,6 +53,7 @@ def load_torch_file(path: Path, size: int, head: bytes, pickle: bool) -> Any:
     except UnpicklingError as error:
         if not pickle:
             raise CheckpointError(_refusal(path, error)) from error
+        require_consent(str(path))
     except Exception as error:  # damaged bytes make torch raise nearly anything
         raise _damaged(path, error) from error
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ddqcli.cli.options import Json, Quiet, examples
+from ddqcli.cli.options import Json, Quiet, Trust, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
@@ -52,13 +52,15 @@ def export(
             show_default=False,
         ),
     ] = None,
+    trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a run's model as one verified file.
 
     Reads the file back and compares it with the trained model: every bit, the outputs and the
-    accuracy. A mismatch ends with exit code 4.
+    accuracy. A mismatch ends with exit code 4. Outputs need the code of the network: it runs if
+    this machine made the run, or with --trust.
     """
 
     def work() -> ExportResult | OnnxResult:
@@ -75,10 +77,10 @@ def export(
         with ProgressReporter(quiet=quiet) as reporter:
             if check is not None:
                 verify = onnx.check_onnx if use_onnx else ddq.check
-                return verify(check, run, on_progress=reporter.progress)
+                return verify(check, run, trust=trust, on_progress=reporter.progress)
             if use_onnx:
-                return onnx.export_onnx(run, out, on_progress=reporter.progress)
-            return ddq.export(run, out, half=half, on_progress=reporter.progress)
+                return onnx.export_onnx(run, out, trust=trust, on_progress=reporter.progress)
+            return ddq.export(run, out, half=half, trust=trust, on_progress=reporter.progress)
 
     run_command("export", work, _show, as_json)
 

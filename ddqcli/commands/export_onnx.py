@@ -81,15 +81,21 @@ class _Reference:
 
 
 def export_onnx(
-    run_dir: Path | None = None, out: Path | None = None, *, on_progress: OnProgress | None = None
+    run_dir: Path | None = None,
+    out: Path | None = None,
+    *,
+    trust: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Write the run's model to `out` (default: model.onnx in the run folder) and run it.
+
+    The network's code runs under the rule of `ddqcli.runs.trust`, which `trust` overrides.
 
     Raises UsageError for what ONNX cannot express, and VerificationError if onnxruntime, with or
     without its optimizations, does not answer as torch does. The file is then not written.
     """
     require_onnx()
-    run = Run.open(run_dir)
+    run = Run.open(run_dir, trust=trust)
     path, report = out or run.path / ONNX, run.report()
     frozen = FrozenModel.from_state(run.load(FINAL))
     reference = _reference(run, frozen)
@@ -100,12 +106,18 @@ def export_onnx(
         write_onnx(temporary, reference.model, frozen.weights(), reference.example, about)
         comparisons.extend(_compare_both(temporary, path, reference, on_progress))
 
-    write_atomic(path, write)  # a file that does not answer as trained never gets its name
+    write_atomic(
+        path, write, inputs=run.inputs()
+    )  # a file that does not answer as trained never gets its name
     return _result(run, path, comparisons, reference)
 
 
 def check_onnx(
-    file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None
+    file: Path,
+    run_dir: Path | None = None,
+    *,
+    trust: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Verify an existing ONNX file against its run.
 
@@ -115,7 +127,8 @@ def check_onnx(
     require_onnx()
     if not file.is_file():
         raise UsageError(f"There is no file {file}.")
-    run = Run.open(run_dir or (file.parent if (file.parent / REPORT).is_file() else None))
+    beside = file.parent if (file.parent / REPORT).is_file() else None
+    run = Run.open(run_dir or beside, trust=trust)
     reference = _reference(run, FrozenModel.from_state(run.load(FINAL)))
     return _result(run, file, _compare_both(file, file, reference, on_progress), reference)
 

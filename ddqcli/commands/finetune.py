@@ -26,6 +26,7 @@ from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
+from ddqcli.runs.trust import remember
 from ddqcli.training import distributed
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
 from ddqcli.training.device import place_model, resolve_device
@@ -90,6 +91,7 @@ def finetune(
         return FinetuneResult(None, _dry_run_report(models, recipe))
     with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
         data = _load_data(recipe, models.device, introduce)
+        _record_code(run, recipe, introduce)
         identity = RunIdentity(
             sha256=models.source.sha256,
             recipe=run.recipe_text(),
@@ -203,6 +205,15 @@ def _load_data(recipe: Recipe, device: torch.device, introduce: _Note) -> Data:
     data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
     introduce(f"data: {data.note}")
     return data
+
+
+def _record_code(run: Run, recipe: Recipe, introduce: _Note) -> None:
+    """Record on this machine that its user made the run, whose code may then run again."""
+    if distributed.is_main() and (reason := remember(run, recipe)):
+        introduce(
+            f"this machine keeps no record of the run ({reason}), so `ddq export` checks its "
+            "outputs, and --resume goes on with it, only with --trust"
+        )
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:

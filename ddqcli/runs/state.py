@@ -10,15 +10,18 @@ from ddqcli.errors import UsageError
 from ddqcli.runs.files import write_atomic
 
 
-def save_torch(path: Path, state: dict[str, Any]) -> None:
-    """Write a state atomically. Raises UsageError or DDQError if the disk refuses."""
+def save_torch(path: Path, state: dict[str, Any], owner: str) -> None:
+    """Write a state atomically. Raises UsageError or DDQError if the disk refuses.
+
+    `owner` is the run's token.
+    """
     import torch
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             torch.save(state, file)
 
-    write_atomic(path, write)
+    write_atomic(path, write, owner=owner)
 
 
 def load_torch(path: Path) -> dict[str, Any]:

@@ -59,8 +59,9 @@ def sample_differences(actual: Tensor, expected: Tensor) -> Tensor:
     """Return each sample's relative error [B].
 
     It is the root mean square of the sample's difference over the root mean square of all expected
-    values; infinite where a value is NaN.
+    values; 0 for equal samples, also of NaN or of zeros alone, and infinite for other NaN.
     """
-    error = (actual.double() - expected.double()).flatten(1).square().mean(1).sqrt()
-    relative = error / expected.double().square().mean().sqrt()
-    return relative.nan_to_num(nan=torch.inf) * (error != 0)
+    actual, expected = actual.double().flatten(1), expected.double().flatten(1)
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    relative = (actual - expected).square().mean(1).sqrt() / expected.square().mean().sqrt()
+    return torch.where(same.all(1), 0.0, relative.nan_to_num(nan=torch.inf))
