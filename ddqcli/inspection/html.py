@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ddqcli.runs.files import write_atomic
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff;
   --card: #f6f8fa; --line: #d1d9e0; }
@@ -55,8 +57,13 @@ class Section:
     pictures: Sequence[str] = ()
 
 
-def write_html(path: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Write the page and return its path. Everything but the pictures is escaped."""
+def write_html(
+    path: Path, title: str, sections: Sequence[Section], inputs: Sequence[Path] = ()
+) -> Path:
+    """Write the page and return its path. Everything but the pictures is escaped.
+
+    Raises UsageError or DDQError if it cannot be written, or would replace one of the `inputs`.
+    """
     body = "\n".join(_section(section) for section in sections)
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -72,7 +79,7 @@ def write_html(path: Path, title: str, sections: Sequence[Section]) -> Path:
 </body>
 </html>
 """
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_atomic(path, lambda temporary: temporary.write_bytes(page.encode()), inputs=inputs)
     return path
 
 

@@ -65,7 +65,7 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
     if not stat.S_ISREG(mode):
         kind = "it is a link" if stat.S_ISLNK(mode) else "it is no regular file"
         reason = "Is a directory" if stat.S_ISDIR(mode) else kind
-        raise UsageError(f"{path} cannot be written: {reason}; name another file for the output.")
+        raise UsageError(f"{path} cannot be written: {reason}; remove it, or name another file.")
     for source in inputs:
         if _is_same(path, source):
             raise UsageError(
@@ -76,13 +76,9 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
 
 def open_own(path: Path, flags: int) -> int:
     """Return a descriptor of a run's own file. Raises UsageError for links, devices and pipes."""
-    try:
-        descriptor = os.open(path, flags | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0), 0o666)
-    except OSError:
-        if path.is_symlink():
-            raise UsageError(f"{path} cannot be opened: it is a link; remove it.") from None
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    check_output(path)
+    descriptor = os.open(path, flags | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # put there in this moment
         os.close(descriptor)
         raise UsageError(f"{path} cannot be opened: it is no regular file; remove it.")
     return descriptor
@@ -90,7 +86,7 @@ def open_own(path: Path, flags: int) -> int:
 
 def sync(path: Path) -> None:
     """Wait until what was appended to a file is on the disk; nothing if there is no file."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
+    with suppress(FileNotFoundError), os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
         os.fsync(file.fileno())
 
 

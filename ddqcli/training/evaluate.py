@@ -64,4 +64,4 @@ def sample_differences(actual: Tensor, expected: Tensor) -> Tensor:
     actual, expected = actual.double().flatten(1), expected.double().flatten(1)
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     relative = (actual - expected).square().mean(1).sqrt() / expected.square().mean().sqrt()
-    return torch.where(same.all(1), 0.0, relative.nan_to_num(nan=torch.inf))
+    return torch.where(same.all(1), 0.0, relative.nan_to_num(nan=torch.inf, posinf=torch.inf))
