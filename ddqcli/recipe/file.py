@@ -74,7 +74,8 @@ def dump_recipes(recipes: Sequence[Recipe], folder: Path) -> str:
             for field in _TARGETS
             if raw["budget"][field]
         }
-    move_paths(raw, lambda path: os.path.relpath(path, folder), os.path.exists)
+    real_folder = os.path.realpath(folder)
+    move_paths(raw, lambda path: os.path.relpath(path, real_folder), os.path.exists)
     text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
     return text
 
@@ -104,13 +105,19 @@ def _read(path: Path) -> dict[str, Any]:
             str(path), [f"  byte {error.start}: not UTF-8 text; a recipe is a YAML file"]
         ) from error
     raw = parse_sections(text, str(path))
-    folder = path.parent
+    folder = _without_links(path.parent)
     move_paths(
         raw,
         lambda name: os.path.normpath(folder / name),
         lambda name: (folder / name).exists(),
     )
     return raw
+
+
+def _without_links(folder: Path) -> Path:
+    """Return the folder that a linked one leads to; `..` in a recipe starts there."""
+    real = os.path.realpath(folder)
+    return folder if real == os.path.abspath(folder) else Path(os.path.relpath(real))
 
 
 def _remove_targets(raw: dict[str, Any]) -> None:
