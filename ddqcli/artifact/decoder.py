@@ -73,6 +73,8 @@ def read(
     """Return tensors (Array or PackedTensor), activations, aliases and meta. Raises as `decode`."""
     raw = Path(path).read_bytes()
     if raw[8:50] != HEAD:
+        if len(raw) >= 8 and HEAD.startswith(raw[8:]):
+            raise ArtifactError(f"{path} is incomplete (it ends after {len(raw)} bytes)")
         raise NotAnArtifact(f"{path} is not a ddq file")
     digest = hashlib.sha256(raw[:50] + b"0" * 64)
     digest.update(memoryview(raw)[114:])

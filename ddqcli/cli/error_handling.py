@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from ddqcli.errors import DDQError, Interrupted
+from ddqcli.formatting import visible
 
 # ClickException of Typer's parser, which moved between Typer versions.
 _ParserError: Any = typer.BadParameter.__base__
@@ -85,6 +86,7 @@ def _message_and_code(error: Exception | Interrupted, command: str | None) -> tu
 
 def print_error(message: str) -> None:
     """Print a message to stderr, prefixed with "Error: " unless it is a usage text."""
+    message = "\n".join(map(visible, message.split("\n")))
     with suppress(OSError):
         sys.stderr.write(f"{message}\n" if message.startswith("Usage:") else f"Error: {message}\n")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ddqcli.formatting import visible
 from ddqcli.runs.files import write_atomic
 
 _STYLE = """
@@ -70,11 +71,11 @@ def write_html(
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{_text(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
-<h1>{escape(title)}</h1>
+<h1>{_text(title)}</h1>
 {body}
 </body>
 </html>
@@ -83,10 +84,15 @@ def write_html(
     return path
 
 
+def _text(text: str) -> str:
+    """Return HTML that shows `text` in one line."""
+    return escape(visible(text))
+
+
 def _section(section: Section) -> str:
     parts = [
-        f"<h2>{escape(section.title)}</h2>",
-        *(f"<p>{escape(text)}</p>" for text in section.text if text),
+        f"<h2>{_text(section.title)}</h2>",
+        *(f"<p>{_text(text)}</p>" for text in section.text if text),
     ]
     if section.table:
         parts.append(_table(section.table))
@@ -100,7 +106,7 @@ def _table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         classes = [' class="text"' if k < table.text else "" for k in range(len(cells))]
         inner = "".join(
-            f"<{tag}{css}>{escape(cell)}</{tag}>" for css, cell in zip(classes, cells, strict=True)
+            f"<{tag}{css}>{_text(cell)}</{tag}>" for css, cell in zip(classes, cells, strict=True)
         )
         return f"<tr>{inner}</tr>"
 

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ddqcli.formatting import visible
 from ddqcli.plots.style import INK, PAPER, settings
 from ddqcli.runs.files import write_atomic
 
@@ -49,7 +50,7 @@ def svg_of(figure: Figure) -> str:
     buffer = io.StringIO()
     with settings():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return "\n".join(map(visible, buffer.getvalue().split("\n")))  # XML allows no control codes
 
 
 def for_page(svg: str) -> str:

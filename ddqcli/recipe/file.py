@@ -22,6 +22,7 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.recipe.yaml_text import parse_sections
 
 RECIPE_NAME = "ddq.yaml"
+_END = b"\n...\n"  # of a resolved recipe
 _TARGETS = ("target_bits", "target_size")  # of a budget; either may be a list
 
 
@@ -65,7 +66,8 @@ def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list
 def dump_recipes(recipes: Sequence[Recipe], folder: Path) -> str:
     """Return recipes that differ only in their targets as one YAML text for a file in `folder`.
 
-    Every field is written out, defaults included.
+    Every field is written out, defaults included. The text ends with YAML's `...`, so that a file
+    that was cut short does not pass for one with more defaults.
     """
     raw = recipes[0].model_dump()
     if len(recipes) > 1:
@@ -76,8 +78,14 @@ def dump_recipes(recipes: Sequence[Recipe], folder: Path) -> str:
         }
     real_folder = os.path.realpath(folder)
     move_paths(raw, lambda path: os.path.relpath(path, real_folder), os.path.exists)
-    text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, explicit_end=True)
     return text
+
+
+def require_whole(path: Path) -> None:
+    """Raise RecipeError if the end of a file of `dump_recipes` is missing."""
+    if not path.read_bytes().endswith(_END):
+        raise RecipeError(str(path), ["  it is cut short: its last line is not `...`"])
 
 
 def differences(first: Recipe, second: Recipe) -> list[str]:

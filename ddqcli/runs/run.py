@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli.errors import DDQError, UsageError
-from ddqcli.recipe.file import differences, dump_recipes, load_recipes
+from ddqcli.recipe.file import differences, dump_recipes, load_recipes, require_whole
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs import folder
 from ddqcli.runs import metrics as metrics_file
@@ -109,7 +109,10 @@ class Run:
 
     def recipes(self) -> list[Recipe]:
         """Return the resolved recipe for each target. Raises RecipeError if they are damaged."""
-        return load_recipes(self.recipe_path)
+        recipes = load_recipes(self.recipe_path)
+        if token_of(self.path):  # folders of earlier versions have none, and recipes without an end
+            require_whole(self.recipe_path)
+        return recipes
 
     def recipe_text(self) -> str:
         """Return the text of recipe.yaml."""
