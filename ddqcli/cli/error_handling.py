@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -77,6 +78,8 @@ def _message_and_code(error: Exception | Interrupted, command: str | None) -> tu
         end = "" if message.endswith(("?", ".")) else "."
         help_command = f"ddq {command} --help" if command else "ddq --help"
         return f"{message}{end} `{help_command}` lists the options.", 2
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{error.filename}: {error.strerror}.", 2
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'Standard output'}: {error.strerror}.", 1
     detail = " ".join(str(error).split())[:300]
