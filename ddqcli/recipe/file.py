@@ -23,6 +23,7 @@ from ddqcli.recipe.yaml_text import parse_sections
 
 RECIPE_NAME = "ddq.yaml"
 _END = b"\n...\n"  # of a resolved recipe
+_MAX_SIZE = 1 << 18  # bytes; a recipe with a hundred overrides has a tenth of it
 _TARGETS = ("target_bits", "target_size")  # of a budget; either may be a list
 
 
@@ -105,6 +106,10 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     """Return the sections in a file, with paths relative to the working folder."""
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"The recipe {path} cannot be read: it is no regular file.")
+        if path.stat().st_size > _MAX_SIZE:
+            raise RecipeError(str(path), [f"  has more than {_MAX_SIZE:,} bytes; is it a recipe?"])
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"The recipe {path} cannot be read: {error.strerror}.") from error

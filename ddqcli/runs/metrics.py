@@ -17,7 +17,7 @@ Kind = Literal["step", "snapshot", "look"]
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects in the file, without damaged lines; none if there is no file."""
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     return [entry for line in lines if (entry := _parse(line)) is not None]
