@@ -210,7 +210,7 @@ def _load_data(recipe: Recipe, device: torch.device, introduce: _Note) -> Data:
 
 
 def _record_code(run: Run, recipe: Recipe, introduce: _Note) -> None:
-    """Record on this machine that its user made the run, whose code may then run again."""
+    """Record on this machine that its user made the run, now that all of its code is imported."""
     if distributed.is_main() and (reason := remember(run, recipe)):
         introduce(
             f"this machine keeps no record of the run ({reason}), so `ddq export` checks its "
@@ -324,6 +324,8 @@ def _run_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterat
     with run.locked():
         try:
             if is_new:
+                if distributed.is_main():
+                    remember(run, recipe)  # first: a run that can be resumed is a known one
                 run.write_recipe(recipe)
             distributed.barrier()
             yield run

@@ -156,10 +156,10 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe])
     new, run = run is None, opened(run, run_dir, recipes[0])
     with run.locked():
         try:
-            if new:
-                run.write_recipe(*recipes)
             if distributed.is_main():
                 remember(run, recipes[0])  # the first target's run tells if that fails
+            if new:
+                run.write_recipe(*recipes)
             yield run
         except BaseException:
             if new:
