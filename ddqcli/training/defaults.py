@@ -7,10 +7,11 @@ from ddqcli.recipe.schema import Recipe
 MANY_SAMPLES = 200_000  # training samples that a run sees, repeats included
 LARGE_BATCH = 32
 LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-4}
+LEVELS_LEARNING_RATES = {"sgd": 0.1, "adamw": 0.01}
 
 
 def with_defaults(recipe: Recipe, steps: int, batch_size: int) -> Recipe:
-    """Return the recipe with optimizer, learning rate and BatchNorm mode filled in.
+    """Return the recipe with optimizer, learning rates and BatchNorm mode filled in.
 
     A long run recovers from noisy gradients and batch statistics, and ends better with them. Short
     runs of SGD ended below their start on most networks that others trained, and batch statistics
@@ -25,5 +26,8 @@ def with_defaults(recipe: Recipe, steps: int, batch_size: int) -> Recipe:
     if batch_norm == "auto":
         batch_norm = "batch" if long_run and batch_size >= LARGE_BATCH else "held"
     lr = LEARNING_RATES[optimizer] if train.lr is None else train.lr
-    filled = train.model_copy(update={"optimizer": optimizer, "batch_norm": batch_norm, "lr": lr})
+    levels_lr = LEVELS_LEARNING_RATES[optimizer] if train.levels_lr is None else train.levels_lr
+    filled = train.model_copy(
+        update={"optimizer": optimizer, "batch_norm": batch_norm, "lr": lr, "levels_lr": levels_lr}
+    )
     return recipe.model_copy(update={"train": filled})
