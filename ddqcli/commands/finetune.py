@@ -174,7 +174,7 @@ def _load_trained_weights(model: nn.Module, run: Run) -> None:
 def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
     """Return the report of the first bits, before any training."""
     gates = make_rule(
-        recipe.gates.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
+        recipe.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
     )
     gates.start()
     warnings = []

@@ -57,7 +57,7 @@ def build_trainer(
     """
     batch_size = round(data.train.samples / len(data.train))  # data from a factory have their own
     recipe = with_defaults(recipe, steps, batch_size)
-    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, steps, batch_size)
+    gates = make_rule(recipe.rule, quantized, recipe, budget, steps, batch_size)
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
     calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, None if needs_labels else teacher)
     gates.recount()
