@@ -31,7 +31,7 @@ def bin_regularization(x: Tensor, levels: Tensor) -> Tensor:
     >>> float(bin_regularization(x, levels)) < 1.0  # evenly spread over both levels, and on them
     True
     """
-    groups, values = x.shape
+    values = x.shape[1]
     first = torch.searchsorted(levels, levels)  # index of each level's first occurrence
     lower = torch.searchsorted(levels, x.detach().contiguous(), right=True) - 1
     lower = lower.clamp(0, max(levels.shape[1] - 2, 0))

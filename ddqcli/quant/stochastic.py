@@ -69,7 +69,9 @@ class _ChoiceGradient(torch.autograd.Function):
     """(x_q, difference, gate_logits [G, b], gate) -> x_q."""
 
     @staticmethod
-    def forward(ctx: Any, x_q: Tensor, difference: Tensor, gate_logits: Tensor, gate: int) -> Tensor:
+    def forward(
+        ctx: Any, x_q: Tensor, difference: Tensor, gate_logits: Tensor, gate: int
+    ) -> Tensor:
         ctx.save_for_backward(difference, gate_logits)
         ctx.gate = gate
         return x_q.view_as(x_q)

@@ -218,7 +218,7 @@ class GatesSection(_Section):
 
 
 class DistillSection(_Section):
-    """Distillation from the float model's scores [B, K] (Hinton et al. 2015)."""
+    """Distillation from the teacher's scores [B, K] (Hinton et al. 2015)."""
 
     # Weight in the loss; 1 needs no labels. None: 0.9, or 0 if the data bring their own loss.
     weight: Fraction | None = None
@@ -226,7 +226,7 @@ class DistillSection(_Section):
 
 
 class TeacherSection(_Section):
-    """Another network to distill from, with the same outputs. Without a checkpoint: the float model."""
+    """Another network to distill from; without a checkpoint, the float model is the teacher."""
 
     checkpoint: str | None = None  # file with the teacher's trained weights
     arch: str | None = None  # as model.arch

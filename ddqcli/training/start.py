@@ -20,7 +20,7 @@ _BATCHES = 4  # one pass without gradients takes about as much memory for so man
 
 @torch.no_grad()
 def choose_start(
-    trainer: Trainer, teacher: nn.Module | None, evaluate: Callable[[], float]
+    trainer: Trainer, float_model: nn.Module | None, evaluate: Callable[[], float]
 ) -> None:
     """Set the trainer's model to the best start, and add the first of the trainer's looks.
 
@@ -30,15 +30,15 @@ def choose_start(
 
     Args:
         trainer: at its first step; `trainer.stages` gets the accuracy of the starts.
-        teacher: the float model; without it there is nothing to compensate for.
+        float_model: without it there is nothing to compensate for.
         evaluate: returns the model's accuracy on the evaluation data.
     """
     model = trainer.model
     plain = best = trainer.held_out.look(model, 0)
     trainer.stages = {"quantized": evaluate()}
-    if trainer.recipe.train.compensate and teacher is not None:
+    if trainer.recipe.train.compensate and float_model is not None:
         plain_state = best_state = copy.deepcopy(model.state_dict())
-        compensation = Compensation(trainer.quantized, teacher, _samples(trainer.data))
+        compensation = Compensation(trainer.quantized, float_model, _samples(trainer.data))
         for means, variances in ((True, True), (False, False)):
             trainer.load_model(plain_state)
             compensation.apply(means=means, variances=variances)

@@ -43,7 +43,7 @@ class Trainer:
 
     Args:
         quantized: the model to train, with its gates at their first bits.
-        teacher: the float model, for distillation.
+        teacher: the float model or another network, for distillation.
         data: training batches and loss.
         gates: the rule that decides bit-widths.
         recipe: optimizers, schedules and precision.
@@ -258,7 +258,7 @@ class Trainer:
 
     @torch.no_grad()
     def _target(self, x: Tensor) -> Tensor | None:
-        """Return the float model's output for x, or None without distillation.
+        """Return the teacher's output for x, or None without distillation.
 
         Where training flips images at random, it is the mean of the outputs for x and for its flip.
         """
