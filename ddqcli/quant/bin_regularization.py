@@ -13,23 +13,27 @@ import math
 import torch
 from torch import Tensor
 
+_SMALLEST_SHARE = 1e-6
+
 
 def bin_regularization(x: Tensor, levels: Tensor) -> Tensor:
     """Return mean (x_q - x)^2 / mean x^2 + 1 - H(p) / log k, the mean over groups.
 
     x_q is the level nearest to x, and k the number of distinct levels. p are the shares of the
     values at each level, made smooth: a value between two levels counts for both, in proportion to
-    its nearness. H(p) = -sum p log(p + 1 / M) is their entropy, with one value more in each bin so
-    that its slope is finite at an empty one. So the first part is 0 if all values lie on levels,
-    the second if they are evenly spread, and either is at most about 1.
+    its nearness. H(p) = -sum p log(p + 1e-6) is their entropy, with a finite slope at an empty
+    level. So the first part is 0 if all values lie on levels, and the second if they are evenly
+    spread over them; either is at most about 1.
 
     Args:
         x: [G, M] values; the gradient goes to them alone.
         levels: [G, n] ascending, in units of x; repeated ones count once.
 
-    >>> x, levels = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]])
-    >>> float(bin_regularization(x, levels)) < 1.0  # evenly spread over both levels, and on them
-    True
+    >>> levels = torch.tensor([[0.0, 1.0]])
+    >>> round(float(bin_regularization(torch.tensor([[0.0, 1.0]]), levels)), 4)  # on both, evenly
+    0.0
+    >>> round(float(bin_regularization(torch.tensor([[1.0, 1.0]]), levels)), 4)  # on one of them
+    1.0
     """
     values = x.shape[1]
     first = torch.searchsorted(levels, levels)  # index of each level's first occurrence
@@ -44,7 +48,7 @@ def bin_regularization(x: Tensor, levels: Tensor) -> Tensor:
     share = torch.where(above > below, ((x - below) / width).clamp(0, 1), 0.0)
     shares = torch.zeros_like(levels).scatter_add(1, first.gather(1, lower), 1 - share)
     shares = shares.scatter_add(1, first.gather(1, upper), share) / values
-    entropy = -(shares * (shares + 1 / values).log()).sum(1)
+    entropy = -(shares * (shares + _SMALLEST_SHARE).log()).sum(1)
     distinct = (levels.diff(dim=1) > 0).sum(1) + 1
     most = distinct.to(x.dtype).log().clamp_min(math.log(2))
     return (error + torch.where(distinct > 1, 1 - entropy / most, 0.0)).mean()

@@ -71,13 +71,16 @@ def meet(dbps: Sequence[DBP], saved: Sequence[int], cost: float) -> None:
         for dbp, s in zip(dbps, saved, strict=True)
     ]
 
-    def excess(multiplier: float) -> float:
+    def moved(multiplier: float) -> list[float]:
         zs = (dbp.z - multiplier * k for dbp, k in zip(dbps, slopes, strict=True))
-        return sum(sigmoid(z) * s for z, s in zip(zs, saved, strict=True)) - cost
+        return [min(max(z, -_FURTHEST), _FURTHEST) for z in zs]
+
+    def excess(multiplier: float) -> float:
+        return sum(sigmoid(z) * s for z, s in zip(moved(multiplier), saved, strict=True)) - cost
 
     multiplier = _root(excess, 1 / max(slopes))
-    for dbp, k in zip(dbps, slopes, strict=True):
-        dbp.z = min(max(dbp.z - multiplier * k, -_FURTHEST), _FURTHEST)
+    for dbp, z in zip(dbps, moved(multiplier), strict=True):
+        dbp.z = z
 
 
 def _scale(dbp: DBP, largest: float) -> float:
