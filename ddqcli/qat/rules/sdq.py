@@ -48,6 +48,7 @@ class SDQRule(Rule):
 
         So the start fits the budget, and the expected cost lies above it.
         """
+        self.dbps = {}
         if self.has_budget:
             self.allocate_start()
             if self.frozen_from:
