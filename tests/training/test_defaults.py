@@ -48,6 +48,6 @@ def test_the_learning_rate_fits_the_optimizer() -> None:
 def test_all_other_settings_stay() -> None:
     recipe = Recipe.model_validate({"name": "a", "train": {"epochs": 3, "seed": 7}})
     after = with_defaults(recipe, 10, 64)
-    left_open = {"optimizer", "lr", "batch_norm"}
+    left_open = {"optimizer", "lr", "batch_norm", "bin_regularization"}
     assert after.model_dump(exclude={"train"}) == recipe.model_dump(exclude={"train"})
     assert after.train.model_dump(exclude=left_open) == recipe.train.model_dump(exclude=left_open)
