@@ -1,4 +1,4 @@
-"""Distillation from the float model (Hinton et al. 2015)."""
+"""Distillation from the float model or another teacher (Hinton et al. 2015)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddqcli.data.load import Data
-from ddqcli.errors import DataError
+from ddqcli.errors import DataError, UsageError
 from ddqcli.recipe.schema import DistillSection
 
 _DEFAULT_WEIGHT = 0.9
@@ -45,12 +45,29 @@ def check_distillable(probed: dict[str, Tensor] | None) -> None:
     )
 
 
+def check_same_outputs(
+    model: dict[str, Tensor] | None, teacher: dict[str, Tensor] | None, name: str
+) -> None:
+    """Raise UsageError unless the teacher's output in `probe`'s results is like the model's.
+
+    It is checked as the model's is: finite scores of the same shape. `name` is the teacher's.
+    """
+    expected = list(model["output"].shape) if model else None
+    found = list(teacher["output"].shape) if teacher else None
+    if found != expected:
+        raise UsageError(
+            f"The teacher {name} returns outputs of shape {found}, and the model of {expected}; a "
+            "teacher needs the same classes."
+        )
+    check_distillable(teacher)
+
+
 def distillation(output: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Return temperature^2 * KL(softened target || softened output), mean over the batch.
 
     Args:
         output: scores [B, K] of the quantized model.
-        target: scores [B, K] of the float model.
+        target: scores [B, K] of the teacher.
 
     Computed in float32 even under autocast. In bfloat16, two similar outputs differ mostly by
     rounding.

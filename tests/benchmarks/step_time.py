@@ -113,7 +113,7 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
     quantized = convert(model, recipe)
     size = sum(t.parameter.numel() for t in quantized.tensors)
     budget = ResolvedBudget(size // 2, 0, 4 * size, size)
-    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, 10**9, len(x))
+    gates = make_rule(recipe.rule, quantized, recipe, budget, 10**9, len(x))
     for activation in quantized.activations.values():
         activation.observing = True
     F.cross_entropy(model.eval()(x), y).backward()

@@ -252,6 +252,20 @@ def test_gates_that_moved_are_not_reported(bits: tuple[int, ...]) -> None:
     assert find_warnings(running, metrics(running, *bits)) == []
 
 
+def test_dbps_that_never_move_are_reported_with_the_remedy() -> None:
+    running = begin(budget={"target_bits": 3})
+    names = [t.name for t in running.quantized.tensors if not t.fixed]
+    lines = metrics(running, 4, 4, 4, 3)
+    for line, moving, still in zip(lines[:3], (0.5, 0.2, 0.9), (0.5, 0.52, 0.51), strict=False):
+        line["probabilities"] = {names[0]: moving, names[1]: still}
+    assert "probabilities" not in lines[3]  # the freeze
+    (warning,) = find_warnings(running, lines)
+    assert f"the DBP of {names[1]} hardly moved in the " in warning
+    assert "take more train.epochs, or a larger gates.freeze (now 0.5)" in warning
+    lines[2]["bits"][names[1]] = 3.0  # it has committed, and begun again
+    assert find_warnings(running, lines) == []
+
+
 @pytest.mark.parametrize(("lr", "idle"), [(1e-12, True), (1.0, False)])
 def test_the_warning_of_idle_gates_agrees_with_a_real_run(lr: float, idle: bool) -> None:
     running = begin_paper(lr=lr)
