@@ -17,6 +17,7 @@ from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.data.load import Data, load_data
+from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
@@ -30,13 +31,19 @@ from ddqcli.training import distributed
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
 from ddqcli.training.device import place_model, resolve_device
 from ddqcli.training.diagnostics import find_warnings
-from ddqcli.training.distillation import check_distillable, distillation_weight, flips_at_random
+from ddqcli.training.distillation import (
+    check_distillable,
+    distillation_weight,
+    flips_at_random,
+    matched,
+)
 from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, total_steps, train
 from ddqcli.training.trainer import Trainer
+from ddqcli.training.unlabelled import is_labelled, with_float_targets
 from ddqcli.training.user_errors import explain_user_errors
 
 _Note = Callable[[str], None]
@@ -89,7 +96,8 @@ def finetune(
     if dry_run:
         return FinetuneResult(None, _dry_run_report(models, recipe))
     with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
-        data = _load_data(recipe, models.device, introduce)
+        data = _load_data(recipe, models, introduce)
+        listener.judged_by(data.judged_by)
         identity = RunIdentity(
             sha256=models.source.sha256,
             recipe=run.recipe_text(),
@@ -103,7 +111,7 @@ def finetune(
         known_baseline = FloatBaseline.from_state(saved) if saved else start_baseline
         with explain_user_errors("The model cannot run on these data", UsageError, recipe):
             baseline = known_baseline or _measure_baseline(models.teacher, data, recipe, listener)
-            introduce(f"float accuracy: {baseline.accuracy:.2f} %")
+            introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
             _apply_augmentation(data, baseline.augmentation, introduce)
             _check_distillation(models.teacher, data, recipe, introduce)
             trainer = build_trainer(
@@ -199,10 +207,15 @@ def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
 # ---- data and the float model's baseline
 
 
-def _load_data(recipe: Recipe, device: torch.device, introduce: _Note) -> Data:
-    data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
+def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
+    """Load the data; without labels, the float model's outputs are the targets."""
+    seed, shard = recipe.train.seed, distributed.shard()
+    data = load_data(recipe.data, seed=seed, device=models.device, shard=shard)
     introduce(f"data: {data.note}")
-    return data
+    if is_labelled(data):
+        return data
+    introduce("the data have no labels: the targets are the outputs of the float model")
+    return with_float_targets(data, models.teacher)
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
@@ -243,17 +256,19 @@ def _apply_augmentation(data: Data, detected: DetectedAugmentation, introduce: _
 
 
 def _check_distillation(teacher: nn.Module, data: Data, recipe: Recipe, introduce: _Note) -> None:
-    """Raise DataError if the recipe distills from outputs that are not finite class scores."""
+    """Raise DataError if the recipe distills from outputs that are not finite."""
     weight = distillation_weight(recipe.train.distill, data)
     if not weight:
         return
-    check_distillable(probe(teacher, data))
+    inputs, targets = next(iter(data.val.epoch(0)))
+    with torch.no_grad():
+        output = call(teacher, copied(inputs))
+    check_distillable(output)
     views = ", mean of each image and its flip" if flips_at_random(data) else ""
     temperature = recipe.train.distill.temperature
-    introduce(
-        f"loss: {100 * weight:g} % distillation from the float model{views}, "
-        f"temperature {temperature:g}"
-    )
+    has_scores = any(axis is not None for *_, axis in matched(output, output, targets))
+    softened = f", temperature {temperature:g}" if has_scores else ""
+    introduce(f"loss: {100 * weight:g} % distillation from the float model{views}{softened}")
 
 
 # ---- results
@@ -267,7 +282,10 @@ def _write_results(
     accuracy: float,
     listener: Listener,
 ) -> Report:
-    """Write final.pt and report.json; return the report. `accuracy` is the delivered model's."""
+    """Write final.pt and report.json; return the report.
+
+    `accuracy` is the delivered model's metric.
+    """
     run_course = course(trainer, baseline, accuracy)
     warnings = find_warnings(trainer, run.metrics(), run_course)
     for warning in warnings:
@@ -276,6 +294,7 @@ def _write_results(
     report = build_report(
         quantized,
         trainer.gates.budget,
+        metric=trainer.data.judged_by,
         accuracy=(baseline.accuracy, accuracy),
         course=run_course,
         source=models.source,

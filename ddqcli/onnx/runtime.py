@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.data.classification import Score
+from ddqcli.data.distance import sample_differences
+from ddqcli.data.trees import call
 from ddqcli.errors import VerificationError
-from ddqcli.training.evaluate import output_of, sample_differences
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -81,7 +82,7 @@ def compare(
     samples = 0
     for x, y in batches:
         theirs = torch.from_numpy(runtime.run(None, {input_name: x.contiguous().cpu().numpy()})[0])
-        ours = output_of(model(x)).cpu()
+        ours = call(model, x).cpu()
         differences.append(sample_differences(theirs, ours))
         samples += len(x)
         if metric is not None and y is not None:

@@ -48,9 +48,11 @@ def _lines(result: ExportResult) -> list[str]:
         same = "the same bits as the trained network's"
         lines.append(f"outputs    {same if behavior.outputs == 0 else difference}")
     if behavior.accuracy is not None and behavior.expected is not None:
-        change = behavior.accuracy - behavior.expected
-        points = "as reported" if abs(change) < 1e-4 else f"{change:+.4f} points from the report's"
-        lines.append(f"accuracy   {behavior.accuracy:.2f}%, {points}")
+        metric, change = result.metric, behavior.accuracy - behavior.expected
+        points = "points" if metric.unit == "%" else metric.unit
+        unchanged = abs(change) < 1e-4 * metric.scale / 100
+        distance = "as reported" if unchanged else f"{change:+.4f} {points} from the report's"
+        lines.append(f"{metric.name:<10} {metric.text(behavior.accuracy)}, {distance}")
     return lines + [f"unchecked  {reason}" for reason in behavior.unchecked]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddqcli.data.trees import Tree
 from ddqcli.qat.layer_config import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED
 from ddqcli.qat.layer_matrix import as_matrix, channel_values, from_matrix, patches, row_levels
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
@@ -52,10 +53,10 @@ class Compensation:
     Args:
         quantized: at its first bits; its parameters hold float weights.
         teacher: the float model.
-        x: training inputs [N, ...], drawn at random.
+        x: training inputs, a tree of tensors [N, ...], drawn at random.
     """
 
-    def __init__(self, quantized: QuantizedModel, teacher: nn.Module, x: Tensor) -> None:
+    def __init__(self, quantized: QuantizedModel, teacher: nn.Module, x: Tree) -> None:
         self.quantized, self.x = quantized, x
         self.layers = _weight_layers(quantized)
         self.patch_counts = _patch_counts(self.layers)
