@@ -22,6 +22,21 @@ def tensors(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def tensor_names(tree: Tree, name: str) -> list[str]:
+    """Return a name for each tensor of a tree, by its place.
+
+    It is `name` for a tensor alone, `name_0` in a tuple or list, and the key in a mapping.
+    """
+    _leaves(tree)
+    names = []
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tensor):
+            keys = [_key_text(key) for key in path]
+            in_mapping = bool(path) and not isinstance(path[0], pytree.SequenceKey)
+            names.append("_".join(keys if in_mapping else [name, *keys]))
+    return names
+
+
 def map_tensors(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """Return the tree with `function` of each tensor in its place.
 
@@ -35,6 +50,12 @@ def map_tensors(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree
         return function(leaf, *leaves) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(mapped, tree, *others)
+
+
+def with_tensors(tree: Tree, values: Sequence[Tensor]) -> Tree:
+    """Return the tree with these values, in their order, in place of its tensors."""
+    replacements = iter(values)
+    return map_tensors(lambda x: next(replacements).to(x.device), tree)
 
 
 def copied(tree: Tree) -> Tree:
@@ -100,6 +121,11 @@ def call(model: nn.Module, inputs: Tree) -> Tree:
     return output.logits if hasattr(output, "logits") else output
 
 
+def _key_text(key: Any) -> str:
+    """Return an index, a mapping's key or a field's name, as a tree's paths have them."""
+    return str(next(getattr(key, a) for a in ("idx", "key", "name") if hasattr(key, a)))
+
+
 def _leaves(tree: Tree) -> list[Any]:
     """Return the leaves of a tree, after its dataclasses and mappings are known to pytree."""
     leaves = pytree.tree_leaves(tree)
@@ -132,4 +158,8 @@ def _register(kind: type[Any]) -> None:
             object.__setattr__(value, name, item)
         return value
 
-    pytree.register_pytree_node(kind, flatten, unflatten)
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
+        values, names = flatten(value)
+        return [(pytree.MappingKey(n), v) for n, v in zip(names, values, strict=True)], names
+
+    pytree.register_pytree_node(kind, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys)

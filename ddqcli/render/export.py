@@ -66,8 +66,9 @@ def _onnx_lines(result: OnnxResult) -> list[str]:
             f"{runtime}: outputs {comparison.outputs:.1e} from torch's on "
             f"{comparison.samples:,} samples"
         )
-        if comparison.accuracy is not None:
-            ours = f"torch {comparison.torch_accuracy:.2f}%"
-            line += f", accuracy {comparison.accuracy:.2f}% ({ours})"
+        if comparison.accuracy is not None and comparison.torch_accuracy is not None:
+            metric = result.metric
+            ours = f"torch {metric.text(comparison.torch_accuracy)}"
+            line += f", {metric.name} {metric.text(comparison.accuracy)} ({ours})"
         lines.append(line)
     return lines + [f"unchecked  {reason}" for reason in result.unchecked]

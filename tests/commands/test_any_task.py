@@ -169,6 +169,35 @@ def test_a_task_is_trained_reported_exported_and_verified(trained: tuple[str, An
     assert f"{metric['name']:<10} float " in answer.out
 
 
+@pytest.mark.parametrize("name", ["mappings", "unlabelled"])
+def test_a_task_is_exported_to_onnx(folder: Path, name: str) -> None:
+    """onnxruntime itself gets the inputs by name, and gives the outputs in the network's order."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    import ddqcli
+
+    assert finetune(name, run=f"runs/{name}-onnx").code == 0
+    answer = ddq("export", f"runs/{name}-onnx", "--format", "onnx", "-o", f"{name}.onnx", "--json")
+    assert answer.code == 0, answer.out
+    assert answer.data["unchecked"] == []
+    assert ddq("export", f"runs/{name}-onnx", "-o", f"{name}.safetensors").code == 0
+    scope: dict[str, Any] = {}
+    exec(CODE, scope)
+    net = ddqcli.load(f"{name}.safetensors", scope[TASKS[name].split()[0]]()).eval()
+    x, _ = scope["images"](5, 3)
+    inputs = {"image": x, "extra": x.flatten(1)[:, :5]} if name == "mappings" else {"input": x}
+    with torch.no_grad():
+        output = net(*inputs.values())
+    wanted = list(output.values()) if isinstance(output, dict) else [output]
+    session = onnxruntime.InferenceSession(f"{name}.onnx")
+    given = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+    assert len(given) == len(wanted)
+    for array, tensor in zip(given, wanted, strict=True):
+        difference = (torch.from_numpy(array) - tensor).square().mean().sqrt()
+        assert difference < 0.02 * tensor.square().mean().sqrt()
+    names = {"unlabelled": ["out", "size"]}.get(name, ["output"])
+    assert [value.name for value in session.get_outputs()] == names
+
+
 def test_a_run_is_the_same_each_time_and_after_it_was_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

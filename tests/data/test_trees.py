@@ -19,7 +19,9 @@ from ddqcli.data.trees import (
     map_tensors,
     shared_length,
     sliced,
+    tensor_names,
     tensors,
+    with_tensors,
 )
 
 
@@ -85,6 +87,26 @@ def test_floats_alone_are_converted_and_checked() -> None:
     assert (half["a"].dtype, half["b"].dtype) == (torch.float32, torch.int64)
     assert all_finite((X, Y))
     assert not all_finite([Y, {"a": X / 0}])
+
+
+def test_names_tell_the_place_of_each_tensor() -> None:
+    names = {name: tensor_names(tree, "input") for name, tree in TREES.items()}
+    assert names == {
+        "tensor": ["input"],
+        "tuple": ["input_0", "input_1"],
+        "list": ["input_0", "input_1_0"],
+        "dict": ["x", "y_z"],
+        "ordered": ["b", "a"],
+        "subclass of dict": ["x"],
+        "mapping": ["x", "y"],
+        "named tuple": ["first", "second_0"],
+        "dataclass": ["input_0_image", "input_1_image_image"],
+    }
+
+
+def test_values_take_the_place_of_tensors() -> None:
+    replaced = with_tensors({"a": X, "n": 3, "b": (Y,)}, [torch.zeros(1), torch.ones(2)])
+    assert (replaced["a"].tolist(), replaced["n"], replaced["b"][0].tolist()) == ([0], 3, [1, 1])
 
 
 @pytest.mark.parametrize("name", TREES)
