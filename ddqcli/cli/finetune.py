@@ -46,6 +46,14 @@ def finetune(
         str | None,
         typer.Option(help="Image folder, .npz, torchvision DATASET:ROOT or module:factory."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ddq|sdq",
+            help="ddq: gates decide bit-widths. sdq: bit-widths are sampled, then fixed.  "
+            "[default: ddq]",
+        ),
+    ] = None,
     target_bits: Annotated[
         str | None,
         typer.Option(
@@ -116,10 +124,11 @@ def finetune(
 ) -> None:
     """Finetune a model under a memory budget.
 
-    Learns each layer's quantization levels; DDQ's gates decide each layer's bit-width. The run
-    folder receives the quantized model, the metrics and the report.
+    Learns each layer's quantization levels; DDQ's gates, or SDQ's sampling, decide each layer's
+    bit-width. The run folder receives the quantized model, the metrics and the report.
     """
     flags = {
+        "method": method,
         "model.arch": arch,
         "model.pickle": allow_pickle or None,
         "data.source": data,
@@ -223,20 +232,19 @@ def _consent(
     The command line names code in `given`, or a recipe. The working folder is the user's, and so is
     its recipe, unless it was `found` beside the checkpoint. A resumed `run` speaks for itself.
     """
-    from ddqcli.recipe.consent import code_rule, found_recipe_rule
+    from ddqcli.recipe.consent import code_fields, code_rule, found_recipe_rule
     from ddqcli.runs.trust import code_of
 
     if run:
         return code_of(run)
     if path is None or not found or path.parent == Path():
         return nullcontext()
-    fields = {"model.arch": recipe.model.arch, "data.source": recipe.data.source}
-    key_of = {
-        code: key
-        for key, code in fields.items()
-        if code and not {key, key.partition(".")[0]} & given.keys()
+    codes = {
+        key: code
+        for key, code in code_fields(recipe).items()
+        if not any(f"{key}.".startswith(f"{field}.") for field in given)
     }
-    return code_rule(found_recipe_rule(path, key_of))
+    return code_rule(found_recipe_rule(path, codes))
 
 
 def _show(result: FinetuneResult | SweepResult) -> None:

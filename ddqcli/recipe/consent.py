@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddqcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from ddqcli.recipe.schema import Recipe
 
 Rule = Callable[[str], str | None]  # code, as a recipe names it -> why it must not run, or None
 
@@ -43,11 +47,25 @@ def require_consent(code: str) -> None:
             raise UsageError(reason)
 
 
-def found_recipe_rule(path: Path, key_of: Mapping[str, str]) -> Rule:
+def code_fields(recipe: Recipe) -> dict[str, str]:
+    """Return the fields of a recipe that may name code: what is not a name of torchvision's."""
+    model, teacher, data = recipe.model, recipe.train.teacher, recipe.data
+    texts = {
+        "model.arch": model.arch,
+        "train.teacher.arch": teacher.arch,
+        "data.source": data.source,
+    }
+    codes = {key: text for key, text in texts.items() if text and ":" in text}
+    pickled = {"model.checkpoint": model.checkpoint, "train.teacher.checkpoint": teacher.checkpoint}
+    return codes | {key: text for key, text in pickled.items() if text and model.pickle}
+
+
+def found_recipe_rule(path: Path, codes: Mapping[str, str]) -> Rule:
     """Return the rule for a recipe that lay beside the checkpoint and that the user did not name.
 
-    It may set numbers, not code. `key_of` maps each code in it to the field that names it.
+    It may set numbers, not code. `codes` maps fields to the code that the recipe names in them.
     """
+    key_of = {code: key for key, code in codes.items()}
 
     def refuse(code: str) -> str | None:
         if code not in key_of:

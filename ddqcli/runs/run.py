@@ -81,7 +81,9 @@ class Run:
         """Return the files of the run and of its recipe, which no output may replace."""
         recipe = self.recipe()
         source = recipe.data.source or ""
-        named = [recipe.model.checkpoint or "", recipe.model.arch or "", source]
+        teacher = recipe.train.teacher
+        networks = [recipe.model.checkpoint, recipe.model.arch, teacher.checkpoint, teacher.arch]
+        named = [*(name for name in networks if name), source]
         files = [Path(text) for name in named for text in (name, name.partition(":")[0])]
         splits = [Path(source, split) for split in ("train", "val", "test")]
         own = [self.path / name for name in OWN_FILES]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli.errors import DDQError
-from ddqcli.recipe.consent import code_file, code_rule, describe_code
+from ddqcli.recipe.consent import code_fields, code_file, code_rule, describe_code
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.marker import token_of
@@ -89,15 +89,14 @@ def _distrust(run: Run) -> str | None:
 
 def _codes(recipe: Recipe) -> list[str]:
     """Return what may be code in a recipe. `DATASET:ROOT` of torchvision leads to no file."""
-    model, data = recipe.model, recipe.data
-    codes = [text for text in (model.arch, data.source) if text and ":" in text]
-    return codes + ([model.checkpoint] if model.pickle and model.checkpoint else [])
+    return list(code_fields(recipe).values())
 
 
 def _calls(recipe: Recipe) -> str:
     """Return a hash of the functions that a recipe calls, and of their arguments."""
     functions = [code.rpartition(":")[2] for code in _codes(recipe) if ":" in code]
-    calls = [functions, recipe.model.kwargs, recipe.data.kwargs, recipe.model.pickle]
+    arguments = [recipe.model.kwargs, recipe.data.kwargs, recipe.train.teacher.kwargs]
+    calls = [functions, arguments, recipe.model.pickle]
     return hashlib.sha256(json.dumps(calls, sort_keys=True).encode()).hexdigest()
 
 

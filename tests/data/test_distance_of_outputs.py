@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ddqcli.training.evaluate import sample_differences
+from ddqcli.data.distance import sample_differences
 
 NAN, INF = math.nan, math.inf
 
