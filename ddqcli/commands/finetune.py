@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
+from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
+from ddqcli.data.source_files import fingerprint_of_files
 from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
@@ -48,6 +50,7 @@ from ddqcli.training.trainer import Trainer
 from ddqcli.training.unlabelled import is_labelled, with_float_targets
 from ddqcli.training.user_errors import explain_user_errors
 
+_SAME_OUTPUTS = 0.01  # a typical sample's difference on another machine, as a share of the outputs
 _Note = Callable[[str], None]
 
 
@@ -107,13 +110,17 @@ def finetune(
             recipe=run.recipe_text(),
             steps=total_steps(recipe, data),
             data=data.fingerprint(),
+            files=fingerprint_of_files(recipe.data.source),
         )
+        distributed.check_same(f"{identity.data} {identity.files}", "data")
         start_baseline = _saved_baseline(start, identity)
         saved = distributed.broadcast(
             run.load_resume_state(identity.state()) if distributed.is_main() else None
         )
         known_baseline = FloatBaseline.from_state(saved) if saved else start_baseline
         with explain_user_errors("The model cannot run on these data", UsageError, recipe):
+            if known_baseline:
+                _check_same_model(models.float_model, data, known_baseline)
             baseline = known_baseline or _measure_baseline(
                 models.float_model, data, recipe, listener
             )
@@ -290,7 +297,37 @@ def _measure_baseline(
     accuracy = evaluate(float_model, data, on_progress=listener.progress)
     labels = distillation_weight(recipe.train.distill, data) < 1
     detected = detect_augmentation(float_model, data, recipe.data, labels=labels)
-    return FloatBaseline(accuracy, distributed.broadcast(detected))
+    return FloatBaseline(
+        accuracy, distributed.broadcast(detected), _first_outputs(float_model, data)
+    )
+
+
+def _first_outputs(float_model: nn.Module, data: Data) -> list[Tensor] | None:
+    """Return the float model's outputs for the first evaluation samples.
+
+    None if these differ each time they are read, or are another rank's.
+    """
+    if distributed.shard().count > 1 or not data.val.fingerprint():
+        return None
+    found = probe(float_model, data)
+    outputs: list[Tensor] | None = found["output"] if found else None
+    return outputs
+
+
+def _check_same_model(float_model: nn.Module, data: Data, baseline: FloatBaseline) -> None:
+    """Raise UsageError if the float model computes something else than when the run began.
+
+    Equal weights do not make equal networks: an activation function may have been changed.
+    """
+    outputs = _first_outputs(float_model, data)
+    if outputs is None or baseline.outputs is None:
+        return
+    difference = float(sample_differences(outputs, baseline.outputs).median())
+    if not difference <= _SAME_OUTPUTS:
+        raise UsageError(
+            f"The model is not the one that this run was begun with: its outputs differ by "
+            f"{difference:.1%}; go back to its code, or begin a new run."
+        )
 
 
 def _apply_augmentation(data: Data, detected: DetectedAugmentation, introduce: _Note) -> None:

@@ -15,8 +15,9 @@ def sample_differences(actual: Tree, expected: Tree) -> Tensor:
     """Return each sample's relative error [B], the largest of a tree's tensors.
 
     It is the root mean square of the sample's difference over the root mean square of all expected
-    values; 0 for equal samples, also of NaN or of zeros alone; infinite for any other NaN, and where
-    the trees differ in shape. Tensors that differ in their first dimension count as one sample.
+    values; 0 for equal samples, also of NaN or of zeros alone; infinite for any other NaN, and
+    where the trees differ in shape. Tensors that differ in their first dimension count as one
+    sample.
     """
     pairs = list(zip(tensors(actual), tensors(expected), strict=False))
     same_number = len(pairs) == len(tensors(actual)) == len(tensors(expected))

@@ -14,9 +14,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from ddqcli.data.source import Source, list_names
 from ddqcli.errors import DataError
 
-# PIL would start another program for some others, such as Ghostscript.
-_FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-
 
 def open_folder(root: Path) -> Source:
     """Open the images in `root`.
@@ -106,6 +103,8 @@ def _open_split(split: Path) -> ImageFolder:
 
 
 def _open_image(path: str) -> Image.Image:
-    with Image.open(path, formats=_FORMATS) as image:
+    with Image.open(path) as image:
+        if image.format == "EPS":
+            raise ValueError("it is PostScript, for which PIL would start Ghostscript")
         image.load()
         return image

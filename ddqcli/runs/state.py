@@ -56,8 +56,8 @@ def check_resumable(state: dict[str, Any], expected: dict[str, Any], recipe_path
     """Raise UsageError, naming the difference, if a state was saved under other conditions.
 
     `expected` is compared key by key: the `format` of the state, the checkpoint's `sha256`, that of
-    the `teacher`, the text of the `recipe`, the number of `steps`, and the fingerprint of the
-    `data`.
+    the `teacher`, the text of the `recipe`, the number of `steps`, and the fingerprints of
+    the `data` and of their `files`.
     """
     for key, now in expected.items():
         then = state.get(key)
@@ -80,6 +80,8 @@ def _describe_difference(key: str, now: Any, then: Any, recipe_path: Path) -> st
         return f"The data are not the ones ({now} steps, then {then})"
     if key == "data":
         return "The data, though as many, are not the ones"
+    if key == "files":
+        return "The files of the data (their names, sizes or contents) are not the ones"
     return f"{recipe_path} is not the recipe ({_changed_lines(str(then), now)})"
 
 

@@ -140,6 +140,19 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
+def check_same(fingerprint: str, what: str) -> None:
+    """Raise UsageError, naming the ranks, if a fingerprint is not the same on all of them."""
+    if shard().count == 1:
+        return
+    found: list[Any] = [None] * shard().count
+    dist.all_gather_object(found, fingerprint)
+    if others := [str(rank) for rank, text in enumerate(found) if text != found[0]]:
+        raise UsageError(
+            f"The processes of this run have different {what}: rank {', '.join(others)} differs "
+            f"from rank 0; give all of them the same {what}."
+        )
+
+
 def check_identical(tensors: Iterable[Tensor], what: str) -> None:
     """Raise DDQError if the tensors are not bit-identical on all ranks."""
     if shard().count == 1:

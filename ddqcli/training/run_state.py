@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ddqcli.training.detect_augmentation import DetectedAugmentation
 
-_STATE_FORMAT = 3  # raised when the contents of last.pt change
+_STATE_FORMAT = 4  # raised when the contents of last.pt change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class RunIdentity:
         recipe: text of recipe.yaml.
         steps: training steps in all.
         data: fingerprint of the data.
+        files: fingerprint of the files that the data are read from.
     """
 
     format: int = _STATE_FORMAT
@@ -33,6 +36,7 @@ class RunIdentity:
     recipe: str
     steps: int
     data: str
+    files: str = ""
 
     def state(self) -> dict[str, Any]:
         """Return the facts by name."""
@@ -49,13 +53,19 @@ class FloatBaseline:
 
     accuracy: float  # the metric on held-out data, in its unit
     augmentation: DetectedAugmentation
+    outputs: list[Tensor] | None = None  # of the float model for the first held-out samples
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> FloatBaseline:
         """Read the baseline from a saved state."""
-        return cls(state["float_accuracy"], DetectedAugmentation(**state["augmentation"]))
+        augmentation = DetectedAugmentation(**state["augmentation"])
+        return cls(state["float_accuracy"], augmentation, state["float_outputs"])
 
     def state(self) -> dict[str, Any]:
         """Return the entries of the saved state. Augmentation that was not detected is left out."""
         detected = {k: v for k, v in asdict(self.augmentation).items() if v is not None}
-        return {"float_accuracy": self.accuracy, "augmentation": detected}
+        return {
+            "float_accuracy": self.accuracy,
+            "augmentation": detected,
+            "float_outputs": self.outputs,
+        }

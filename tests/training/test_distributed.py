@@ -123,6 +123,29 @@ def test_if_one_process_dies_the_other_stops_and_one_process_resumes_the_run(
     assert "resumed run at step 6 of 12" in answer.err
 
 
+DATA = """
+import os, torch
+from torch.utils.data import TensorDataset
+
+def data(count):
+    rank = os.environ.get("RANK", "0")
+    x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(64) % 4
+    if rank == "1":
+        x, y = x[:count], (y[:count] + (count == 64)) % 4
+    return {"train": TensorDataset(x, y), "val": TensorDataset(x, y)}
+"""
+
+
+@pytest.mark.parametrize("count", [48, 64])
+def test_processes_with_other_samples_or_labels_are_refused(project: Path, count: int) -> None:
+    (project / "data.py").write_text(DATA)
+    flags = ("--data", "data.py:data", "--set", f"data.kwargs.count={count}", "--run-dir", "run")
+    assert not torchrun("finetune", *flags)
+    assert "different data: rank 1 differs from rank 0" in errors()
+    assert not (project / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("message", "lost"),
     [

@@ -1,0 +1,119 @@
+"""Resume means the same run: other files, labels, images or networks are refused and named."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_project import NET, RECIPE, ddq, exit_code, folder_of_images, in_child
+
+from ddqcli.data import source_files
+from ddqcli.data.source_files import fingerprint_of_files
+
+RUN = "finetune model.pt --run-dir run -q"
+RESUME = ["finetune", "--resume", "--run-dir", "run"]
+IMAGE = Path("images/train/class1/5.png")
+
+
+def dying() -> None:
+    """Kill this process at its fifth step."""
+    from ddqcli.training.trainer import Trainer
+
+    step, count = Trainer._train_step, iter(range(1000))
+
+    def counting(*args: object) -> object:
+        if next(count) == 5:
+            signal.raise_signal(signal.SIGKILL)
+        return step(*args)
+
+    Trainer._train_step = counting
+
+
+@pytest.fixture
+def killed(project: Path) -> Path:
+    """A project with an image folder, and a run in it that was killed at its fifth step."""
+    folder_of_images(Path("images"))
+    recipe = RECIPE.replace("images.npz", "images/").replace("batch_size: 16", "batch_size: 4")
+    Path("ddq.yaml").write_text(recipe)
+    code = exit_code(in_child(RUN, before=dying))
+    assert code == -signal.SIGKILL, Path("child.txt").read_text()
+    return project
+
+
+def change_pixel() -> None:
+    pixels = np.array(Image.open(IMAGE))
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(IMAGE)
+
+
+CHANGES: dict[str, tuple[Callable[[], object], str]] = {
+    "a pixel": (change_pixel, "The data, though as many,"),
+    "a byte": (lambda: IMAGE.write_bytes(IMAGE.read_bytes() + b"x"), "The files of the data"),
+    "a name": (lambda: IMAGE.rename(IMAGE.with_name("55.png")), "The files of the data"),
+    "labels": (lambda: IMAGE.rename("images/train/class2/0555.png"), "data"),
+    "an image less": (lambda: Path("images/test/class1/1.png").unlink(), "data"),
+    "ReLU to SiLU": (
+        lambda: Path("net.py").write_text(NET.replace("ReLU", "SiLU")),
+        "The model is not the one that this run was begun with: its outputs differ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_changed_run_is_refused(
+    killed: Path, change: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDQ_TRUST", "1")
+    change()
+    answer = ddq(*RESUME)
+    assert answer.code == 2
+    assert message in answer.err
+    assert "begin a new run" in answer.err
+
+
+def test_an_unchanged_run_goes_on_also_after_a_copy(killed: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path / "copy")
+    assert ddq(*RESUME).code == 0
+
+
+# ---- the fingerprint of files
+
+
+def test_the_order_on_disk_and_other_files_do_not_count(tmp_path: Path) -> None:
+    for name in ("a/train/x", "a/train/y", "b/train/y", "b/train/x", "b/notes"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    first, second = (fingerprint_of_files(str(tmp_path / name)) for name in "ab")
+    assert first == second != ""
+
+
+@pytest.mark.parametrize("place", [0, 100_000, 199_999])
+def test_beyond_a_size_the_ends_count(
+    tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_files, "WHOLE_BYTES", 250_000)
+    (tmp_path / "train").mkdir()
+    contents = {name: bytearray(200_000) for name in "ab"}
+
+    def fingerprint() -> str:
+        for name, content in contents.items():
+            (tmp_path / "train" / name).write_bytes(content)
+        return fingerprint_of_files(str(tmp_path))
+
+    before = fingerprint()
+    contents["a"][place] = 1
+    assert fingerprint() != before, "the first file is within the size"
+    before = fingerprint()
+    contents["b"][place] = 1
+    assert (fingerprint() != before) == (place != 100_000)
+
+
+@pytest.mark.parametrize("source", [None, "module:factory", "CIFAR10:there", "gone"])
+def test_other_sources_have_none(source: str | None) -> None:
+    assert fingerprint_of_files(source) == ""
