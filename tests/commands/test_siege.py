@@ -1,0 +1,29 @@
+"""A short slice of `tests/benchmarks/siege.py`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tiny_project import ddq
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import siege
+
+
+@pytest.mark.parametrize("kind", siege.KINDS)
+def test_a_slice_of_the_siege_finds_no_fault(finished: Path, tmp_path: Path, kind: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file(torch.load("model.pt", weights_only=True), "model.safetensors")
+    assert ddq("export", "-o", siege.FILE).code == 0
+    target = shutil.copytree(finished, tmp_path / "target")
+    trials = {"damaged": 12, "forged": 12}.get(kind, 3)
+    results = siege.siege(target, [kind], trials, seed=1, finished=Counter())
+    assert len(results) == trials
+    assert not [result for result in results if result[2]]
