@@ -39,7 +39,12 @@ def choose_start(
     trainer.stages = {"quantized": evaluate()}
     if trainer.recipe.train.compensate and float_model is not None:
         plain_model, plain_gates = copy.deepcopy(model.state_dict()), gates.state()
-        compensation = Compensation(trainer.quantized, float_model, _samples(trainer.data))
+        # Near the border of its cell, a weight changes its level with the first step: AdamW's short
+        # runs would undo the rounding. SGD's long ones need what the float weights know.
+        on_levels = trainer.recipe.train.optimizer != "sgd"
+        compensation = Compensation(
+            trainer.quantized, float_model, _samples(trainer.data), on_levels=on_levels
+        )
         # Each rank compensates on its own shard; the first one's results count.
         gates.fisher.error_share = distributed.broadcast(compensation.error_shares())
         gates.start()
