@@ -17,6 +17,7 @@ from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.data.load import Data, load_data
+from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
@@ -35,6 +36,7 @@ from ddqcli.training.distillation import (
     check_same_outputs,
     distillation_weight,
     flips_at_random,
+    matched,
 )
 from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
@@ -42,6 +44,7 @@ from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
 from ddqcli.training.trainer import Trainer
+from ddqcli.training.unlabelled import is_labelled, with_float_targets
 from ddqcli.training.user_errors import explain_user_errors
 
 _Note = Callable[[str], None]
@@ -94,7 +97,8 @@ def finetune(
     if dry_run:
         return FinetuneResult(None, _dry_run_report(models, recipe))
     with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
-        data = _load_data(recipe, models.device, introduce)
+        data = _load_data(recipe, models, introduce)
+        listener.judged_by(data.judged_by)
         identity = RunIdentity(
             sha256=models.source.sha256,
             teacher=models.teacher.sha256,
@@ -111,7 +115,7 @@ def finetune(
             baseline = known_baseline or _measure_baseline(
                 models.float_model, data, recipe, listener
             )
-            introduce(f"float accuracy: {baseline.accuracy:.2f} %")
+            introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
             _apply_augmentation(data, baseline.augmentation, introduce)
             _check_distillation(models, data, recipe, introduce)
             trainer = build_trainer(
@@ -243,10 +247,15 @@ def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
 # ---- data and the float model's baseline
 
 
-def _load_data(recipe: Recipe, device: torch.device, introduce: _Note) -> Data:
-    data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
+def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
+    """Load the data; without labels, the float model's outputs are the targets."""
+    seed, shard = recipe.train.seed, distributed.shard()
+    data = load_data(recipe.data, seed=seed, device=models.device, shard=shard)
     introduce(f"data: {data.note}")
-    return data
+    if is_labelled(data):
+        return data
+    introduce("the data have no labels: the targets are the outputs of the float model")
+    return with_float_targets(data, models.float_model)
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
@@ -287,7 +296,7 @@ def _apply_augmentation(data: Data, detected: DetectedAugmentation, introduce: _
 
 
 def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: _Note) -> None:
-    """Raise DataError if the recipe distills from outputs that are not finite class scores.
+    """Raise DataError if the recipe distills from outputs that are not finite.
 
     Raises UsageError if a teacher's outputs are not those of the model, or if it is not used.
     """
@@ -299,16 +308,17 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
                 "train.distill.weight to distill."
             )
         return
-    probed = probe(models.float_model, data)
-    check_distillable(probed)
-    if teacher.sha256 is not None:
-        check_same_outputs(probed, probe(teacher.model, data), teacher.name)
+    inputs, targets = next(iter(data.val.epoch(0)))
+    with torch.no_grad():
+        output = call(models.float_model, copied(inputs))
+        check_distillable(output)
+        if teacher.sha256 is not None:
+            check_same_outputs(output, call(teacher.model, copied(inputs)), teacher.name)
     views = ", mean of each image and its flip" if flips_at_random(data) else ""
     temperature = recipe.train.distill.temperature
-    introduce(
-        f"loss: {100 * weight:g} % distillation from {teacher.name}{views}, "
-        f"temperature {temperature:g}"
-    )
+    has_scores = any(axis is not None for *_, axis in matched(output, output, targets))
+    softened = f", temperature {temperature:g}" if has_scores else ""
+    introduce(f"loss: {100 * weight:g} % distillation from {teacher.name}{views}{softened}")
 
 
 # ---- results
@@ -322,7 +332,10 @@ def _write_results(
     accuracy: float,
     listener: Listener,
 ) -> Report:
-    """Write final.pt and report.json; return the report. `accuracy` is the delivered model's."""
+    """Write final.pt and report.json; return the report.
+
+    `accuracy` is the delivered model's metric.
+    """
     run_course = course(trainer, baseline, accuracy)
     warnings = find_warnings(trainer, run.metrics(), run_course)
     for warning in warnings:
@@ -331,6 +344,7 @@ def _write_results(
     report = build_report(
         quantized,
         trainer.gates.budget,
+        metric=trainer.data.judged_by,
         accuracy=(baseline.accuracy, accuracy),
         course=run_course,
         source=models.source,

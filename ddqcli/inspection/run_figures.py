@@ -13,7 +13,8 @@ from ddqcli import plots
 from ddqcli.errors import DDQError
 from ddqcli.inspection.histograms import SHOWN_BINS, histogram_of, shown_counts
 from ddqcli.inspection.trained_rows import run_tensors, short_kind
-from ddqcli.runs.report import Course, TensorRow
+from ddqcli.runs.evaluation import Course, Metric
+from ddqcli.runs.report import TensorRow
 from ddqcli.runs.run import METRICS, Run
 
 MAX_POINTS = 400  # along the step axis
@@ -41,9 +42,9 @@ def draw_bits(rows: Sequence[TensorRow], order: str = "network") -> FigureGroup:
 
 
 def draw_run(
-    run: Run, rows: Sequence[TensorRow], course: Course | None = None
+    run: Run, rows: Sequence[TensorRow], course: Course | None = None, metric: Metric | None = None
 ) -> list[FigureGroup]:
-    """Draw the metrics of a run over its steps, for the weights `rows` and `course` of its report.
+    """Draw a run over its steps, for the weights `rows`, `course` and `metric` of its report.
 
     A run without steps has no figures. Raises DDQError for a damaged run.
     """
@@ -53,7 +54,7 @@ def draw_run(
         if metrics:
             groups += [_draw_bits_over_time(run, metrics, [row.name for row in rows])]
             groups += _draw_probabilities(metrics, [row.name for row in rows])
-            groups += [_draw_loss(metrics, run.looks(), course)]
+            groups += [_draw_loss(metrics, run.looks(), course, metric or Metric())]
         return groups + (_draw_snapshots(run, snapshots, rows) if snapshots else [])
     except (LookupError, TypeError, ValueError) as error:
         raise DDQError(
@@ -106,15 +107,18 @@ def _draw_probabilities(
 
 
 def _draw_loss(
-    metrics: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]], course: Course | None
+    metrics: Sequence[dict[str, Any]],
+    looks: Sequence[dict[str, Any]],
+    course: Course | None,
+    metric: Metric,
 ) -> FigureGroup:
-    """Draw loss and accuracy over time, on training batches and on held-out training samples."""
+    """Draw loss and metric over time, on training batches and on held-out training samples."""
     steps, loss, accuracy = (
         _thinned([entry[key] for entry in metrics]) for key in ("step", "loss", "train_accuracy")
     )
     held_out = [(e["step"], e["held_out_loss"], e["held_out_accuracy"]) for e in looks]
     figure = plots.loss_over_time_figure(
-        steps, loss, accuracy, held_out, course.best_step if course else None
+        steps, loss, accuracy, held_out, course.best_step if course else None, metric.label
     )
     text = "Held-out samples are training samples that no step has used." if looks else ""
     return FigureGroup("Loss", text, {"loss": figure})

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.data.trees import Tree, arguments, map_tensors, sliced, tensor_names
 from ddqcli.errors import UsageError
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 from ddqcli.quant.grid import GRID_CELLS
@@ -42,7 +43,7 @@ def write_onnx(
     path: Path,
     model: nn.Module,
     weights: Mapping[str, QuantizedTensor],
-    example: Tensor,
+    example: Tree,
     about: Mapping[str, str],
 ) -> None:
     """Write a model to an ONNX file with an open batch size.
@@ -51,7 +52,7 @@ def write_onnx(
         path: file to write.
         model: the network as `ddqcli.load` returns it.
         weights: its quantized tensors under all of their names.
-        example: some input samples.
+        example: inputs of some samples, a tree of tensors [B, ...].
         about: metadata of the file.
 
     Raises UsageError, which names the layer, for what ONNX cannot express.
@@ -67,7 +68,7 @@ def write_onnx(
         if isinstance(quantizer, FrozenInputQuantizer):
             module.input_quantizer = _OnnxInputQuantizer(quantizer)
     # From a batch of one the exporter would conclude that the batch size is always one.
-    two_samples = example.cpu().contiguous()[[0, -1]]
+    two_samples = map_tensors(lambda x: x.cpu().contiguous(), sliced(example, [0, -1]))
     proto = rewrite(_export_float(model, two_samples), weights)
     onnx.helper.set_model_props(proto, dict(about))
     onnx.checker.check_model(proto)
@@ -139,19 +140,22 @@ def _node(
     return output
 
 
-def _export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
     """Export with float weights by torch's exporter. Raises UsageError if it fails."""
     with _silenced(), torch.no_grad(), _active_layers(model) as active:
         try:
-            batch = torch.export.Dim("batch")
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            positional, named = arguments(example)
+            batch = {0: torch.export.Dim("batch")}
+            shapes = map_tensors(lambda x: batch if x.ndim else None, named or positional)
+            program = torch.export.export(model, positional, named, dynamic_shapes=shapes)
+            outputs = model(*positional, **named)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 optimize=False,
                 opset_version=OPSET,
-                input_names=["input"],
-                output_names=["output"],
+                input_names=tensor_names(example, "input"),
+                output_names=tensor_names(outputs, "output"),
                 verbose=False,
             )
             assert exported is not None  # with dynamo=True

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddqcli.data.trees import Tree
 from ddqcli.qat.layer_config import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED
 from ddqcli.qat.layer_matrix import as_matrix, channel_values, from_matrix, patches, row_levels
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
@@ -53,7 +54,7 @@ class Compensation:
     Args:
         quantized: at its first bits; its parameters hold float weights.
         teacher: the float model.
-        x: training inputs [N, ...], drawn at random.
+        x: training inputs, a tree of tensors [N, ...], drawn at random.
         on_levels: move weights onto their levels; else just inside the levels' cells.
     """
 
@@ -61,7 +62,7 @@ class Compensation:
         self,
         quantized: QuantizedModel,
         teacher: nn.Module,
-        x: Tensor,
+        x: Tree,
         *,
         on_levels: bool = False,
     ) -> None:

@@ -12,7 +12,7 @@ LEVELS_LEARNING_RATES = {"sgd": 0.1, "adamw": 0.01}
 
 
 def with_defaults(recipe: Recipe, steps: int, batch_size: int) -> Recipe:
-    """Return the recipe with optimizer, learning rates, BatchNorm and regularization filled in.
+    """Return the recipe with the training settings filled in that depend on the run.
 
     A long run recovers from noisy gradients and batch statistics, and ends better with them. Short
     runs of SGD ended below their start on most networks that others trained, and batch statistics

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ddqcli.qat.budget import kept_bytes, nbytes, stored_bytes
 from ddqcli.qat.model import QuantizedParameter
-from ddqcli.runs.report import Course
+from ddqcli.runs.evaluation import Course
 from ddqcli.training import distributed
 from ddqcli.training.trainer import Trainer
 
-_FAR_BELOW_FLOAT = 10.0  # points
+_FAR_BELOW_FLOAT = 10.0  # points, or percent of a metric in another unit
 _LARGE_FLOAT_SHARE = 0.5  # of the file's bytes
 _SMALL_BATCH = 8  # samples, up to which batch statistics are too noisy to normalize by
 
@@ -50,17 +50,18 @@ def find_warnings(
 
 
 def _far_below_float(trainer: Trainer, course: Course) -> str | None:
-    accuracies = {stage.name: stage.accuracy for stage in course.stages}
-    drop = accuracies["float"] - accuracies[course.delivered]
-    if drop <= _FAR_BELOW_FLOAT:
+    metric, values = trainer.data.judged_by, {s.name: s.accuracy for s in course.stages}
+    before, after = values["float"], values[course.delivered]
+    if metric.drop(before, after) <= metric.tolerance(_FAR_BELOW_FLOAT, before):
         return None
     recipe = trainer.recipe
     bits = f"a larger budget (now {recipe.budget.target})"
     if recipe.budget.target == "none":
         bits = f"a larger weights.max_bits (now {recipe.weights.max_bits})"
     return (
-        f"the quantized model is {drop:.1f} points below the float model; take {bits}, more "
-        f"training data, or more train.epochs (now {recipe.train.epochs})"
+        f"the quantized model is far below the float model ({metric.name} "
+        f"{metric.change(before, after)}); take {bits}, more training data, or more train.epochs "
+        f"(now {recipe.train.epochs})"
     )
 
 

@@ -47,7 +47,7 @@ class RunIdentity:
 class FloatBaseline:
     """Measurements on the float model; a resumed run takes them from the saved state."""
 
-    accuracy: float  # percent, on held-out data
+    accuracy: float  # the metric on held-out data, in its unit
     augmentation: DetectedAugmentation
 
     @classmethod

@@ -13,7 +13,7 @@ from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.report import Course
+from ddqcli.runs.evaluation import Course
 from ddqcli.runs.run import LAST, Run
 from ddqcli.training import distributed
 from ddqcli.training.calibrate import calibrate
@@ -178,14 +178,17 @@ def start_accuracy(trainer: Trainer) -> float | None:
 
 
 def course(trainer: Trainer, baseline: FloatBaseline, accuracy: float) -> Course:
-    """Return the stages of a finished run; `accuracy` is of the delivered state."""
+    """Return the stages of a finished run; `accuracy` is the delivered state's metric."""
     before = {"float": baseline.accuracy, **trainer.stages}
     best_step = trainer.steps if trainer.best is None else trainer.best.step
     delivered = "trained" if best_step else list(trainer.stages)[-1]
     stages = before | {delivered: accuracy}
     return Course.model_validate(
         {
-            "stages": [{"name": name, "accuracy": round(a, 4)} for name, a in stages.items()],
+            "stages": [
+                {"name": name, "accuracy": trainer.data.judged_by.rounded(value)}
+                for name, value in stages.items()
+            ],
             "delivered": delivered,
             "looks": len(trainer.looks),
             "best_step": best_step,

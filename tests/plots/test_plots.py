@@ -86,10 +86,10 @@ def make(kind: str, n: int) -> list[Figure]:
         "sweep": lambda: [
             plots.size_against_accuracy_figure(
                 {
-                    "learned": [(8e4, 0.86, "2 bits"), (1.5e5, 0.91, "4 bits")],
-                    "uniform": [(8e4, 0.7, "2 bits")],
+                    "learned": [(8e4, 86.0, "2 bits"), (1.5e5, 91.0, "4 bits")],
+                    "uniform": [(8e4, 70.0, "2 bits")],
                 },
-                (1.1e6, 0.92),
+                (1.1e6, 92.0),
             )
         ],
     }[kind]()
