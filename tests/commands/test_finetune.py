@@ -631,7 +631,7 @@ def five():
     teacher = "{checkpoint: five.pt, arch: 'net.py:five'}"
     answer = ddq("finetune", "model.pt", "--set", f"train.teacher={teacher}", "--run-dir", "none")
     assert answer.code == 2
-    message = "The teacher five.pt returns outputs of shape [8, 5], and the model of [8, 4]"
+    message = "The teacher five.pt returns outputs of shape [32, 5], and the model of [32, 4]"
     assert message in answer.err
     assert not Path("none").exists()
 
