@@ -25,7 +25,7 @@ class Graph:
     def __init__(self, proto: onnx.GraphProto) -> None:
         self.proto = proto
         self.outputs = {output.name for output in proto.output}
-        self.old_nodes = _live(proto.node, self.outputs)
+        self.old_nodes = live_nodes(proto.node, self.outputs)
         self.nodes: list[NodeProto] = []  # new
         values = [*proto.value_info, *proto.input, *proto.output]
         self.shapes = {value.name: _shape(value) for value in values}
@@ -40,7 +40,7 @@ class Graph:
                 self._users.setdefault(name, []).append(node)
         self._names: Counter[str] = Counter()
         self._shared: dict[str, str] = {}
-        self._layers: dict[str, str] = {}
+        self.unpacked: dict[str, Array] = {}  # what the values of packed tensors are
 
     def producer(self, name: str, op_type: str) -> NodeProto | None:
         """Return the old node that produces a value if it is an `op_type`."""
@@ -104,16 +104,12 @@ class Graph:
         target = self.shared_constant(f"shape {list(shape)}", np.array(shape, np.int64))
         return self.add_node("Reshape", [x, target], self.new_name(f"{x}.reshaped"))
 
-    def mark_layer(self, output: str, layer: str) -> None:
-        """Give the node of this output the name of its layer, for profiles."""
-        self._layers[output] = self.new_name(layer)
-
     def finish(self) -> None:
         """Put the new nodes into the graph, as far as its outputs need them.
 
         Shapes of values and traces of the source code are removed, and values get short names.
         """
-        nodes = _live(self.nodes, self.outputs)
+        nodes = live_nodes(self.nodes, self.outputs)
         used = {name for node in nodes for name in _inputs(node)} | self.outputs
         initializers = [tensor for tensor in self.proto.initializer if tensor.name in used]
         del self.proto.node[:], self.proto.initializer[:], self.proto.value_info[:]
@@ -122,7 +118,7 @@ class Graph:
         self.proto.ClearField("metadata_props")
         for node in self.proto.node:
             node.ClearField("metadata_props")
-            node.name = self._layers.get(node.output[0], "")
+            node.ClearField("name")
         self._shorten_names()
         for value in (*self.proto.input, *self.proto.output):
             value.ClearField("metadata_props")
@@ -141,9 +137,14 @@ class Graph:
             node.input[:] = [short.get(name, name) for name in node.input]
             short |= {name: next(free) for name in node.output if name and name not in fixed}
             node.output[:] = [short.get(name, name) for name in node.output]
+        self.unpacked = {
+            short.get(name, name): value
+            for name, value in self.unpacked.items()
+            if name in short or name in taken
+        }
 
 
-def _live(nodes: Iterable[NodeProto], outputs: Collection[str]) -> list[NodeProto]:
+def live_nodes(nodes: Iterable[NodeProto], outputs: Collection[str]) -> list[NodeProto]:
     """Return the nodes that these values depend on, in order."""
     needed, live = set(outputs), []
     for node in reversed(list(nodes)):

@@ -1,9 +1,9 @@
 """Rewrite torch's float ONNX graph to integer arithmetic; needs onnx, not torch.
 
 A weight is (level - zero_point) * scale: an int8 tensor without any rounding, stored packed where
-that is smaller. BatchNorm after a
-convolution is one factor and one shift a channel: the factor goes into the scale, so the integers
-stay what was trained. onnxruntime runs what stands between uint8 and uint8,
+that is smaller. BatchNorm after a convolution is one factor and one shift a channel: the factor
+goes into the scale, so the integers stay what was trained. onnxruntime runs what stands between
+uint8 and uint8,
 
     DequantizeLinear -> Conv <- DequantizeLinear <- int8
                         Conv -> BatchNormalization -> Relu -> QuantizeLinear
@@ -29,10 +29,14 @@ from ddqcli.onnx.weights import add_dequantized, add_floats, add_shift
 from ddqcli.onnx.windows import Windows
 
 
-def rewrite(model: onnx.ModelProto, weights: Mapping[str, QuantizedTensor]) -> onnx.ModelProto:
-    """Return `model`, changed: `weights` replace the float initializers of these names."""
-    _Rewriter(model.graph, weights).run()
-    return model
+def rewrite(model: onnx.ModelProto, weights: Mapping[str, QuantizedTensor]) -> dict[str, Array]:
+    """Put `weights` in place of the float initializers of these names.
+
+    Returns the int8 or float32 tensors that the file holds, by the value to which they unpack.
+    """
+    rewriter = _Rewriter(model.graph, weights)
+    rewriter.run()
+    return rewriter.graph.unpacked
 
 
 class _Rewriter:
@@ -192,7 +196,6 @@ class _Rewriter:
         conv.input.extend(inputs)
         conv.output[0] = output
         self.graph.nodes.append(conv)
-        self.graph.mark_layer(output, name.removesuffix(".weight"))
 
     def _windows(self, conv: NodeProto) -> Windows | None:
         """Return the windows of a plain 2-D convolution of images of known size."""
@@ -260,7 +263,6 @@ class _Rewriter:
         else:
             bias = add_shift(graph, name, shift, weight_scale, scale)
             graph.add_node("Gemm", [rows, weight, bias], product)
-            graph.mark_layer(product, name.removesuffix(".weight"))
         image = graph.add_reshape(product, [-1, *windows.output, outputs])
         graph.add_node("Transpose", [image], output, perm=[0, 3, 1, 2])
 
@@ -302,7 +304,6 @@ class _Rewriter:
         """Add dequantized x [..., n] times a dequantized weight [n, K], plus a float shift [K]."""
         graph = self.graph
         product = graph.add_node("MatMul", [x, weight], f"{name}.product")
-        graph.mark_layer(product, name.removesuffix(".weight"))
         # Sub, because onnxruntime fuses MatMul and Add to a Gemm, which takes no float shift beside
         # integers.
         minus_shift = graph.add_constant(f"{name}.minus_shift", -shift)

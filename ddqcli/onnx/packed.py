@@ -58,7 +58,9 @@ def add_integers(
     """
     content = hashlib.sha256(integers.tobytes()).hexdigest()
     key = f"{integers.shape} {floats} {content}"
-    return graph.shared(key, lambda: _add_integers(graph, name, integers, axis, floats))
+    value = graph.shared(key, lambda: _add_integers(graph, name, integers, axis, floats))
+    graph.unpacked[value] = integers.astype(np.float32) if floats else integers
+    return value
 
 
 def _add_integers(graph: Graph, name: str, integers: Array, axis: int | None, floats: bool) -> str:
