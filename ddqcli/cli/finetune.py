@@ -74,6 +74,14 @@ def finetune(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of weights.  [default: by the run's length]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Training samples in a step.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that load images too many for memory.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Random seed; the same seed gives the same bytes.")
     ] = None,
@@ -121,6 +129,10 @@ def finetune(
         "activations.bits": act_bits,
         "train.epochs": epochs,
         "train.max_steps": max_steps,
+        "train.lr": lr,
+        "data.batch_size": batch_size,
+        "data.workers": workers,
+        "train.device": device,
         "train.seed": seed,
     }
 

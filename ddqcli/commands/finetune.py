@@ -35,7 +35,7 @@ from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
-from ddqcli.training.session import build_trainer, course, total_steps, train
+from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
 from ddqcli.training.trainer import Trainer
 from ddqcli.training.user_errors import explain_user_errors
 
@@ -76,8 +76,8 @@ def finetune(
         recipe: model, data, budget and training.
         run: an unfinished run to resume. Without it, a new one is made at `run_dir`.
         run_dir: folder of a new run; by default one under runs/.
-        start: a finished run of the same checkpoint and data whose float weights training starts
-            from. Baseline accuracy and distillation still refer to the checkpoint.
+        start: a finished run of the same checkpoint and data. If it was trained, training starts
+            from its float weights. Baseline accuracy and distillation refer to the checkpoint.
         introduced: leave out the notes on model and data, which the listener has had before.
         dry_run: stop before the data are read.
         listener: receives notes, progress and metrics.
@@ -121,7 +121,9 @@ def finetune(
             run.truncate_metrics(trainer.step)
         with explain_user_errors("Training failed", DDQError, recipe):
             train(trainer, run, identity, baseline, listener)
-            accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
+            accuracy = start_accuracy(trainer)
+            if accuracy is None:
+                accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
             trainer.gates.check_kept()
         report = _write_results(run, trainer, models, baseline, accuracy, listener)
     return FinetuneResult(run.path, report)
@@ -151,7 +153,7 @@ def _load_and_convert(
     introduce(f"model: {built.note}; {checkpoint.note}")
     model = place_model(built.model, device).eval()
     trainable = copy.deepcopy(model)
-    if start:
+    if start and start.report().is_trained:
         _load_trained_weights(trainable, start)
     quantized = convert(trainable, recipe)
     source = Source(

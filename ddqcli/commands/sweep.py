@@ -1,6 +1,6 @@
 """`ddq finetune` with several targets, the largest budget first.
 
-Each further target starts from the weights of the one before.
+Each further target starts from the trained weights of the one before.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _finetune_each(
     introduced = False
     for number, recipe in enumerate(recipes):
         run = Run(sweep_run.path / _folder_name(recipe))
-        origin = f", starting from {start.path}" if start else ""
+        origin = f", starting from {start.path}" if start and start.report().is_trained else ""
         listener.note(
             f"target {recipe.budget.target} ({number + 1} of {len(recipes)}): {run.path}{origin}"
         )

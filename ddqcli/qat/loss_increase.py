@@ -1,4 +1,7 @@
-"""Estimated increase of the loss by quantizing a tensor: its Fisher times its squared error."""
+"""Estimated increase of the loss by quantizing a tensor: its Fisher times its squared error.
+
+Where weights are rounded with compensation, only a share of that error reaches the outputs.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,15 @@ class FisherEstimate:
     """Running mean of every tensor's mean squared gradient, of which its empirical Fisher is made.
 
     The Fisher of a mean loss over batches of B samples is B times the mean squared gradient.
+    `error_share` is the share of a tensor's error that compensated rounding leaves
+    (`quant.compensation.error_share`); 1 for tensors that it lacks.
     """
 
     tensors: Sequence[QuantizedParameter]
     batch_size: int
     mean_square: dict[str, float] = field(default_factory=dict)  # by tensor
     seen: int = 0  # gradients in the mean
+    error_share: dict[str, float] = field(default_factory=dict)  # by tensor
 
     def update(self, share: float = 1.0) -> None:
         """Take in the gradients that the parameters hold, means over a `share` of a batch."""
@@ -66,13 +72,14 @@ def bit_options(
     fisher: FisherEstimate,
     error_as_it_is: float = 0.0,
 ) -> BitOptions:
-    """Return a tensor's bit-widths in `costs` with the increase of the loss, lambda / 2 * error.
+    """Return a tensor's bit-widths in `costs` with the loss increase, lambda / 2 * share * error.
 
     `costs` may hold AS_IT_IS, whose squared error then is `error_as_it_is`.
     """
     if len(costs) == 1:
         return BitOptions(tensor.name, dict(costs), dict.fromkeys(costs, 0.0))
-    weight = fisher.of(tensor) / 2 + 1e-30  # without gradients more bits are still better
+    share = fisher.error_share.get(tensor.name, 1.0)
+    weight = share * fisher.of(tensor) / 2 + 1e-30  # without gradients more bits are still better
     widths = [s for s in costs if s != AS_IT_IS]
     errors = {AS_IT_IS: error_as_it_is} | error_curve(tensor, range(min(widths), max(widths) + 1))
     return BitOptions(tensor.name, dict(costs), {s: weight * errors[s] for s in costs})

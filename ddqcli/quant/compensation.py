@@ -13,6 +13,10 @@ is LDLQ (Chee et al. 2023, arXiv 2307.13304, Sec. 3), which equals GPTQ (Frantar
 
 Two sweeps of coordinate descent follow: each column is put on the levels nearest to the minimum of
 the same error with all other columns fixed, w_k + sum_{j != k} (H_jk / H_kk) e_j.
+
+How much that helps is known beforehand. Rounding to nearest leaves errors e_k of about the same
+size sigma, so an output error of sigma^2 tr H. Compensated, the r_k have that size, and the output
+error is sigma^2 tr D. So `error_share` is tr D / tr H, whatever the levels and the bit-width.
 """
 
 from __future__ import annotations
@@ -25,6 +29,18 @@ from torch import Tensor
 DAMPING = 0.1
 _DESCENT_SWEEPS = 2  # more change little
 _BLOCK = 128  # columns whose errors reach all earlier columns as one matrix product
+
+
+@torch.no_grad()
+def error_share(hessian: Tensor) -> float:
+    """Return tr D / tr H: the share of the output error that compensated rounding leaves.
+
+    Args:
+        hessian: H [G, I, I], the mean of x x^T.
+    """
+    damped, _ = _damped(hessian)
+    remaining = torch.linalg.cholesky(damped).diagonal(dim1=1, dim2=2).square()  # D
+    return float(remaining.sum() / damped.diagonal(dim1=1, dim2=2).sum())
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.console import Console
 
 from ddqcli.commands.finetune import FinetuneResult
@@ -20,8 +22,6 @@ def show(result: FinetuneResult, console: Console) -> None:
         )
         return
     console.print(f"run        {result.run_dir}", markup=False, soft_wrap=True)
-    console.print(
-        f"next       ddq report   ddq export   ddq inspect {result.report.source.path}",
-        markup=False,
-        soft_wrap=True,
-    )
+    folder = shlex.quote(str(result.run_dir))
+    console.print(f"next       ddq report {folder}", markup=False, soft_wrap=True)
+    console.print(f"           ddq export {folder}", markup=False, soft_wrap=True)

@@ -211,6 +211,11 @@ class Report(_Record):
     run: RunFacts
     warnings: tuple[str, ...]
 
+    @property
+    def is_trained(self) -> bool:
+        """True unless the model is the start of its run: no training, or none that helped."""
+        return self.course is None or self.course.delivered == "trained"
+
     def embedded(self) -> dict[str, Any]:
         """Return the part that an exported file carries, as short as it can be.
 

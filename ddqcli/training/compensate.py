@@ -20,7 +20,7 @@ from ddqcli.qat.layer_config import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED
 from ddqcli.qat.layer_matrix import as_matrix, channel_values, from_matrix, patches, row_levels
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
 from ddqcli.quant.cells import inside_cells, level_values
-from ddqcli.quant.compensation import compensated_rounding
+from ddqcli.quant.compensation import compensated_rounding, error_share
 from ddqcli.training.first_calls import FirstCalls
 
 SAMPLES = 192
@@ -38,6 +38,7 @@ class _FloatStatistics:
     """Results of the float network for the samples, by layer name."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)  # [G, O, P] of patches, without bias
+    error_shares: dict[str, float] = field(default_factory=dict)  # that compensation leaves
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # inputs: mean, variance
     biased: dict[str, Tensor] = field(default_factory=dict)  # mean output [C] of layers with bias
 
@@ -66,6 +67,10 @@ class Compensation:
             if place.local == "bias"
         }
         self.float = self._float_statistics(teacher)
+
+    def error_shares(self) -> dict[str, float]:
+        """Return the share of each weight's rounding error that compensation leaves, by tensor."""
+        return {self.layers[name].name: share for name, share in self.float.error_shares.items()}
 
     @torch.no_grad()
     def apply(self, *, means: bool, variances: bool) -> None:
@@ -129,6 +134,7 @@ class Compensation:
             inputs = patches(layer, x.float(), self.patch_counts[name])
             weight = getattr(layer, self.layers[name].places[0].local)
             statistics.outputs[name] = as_matrix(layer, weight.float()) @ inputs
+            statistics.error_shares[name] = error_share(inputs @ inputs.mT / inputs.shape[2])
 
         def keep_statistics(name: str, x: Tensor) -> None:
             statistics.norms[name] = _channel_statistics(x)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ddqcli.training.detect_augmentation import DetectedAugmentation
 
-_STATE_FORMAT = 2  # raised when the contents of last.pt change
+_STATE_FORMAT = 3  # raised when the contents of last.pt change
 
 
 @dataclass(frozen=True, kw_only=True)

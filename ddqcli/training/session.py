@@ -163,6 +163,13 @@ def _roll_back(trainer: Trainer, run: Run) -> None:
     trainer.gave_up = again
 
 
+def start_accuracy(trainer: Trainer) -> float | None:
+    """Return the accuracy measured before training, if that is the state which is delivered."""
+    if trainer.best is None or trainer.best.step:
+        return None
+    return list(trainer.stages.values())[-1]
+
+
 def course(trainer: Trainer, baseline: FloatBaseline, accuracy: float) -> Course:
     """Return the stages of a finished run; `accuracy` is of the delivered state."""
     before = {"float": baseline.accuracy, **trainer.stages}

@@ -15,7 +15,8 @@ from ddqcli.training.compensate import SAMPLES, Compensation
 from ddqcli.training.held_out import is_better
 from ddqcli.training.trainer import Trainer
 
-_BATCHES = 4  # one pass without gradients takes about as much memory for so many as a training step
+_BATCHES = 12  # one pass without gradients takes no more memory for so many than a training step
+_PARTS = ((True, True), (False, False))  # means and variances of channels corrected as well, or not
 
 
 @torch.no_grad()
@@ -24,32 +25,36 @@ def choose_start(
 ) -> None:
     """Set the trainer's model to the best start, and add the first of the trainer's looks.
 
-    The starts are the quantized model as it is, and compensated ones with corrected channel
-    statistics and with weights alone. A compensated start is taken only if the loss on held-out
-    training samples is lower, and their accuracy no lower.
+    The quantized model as it is gives way to a compensated one if that has a lower loss on held-out
+    training samples, and no lower accuracy. Bits are then allocated by the error that compensation
+    leaves. If correcting the channels' statistics does not help, the weights alone are tried.
 
     Args:
         trainer: at its first step; `trainer.stages` gets the accuracy of the starts.
         teacher: the float model; without it there is nothing to compensate for.
         evaluate: returns the model's accuracy on the evaluation data.
     """
-    model = trainer.model
-    plain = best = trainer.held_out.look(model, 0)
+    model, gates = trainer.model, trainer.gates
+    plain = trainer.held_out.look(model, 0)
     trainer.stages = {"quantized": evaluate()}
     if trainer.recipe.train.compensate and teacher is not None:
-        plain_state = best_state = copy.deepcopy(model.state_dict())
+        plain_model, plain_gates = copy.deepcopy(model.state_dict()), gates.state()
         compensation = Compensation(trainer.quantized, teacher, _samples(trainer.data))
-        for means, variances in ((True, True), (False, False)):
-            trainer.load_model(plain_state)
+        # Each rank compensates on its own shard; the first one's results count.
+        gates.fisher.error_share = distributed.broadcast(compensation.error_shares())
+        gates.start()
+        allocated_model = copy.deepcopy(model.state_dict())
+        for means, variances in _PARTS:
+            trainer.load_model(allocated_model)
             compensation.apply(means=means, variances=variances)
-            if distributed.shard().count > 1:  # each rank has compensated on its own shard
+            if distributed.shard().count > 1:
                 trainer.load_model(distributed.broadcast(model.state_dict()))
-            look = trainer.held_out.look(model, 0)
-            if is_better(look, best, plain):
-                best, best_state = look, copy.deepcopy(model.state_dict())
-        trainer.load_model(best_state)
-        if best is not plain:
-            trainer.stages["compensated"] = evaluate()
+            if is_better(trainer.held_out.look(model, 0), plain, plain):
+                trainer.stages["compensated"] = evaluate()
+                break
+        else:
+            trainer.load_model(plain_model)
+            gates.load_state(plain_gates)
     trainer.look()
 
 

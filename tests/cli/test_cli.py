@@ -255,6 +255,22 @@ def test_without_a_terminal_progress_is_plain_lines(
     assert "\r" not in answer.err
 
 
+def test_the_last_lines_are_commands_that_work(project: Path) -> None:
+    out = ddq("finetune", "model.pt", "--max-steps", "1", "--run-dir", "a run", "-q").out
+    commands = [line.removeprefix("next").strip() for line in out.splitlines()[-2:]]
+    assert commands == ["ddq report 'a run'", "ddq export 'a run'"]
+    for command in commands:
+        assert ddq(*shlex.split(command)[1:]).code == 0
+
+
+def test_common_training_settings_have_flags(project: Path) -> None:
+    flags = ["--lr", "0.003", "--batch-size", "24", "--workers", "0", "--device", "cpu"]
+    assert ddq("finetune", "model.pt", "--max-steps", "1", "--run-dir", "runs/a", *flags).code == 0
+    recipe = yaml.safe_load(Path("runs/a/recipe.yaml").read_text())
+    assert (recipe["train"]["lr"], recipe["train"]["device"]) == (0.003, "cpu")
+    assert (recipe["data"]["batch_size"], recipe["data"]["workers"]) == (24, 0)
+
+
 def test_layer_names_stay_whole_in_a_pipe(finished: Path) -> None:
     assert "…" not in ddq("report").out
     assert max(map(len, ddq("report").out.splitlines())) <= 160

@@ -88,8 +88,28 @@ def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next
             report(swept / folder)["accuracy"]["quantized"]
             == report(alone)["accuracy"]["quantized"]
         )
-        checkpoint = Path(f"start-{number}.pt")
-        torch.save(here["weights"] | here["floats"], checkpoint)
+        if report(alone)["course"]["delivered"] == "trained":
+            checkpoint = Path(f"start-{number}.pt")
+            torch.save(here["weights"] | here["floats"], checkpoint)
+        else:
+            checkpoint = Path("model.pt")
+
+
+def test_without_training_each_target_starts_from_the_checkpoint(project: Path) -> None:
+    ddq("finetune", "--target-bits", "4,3", "--epochs", "0", "--run-dir", SWEEP, "-q")
+    ddq("finetune", "--target-bits", "3", "--epochs", "0", "--run-dir", "runs/alone", "-q")
+    here, there = (torch.load(Path(run) / "final.pt") for run in (f"{SWEEP}/3-bits", "runs/alone"))
+    for part in ("trained", "weights", "floats"):
+        assert all(here[part][name].equal(value) for name, value in there[part].items()), part
+    assert report(f"{SWEEP}/3-bits")["accuracy"] == report("runs/alone")["accuracy"]
+
+
+def test_the_start_is_evaluated_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its accuracy is known when it is delivered."""
+    monkeypatch.setattr("ddqcli.commands.finetune.evaluate", lambda *_, **__: 12.5)
+    data = ddq("finetune", "--target-bits", "4", "--epochs", "0", "--json", "-q").data
+    assert data["accuracy"]["float"] == 12.5
+    assert data["accuracy"]["quantized"] == data["course"]["stages"][-1]["accuracy"] != 12.5
 
 
 def test_accuracy_is_held_against_the_checkpoint_and_so_is_distillation(
@@ -186,18 +206,19 @@ def test_a_sweep_ends_with_a_table_and_a_picture(swept: Path) -> None:
 def test_what_all_targets_share_is_looked_at_and_said_once(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated = []
+    float_models = []
 
     def counted(model: Any, *args: Any, **kwargs: Any) -> float:
-        evaluated.append(model)
+        if not any("parametrizations" in name for name, _ in model.named_modules()):
+            float_models.append(model)
         return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr("ddqcli.commands.finetune.evaluate", counted)
     said = ddq("finetune", "--target-bits", "6,4", "--max-steps", "2", "--run-dir", SWEEP).err
-    assert len(evaluated) == 3  # the float model, and the two results
+    assert len(float_models) == 1
     shutil.rmtree(Path(SWEEP) / "4-bits")
     said_again = ddq("finetune", "--resume", "--run-dir", SWEEP).err
-    assert len(evaluated) == 4
+    assert len(float_models) == 1
     for what in ("model: ", "data: ", "float accuracy: ", "loss: "):
         for text in (said, said_again):
             assert sum(line.startswith(what) for line in text.splitlines()) == 1, text

@@ -9,7 +9,7 @@ import torch
 from oracle import nearest, same_bits
 from torch import Tensor
 
-from ddqcli.quant.compensation import DAMPING, compensated_rounding
+from ddqcli.quant.compensation import DAMPING, compensated_rounding, error_share
 
 
 def correlated_inputs(groups: int, inputs: int, samples: int, seed: int) -> Tensor:
@@ -207,3 +207,42 @@ def test_what_is_not_finite_is_refused(where: str, value: float) -> None:
     arguments[where][0, 4, 4] = value
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         compensated_rounding(levels=table(8), **arguments)
+
+
+# ---- the share of the error that is left
+
+
+def damped(hessian: Tensor) -> Tensor:
+    size = len(hessian)
+    return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(size, dtype=hessian.dtype)
+
+
+@pytest.mark.parametrize(("groups", "inputs"), [(1, 1), (1, 8), (3, 5)])
+def test_the_error_share_is_that_of_conditional_variances(groups: int, inputs: int) -> None:
+    """D_k is the variance of input k given those that are rounded after it."""
+    hessian = hessian_of(correlated_inputs(groups, inputs, 50, seed=3))
+    left = total = 0.0
+    for h in hessian:
+        order = h.diagonal().argsort().tolist()
+        for count in range(1, inputs + 1):
+            block = damped(h)[order[:count]][:, order[:count]]
+            left += 1 / float(torch.linalg.inv(block)[-1, -1])
+            total += float(block[-1, -1])
+    assert error_share(hessian) == pytest.approx(left / total, rel=1e-9)
+
+
+@pytest.mark.parametrize("levels", [8, 16, 64])
+def test_the_error_share_predicts_what_compensation_gains(levels: int) -> None:
+    """The prediction is from the inputs alone. Coordinate descent gains a little more."""
+    x = correlated_inputs(1, 60, 4000, seed=4)
+    weight, grid = random_weight(1, 40, 60), torch.linspace(-4, 4, levels)
+    before, after = (
+        float(output_error(weight, rounded, x))
+        for rounded in (plain(weight, grid), compensated_rounding(weight, grid, hessian_of(x)))
+    )
+    assert 0.6 * error_share(hessian_of(x)) < after / before < 1.15 * error_share(hessian_of(x))
+
+
+def test_independent_inputs_leave_the_whole_error() -> None:
+    assert error_share(torch.diag(torch.rand(9, dtype=torch.float64) + 0.1)[None]) == 1
+    assert error_share(torch.zeros(1, 4, 4)) == 1

@@ -151,8 +151,7 @@ def test_a_network_may_resize_a_buffer() -> None:
 
 CHOICES = {
     # Looks (loss, accuracy) at the plain start and at the candidates -> the one that is taken.
-    "all parts": ([(1.0, 50), (0.5, 50), (0.6, 90)], 1),
-    "weights alone": ([(1.0, 50), (0.9, 50), (0.8, 50)], 2),
+    "all parts": ([(1.0, 50), (0.5, 50)], 1),
     "weights alone, as all parts lose": ([(1.0, 50), (1.1, 50), (0.8, 60)], 2),
     "weights alone, as accuracy falls": ([(1.0, 50), (0.5, 49), (0.6, 50)], 2),
     "none, as all lose": ([(1.0, 50), (1.1, 60), (1.0, 60)], 0),
@@ -162,7 +161,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_candidate_is_taken_if_the_loss_is_lower_and_the_accuracy_no_lower(
+def test_the_first_candidate_with_lower_loss_and_no_lower_accuracy_is_taken(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks, chosen = CHOICES[name]
@@ -175,6 +174,9 @@ def test_a_candidate_is_taken_if_the_loss_is_lower_and_the_accuracy_no_lower(
     class MarksItsParts:
         def __init__(self, *_: Any) -> None:
             pass
+
+        def error_shares(self) -> dict[str, float]:
+            return {"0.weight": 0.5}
 
         def apply(self, *, means: bool, variances: bool) -> None:
             assert marker.running_mean[0] == 0  # each candidate begins at the plain start
@@ -190,6 +192,40 @@ def test_a_candidate_is_taken_if_the_loss_is_lower_and_the_accuracy_no_lower(
     expected = {"quantized": 0.0} | ({"compensated": 10.0 * chosen} if chosen else {})
     assert running.stages == expected
     assert running.looks == [Look(0, *looks[chosen])]
+    assert running.gates.fisher.error_share == ({"0.weight": 0.5} if chosen else {})
+
+
+def test_bits_are_allocated_by_the_error_that_compensation_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A layer whose errors compensation removes gets fewer bits; the others get its bytes."""
+    running, teacher = begin(recipe(compensate=False))
+    layers = {t.name: t.quantizer for t in running.quantized.tensors}
+    before = {name: quantizer.bits for name, quantizer in layers.items()}
+    monkeypatch.setattr(Compensation, "error_shares", lambda self: {"3.weight": 1e-6})
+    monkeypatch.setattr(running.held_out, "look", _improving())
+    running.recipe = recipe(compensate=True)
+    start.choose_start(running, teacher, lambda: 0.0)
+    bits = {name: quantizer.bits for name, quantizer in layers.items()}
+    assert bits["3.weight"] < before["3.weight"]
+    assert bits["0.weight"] > before["0.weight"]
+    assert running.gates.cost() <= running.gates.budget.limit
+
+
+def test_bits_of_the_plain_start_come_back_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = begin(recipe(compensate=False))
+    monkeypatch.setattr(Compensation, "error_shares", lambda self: {"3.weight": 1e-6})
+    monkeypatch.setattr(start, "is_better", lambda *_: False)
+    running, _ = begin(recipe(compensate=True))
+    assert same_state(running.model, plain.model)
+    assert [t.quantizer.bits for t in running.quantized.tensors] == [
+        t.quantizer.bits for t in plain.quantized.tensors
+    ]
+
+
+def _improving() -> Any:
+    losses = iter((3.0, 2.0, 1.0))
+    return lambda model, step: Look(step, next(losses), 50)
 
 
 # ---- the samples
@@ -209,9 +245,9 @@ def samples_of(*shapes: tuple[int, ...]) -> Tensor:
     return start._samples(data)
 
 
-def test_samples_come_from_at_most_four_batches() -> None:
-    samples = samples_of(*[(8, 3)] * 6)
-    assert samples.tolist() == [[float(n)] * 3 for n in range(4) for _ in range(8)]
+def test_samples_come_from_at_most_twelve_batches() -> None:
+    samples = samples_of(*[(8, 3)] * 14)
+    assert samples.tolist() == [[float(n)] * 3 for n in range(12) for _ in range(8)]
 
 
 def test_samples_are_no_more_than_needed() -> None:

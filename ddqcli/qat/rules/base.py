@@ -105,6 +105,7 @@ class Rule(ABC):
         return {
             "fisher": dict(self.fisher.mean_square),
             "seen": self.fisher.seen,
+            "error_share": self.fisher.error_share,
             "bits": {t.name: t.quantizer.bits for t in self.model.tensors},
             "correction": {t.name: t.quantizer.correction for t in self.model.tensors},
         }
@@ -112,6 +113,7 @@ class Rule(ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.fisher.mean_square, self.fisher.seen = dict(state["fisher"]), state["seen"]
+        self.fisher.error_share = dict(state["error_share"])
         for tensor in self.model.tensors:
             tensor.quantizer.bits = tuple(state["bits"][tensor.name])
             tensor.quantizer.correction = state["correction"][tensor.name]
