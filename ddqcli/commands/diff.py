@@ -11,7 +11,10 @@ from ddqcli.inspection.report import read_report
 from ddqcli.runs.report import ActivationRow, TensorRow
 
 VERSION = 1
-TOTALS = ("bytes", "float_bytes", "budget_bytes", "average_bits", "quantized_bytes", "kept_bytes")
+TOTALS = (
+    *("bytes", "float_bytes", "budget_bytes", "average_bits"),
+    *("quantized_bytes", "kept_bytes", "manifest_bytes"),
+)
 ACCURACY = ("float", "quantized", "drop")
 COLUMNS = ("bits", "levels", "bytes", "error")
 
