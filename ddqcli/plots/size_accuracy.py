@@ -18,7 +18,7 @@ Point = tuple[float, float, str]  # size, accuracy, label
 def size_against_accuracy_figure(
     series: Mapping[str, Sequence[Point]], stored: tuple[float, float] | None = None
 ) -> Figure:
-    """Draw the accuracy of each series over the size of all tensors.
+    """Draw the accuracy of each series over the size of the file.
 
     Each point is (bytes, accuracy as a share, label). `stored` is the float model's size and
     accuracy.
@@ -40,7 +40,7 @@ def size_against_accuracy_figure(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.margins(0.1, 0.15)
-        axes.set_xlabel(f"size of all tensors, {unit} (log)")
+        axes.set_xlabel(f"size of the file, {unit} (log)")
         axes.set_ylabel("accuracy, %")
         axes.grid()
         add_legend(figure, 0, loc="lower left")
