@@ -18,6 +18,7 @@ from ddqcli import __version__
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.sizes import Sizes
+from ddqcli.data.trees import call
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.budget import make_budget
 from ddqcli.qat.convert import attach, detach, prepare
@@ -178,10 +179,7 @@ def _calibrate(quantized: QuantizedModel, batches: Iterable[Any]) -> None:
         quantizer.observing = True
     with _eval_mode(quantized.model), torch.no_grad():
         for batch in batches:
-            if isinstance(batch, Mapping):
-                quantized.model(**batch)
-            else:
-                quantized.model(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+            call(quantized.model, batch)
     unreached = [name for name, a in quantized.activations.items() if not a.fit()]
     if len(unreached) == len(quantized.activations):
         raise UsageError("The calibration batches reached no layer; give at least one.")

@@ -57,10 +57,23 @@ def report(
         float | None, typer.Option(help="Limit: maximum stored bits per quantized weight.")
     ] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Limit: maximum accuracy drop, percentage points.")
+        float | None,
+        typer.Option(help="Limit: maximum drop of accuracy in points, or of the run's metric."),
     ] = None,
     min_accuracy: Annotated[
         float | None, typer.Option(help="Limit: minimum accuracy, percent.")
+    ] = None,
+    least: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--min", metavar="METRIC=F", help="Limit: minimum of the run's metric, in its unit."
+        ),
+    ] = None,
+    most: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max", metavar="METRIC=F", help="Limit: maximum of the run's metric, in its unit."
+        ),
     ] = None,
 ) -> None:
     """Show the bits, size and error of each tensor.
@@ -76,7 +89,14 @@ def report(
 
         if as_json + as_csv + as_md > 1:
             raise UsageError("--json, --csv and --md exclude each other; give one.")
-        limits = Limits(max_size, max_bits, max_drop, min_accuracy)
+        limits = Limits(
+            max_size,
+            max_bits,
+            max_drop,
+            min_accuracy,
+            least=tuple(_metric_limit("--min", text) for text in least or ()),
+            most=tuple(_metric_limit("--max", text) for text in most or ()),
+        )
         if diff:
             if target or html or limits != Limits():
                 raise UsageError(
@@ -116,3 +136,16 @@ def report(
             diff_tables.show(result, console.out)
 
     run_command("report", work, show, as_json)
+
+
+def _metric_limit(flag: str, text: str) -> tuple[str, float]:
+    """Return name and value of `NAME=VALUE`. Raises UsageError for other text."""
+    from ddqcli.errors import UsageError
+
+    name, _, value = text.rpartition("=")
+    try:
+        if not name:
+            raise ValueError
+        return name.strip(), float(value)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: give a metric and a number, as in mAP=0.31.") from error

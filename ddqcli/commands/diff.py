@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddqcli.inspection.report import read_report
+from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.report import ActivationRow, TensorRow
 
 VERSION = 1
@@ -29,7 +30,8 @@ class DiffResult:
     a: Path
     b: Path
     totals: dict[str, Pair]
-    accuracy: dict[str, Pair]
+    metric: Metric | None  # None if A and B are judged by different ones
+    accuracy: dict[str, Pair]  # without changes where there is no common metric
     layers: tuple[dict[str, Any], ...]  # name, kind, shape, and a Pair for each of COLUMNS
     activations: tuple[dict[str, Any], ...]  # name, and a Pair of bits
 
@@ -40,6 +42,7 @@ class DiffResult:
             "a": str(self.a),
             "b": str(self.b),
             "totals": self.totals,
+            "metric": self.metric and self.metric.data(),
             "accuracy": self.accuracy,
             "layers": list(self.layers),
             "activations": list(self.activations),
@@ -65,11 +68,16 @@ def diff(a: Path, b: Path) -> DiffResult:
         {"name": row.name, **_pairs(left, right, ("bits",))}
         for row, left, right in _joined(first.activations, second.activations)
     ]
+    accuracy = _pairs(first.accuracy, second.accuracy, ACCURACY)
+    same_metric = first.metric == second.metric
+    if not same_metric:
+        accuracy = {name: values | {"change": None} for name, values in accuracy.items()}
     return DiffResult(
         a,
         b,
         totals=_pairs(first.totals, second.totals, TOTALS),
-        accuracy=_pairs(first.accuracy, second.accuracy, ACCURACY),
+        metric=first.metric if same_metric else None,
+        accuracy=accuracy,
         layers=tuple(layers),
         activations=tuple(activations),
     )

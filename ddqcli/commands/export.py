@@ -16,8 +16,9 @@ from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.frozen import Array, FrozenModel
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.encode_run import encode_run
+from ddqcli.runs.evaluation import Accuracy, Metric
 from ddqcli.runs.files import write_atomic
-from ddqcli.runs.report import Accuracy, Report
+from ddqcli.runs.report import Report
 from ddqcli.runs.run import FINAL, REPORT, Run
 from ddqcli.training.evaluate import OnProgress
 from ddqcli.training.verify import BehaviorCheck, check_behavior, require_same_behavior
@@ -37,6 +38,7 @@ class ExportResult:
     tensors: int  # compared bit for bit
     values: int  # of these tensors
     behavior: BehaviorCheck
+    metric: Metric  # of the accuracies in `behavior`
     half: bool
 
     def data(self) -> dict[str, Any]:
@@ -85,7 +87,9 @@ def export(
             measured = report.model_copy(update={"accuracy": _accuracy_of(check, report)})
             sizes = _write_verified(temporary, frozen, measured, run.recipe(), path, half)
         else:
-            require_same_behavior(check, path, quantized_inputs=bool(frozen.activations))
+            require_same_behavior(
+                check, path, report.metric, quantized_inputs=bool(frozen.activations)
+            )
         results.append((sizes, check))
 
     write_atomic(path, write)  # a file that is not as trained never gets its name
@@ -114,7 +118,9 @@ def check(
     require_same_tensors(file, frozen.expected(), name=file)
     behavior = check_behavior(file, run, on_progress)
     if not half:
-        require_same_behavior(behavior, file, quantized_inputs=bool(frozen.activations))
+        require_same_behavior(
+            behavior, file, run.report().metric, quantized_inputs=bool(frozen.activations)
+        )
     return _result(run, file, artifact.sizes, behavior, frozen, half)
 
 
@@ -154,7 +160,7 @@ def _accuracy_of(check: BehaviorCheck, report: Report) -> Accuracy | None:
         return None
     if check.accuracy is None:
         raise UsageError(f"--half must measure its accuracy: {'; '.join(check.unchecked)}")
-    return Accuracy.of(report.accuracy.float, check.accuracy)
+    return Accuracy.of(report.accuracy.float, check.accuracy, report.metric)
 
 
 def _result(
@@ -171,6 +177,7 @@ def _result(
         tensors=len(tensors),
         values=sum(array.size for array in tensors),
         behavior=behavior,
+        metric=run.report().metric,
         half=half,
     )
 

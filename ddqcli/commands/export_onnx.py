@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ddqcli.data.batches import Batch, tree_to_device
 from ddqcli.data.load import Data
+from ddqcli.data.trees import Tree, shared_length, sliced, tensor_names, tensors
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.onnx.export import OnnxModel, make_float_onnx, make_onnx, require_onnx
 from ddqcli.onnx.runtime import Comparison, compare
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
+from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, REPORT, Run
 from ddqcli.training.evaluate import OnProgress
@@ -31,7 +34,7 @@ _UNOPTIMIZED_SAMPLES = 1000  # onnxruntime is slow without its optimizations
 # other one, and the network goes on from there.
 OUTPUT_TOLERANCE = 1e-3  # a typical sample's difference, as a share of the outputs
 QUANTIZED_OUTPUT_TOLERANCE = 0.1  # the same with quantized inputs
-ACCURACY_TOLERANCE = 0.5  # points, and
+ACCURACY_TOLERANCE = 0.5  # points, or percent of a metric in another unit, and
 _SAMPLE_TOLERANCE = 2  # samples
 
 
@@ -45,6 +48,7 @@ class OnnxResult:
     float_bytes: int
     tensors: int  # compared bit for bit
     values: int  # of these tensors
+    metric: Metric  # of the accuracies in both comparisons
     optimized: Comparison
     unoptimized: Comparison
     bench: Bench | None
@@ -73,14 +77,15 @@ class _Reference:
 
     model: nn.Module
     data: Data | None
-    example: Tensor  # some samples
+    example: Tree  # inputs of some samples
+    metric: Metric
     quantized_inputs: bool
     unchecked: tuple[str, ...]
 
-    def batches(self, on_progress: OnProgress | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(self, on_progress: OnProgress | None) -> Iterator[Batch]:
         """Yield the held-out data, or else the example without targets."""
         if self.data is None:
-            yield self.example.to(next(self.model.parameters()).device), None
+            yield tree_to_device(self.example, next(self.model.parameters()).device), None
             return
         for done, batch in enumerate(self.data.val.epoch(0)):
             yield batch
@@ -173,6 +178,7 @@ def _verified(
         path=name,
         size=len(raw),
         float_bytes=run.report().totals.float_bytes,
+        metric=reference.metric,
         tensors=len(stored),
         values=sum(array.size for array in stored),
         optimized=optimized,
@@ -186,7 +192,10 @@ def _bench(raw: bytes, reference: _Reference) -> Bench:
     from ddqcli.onnx.bench import bench
 
     float_file = make_float_onnx(reference.model, reference.example)
-    return bench(float_file, raw, reference.example[:1].cpu().numpy())
+    sample = sliced(reference.example, slice(1))
+    arrays = [value.cpu().contiguous().numpy() for value in tensors(sample)]
+    feed = dict(zip(tensor_names(sample, "input"), arrays, strict=True))
+    return bench(float_file, raw, feed)
 
 
 def _reference(run: Run, frozen: FrozenModel) -> _Reference:
@@ -197,13 +206,14 @@ def _reference(run: Run, frozen: FrozenModel) -> _Reference:
     if probe := run.load(FINAL).get("probe"):
         example = probe["input"]
     elif data is not None:
-        example = next(iter(data.val.epoch(0)))[0][:8]
+        example = sliced(next(iter(data.val.epoch(0)))[0], slice(8))
     else:
         raise UsageError(f"ONNX export needs an example input, and the run holds none: {reason}")
     unchecked: tuple[str, ...] = ()
     if data is None:
-        unchecked = (f"compared on the {len(example)} samples that the run holds: {reason}",)
-    return _Reference(model, data, example, bool(tables), unchecked)
+        samples = shared_length(example)
+        unchecked = (f"compared on the {samples} samples that the run holds: {reason}",)
+    return _Reference(model, data, example, run.report().metric, bool(tables), unchecked)
 
 
 def _compare_both(
@@ -220,19 +230,21 @@ def _compare_both(
             reference.model,
             reference.batches(on_progress),
             reference.data.metric if reference.data else None,
+            scale=reference.metric.scale,
             optimized=optimized,
             max_samples=max_samples,
         )
         runtime = "onnxruntime" if optimized else "onnxruntime, without its optimizations,"
-        _require_same_answers(comparison, name, reference.quantized_inputs, runtime)
+        _require_same_answers(comparison, name, reference, runtime)
         comparisons.append(comparison)
     return comparisons
 
 
 def _require_same_answers(
-    comparison: Comparison, name: Path, quantized_inputs: bool, runtime: str
+    comparison: Comparison, name: Path, reference: _Reference, runtime: str
 ) -> None:
-    tolerance = QUANTIZED_OUTPUT_TOLERANCE if quantized_inputs else OUTPUT_TOLERANCE
+    quantized, metric = reference.quantized_inputs, reference.metric
+    tolerance = QUANTIZED_OUTPUT_TOLERANCE if quantized else OUTPUT_TOLERANCE
     if not comparison.outputs <= tolerance:
         raise VerificationError(
             f"{runtime} does not answer as torch does for {name}: outputs differ by "
@@ -241,7 +253,9 @@ def _require_same_answers(
     ours, theirs = comparison.torch_accuracy, comparison.accuracy
     if ours is None or theirs is None:
         return
-    if abs(theirs - ours) > ACCURACY_TOLERANCE + 100 * _SAMPLE_TOLERANCE / comparison.samples:
+    points = ACCURACY_TOLERANCE + 100 * _SAMPLE_TOLERANCE / comparison.samples
+    if abs(theirs - ours) > metric.tolerance(points, ours):
+        reached, expected = metric.text(theirs, " "), metric.text(ours, " ")
         raise VerificationError(
-            f"{runtime} reaches {theirs:.2f} % with {name}, but torch reaches {ours:.2f} %."
+            f"{runtime} reaches {reached} with {name}, but torch reaches {expected}."
         )

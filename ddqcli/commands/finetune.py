@@ -18,6 +18,7 @@ from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.data.load import Data, load_data
+from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
@@ -26,19 +27,27 @@ from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.encode_run import encode_run, file_meta
-from ddqcli.runs.report import Course, Report, RunFacts, Source, Stage
+from ddqcli.runs.evaluation import Course, Stage
+from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
 from ddqcli.training import distributed
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
 from ddqcli.training.device import place_model, resolve_device
 from ddqcli.training.diagnostics import find_warnings
-from ddqcli.training.distillation import check_distillable, distillation_weight, flips_at_random
+from ddqcli.training.distillation import (
+    check_distillable,
+    check_same_outputs,
+    distillation_weight,
+    flips_at_random,
+    matched,
+)
 from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
 from ddqcli.training.trainer import Trainer
+from ddqcli.training.unlabelled import is_labelled, with_float_targets
 from ddqcli.training.user_errors import explain_user_errors
 
 _Note = Callable[[str], None]
@@ -91,9 +100,11 @@ def finetune(
     if dry_run:
         return FinetuneResult(None, _dry_run_report(models, recipe))
     with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
-        data = _load_data(recipe, models.device, introduce)
+        data = _load_data(recipe, models, introduce)
+        listener.judged_by(data.judged_by)
         identity = RunIdentity(
             sha256=models.source.sha256,
+            teacher=models.teacher.sha256,
             recipe=run.recipe_text(),
             steps=total_steps(recipe, data),
             data=data.fingerprint(),
@@ -104,19 +115,22 @@ def finetune(
         )
         known_baseline = FloatBaseline.from_state(saved) if saved else start_baseline
         with explain_user_errors("The model cannot run on these data", UsageError, recipe):
-            baseline = known_baseline or _measure_baseline(models.teacher, data, recipe, listener)
-            introduce(f"float accuracy: {baseline.accuracy:.2f} %")
+            baseline = known_baseline or _measure_baseline(
+                models.float_model, data, recipe, listener
+            )
+            introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
             _apply_augmentation(data, baseline.augmentation, introduce)
-            _check_distillation(models.teacher, data, recipe, introduce)
+            _check_distillation(models, data, recipe, introduce)
             trainer = build_trainer(
                 models.quantized,
-                models.teacher,
+                models.float_model,
                 data,
                 models.budget,
                 recipe,
                 identity.steps,
                 saved,
                 listener.progress,
+                models.teacher.model,
             )
         if saved:
             listener.note(f"resumed {run.path} at step {trainer.step} of {trainer.steps}")
@@ -135,10 +149,20 @@ def finetune(
 
 
 @dataclass(frozen=True)
-class _Models:
-    """The float model, its quantized copy, and the budget of that copy."""
+class _Teacher:
+    """The network to distill from, in eval mode and without gradients."""
 
-    teacher: nn.Module  # the checkpoint's model in eval mode, without gradients
+    model: nn.Module
+    name: str
+    sha256: str | None  # of its checkpoint; None if it is the float model
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The float model, its teacher, its quantized copy, and the budget of that copy."""
+
+    float_model: nn.Module  # the checkpoint's network in eval mode, without gradients
+    teacher: _Teacher
     quantized: QuantizedModel
     budget: ResolvedBudget
     device: torch.device
@@ -162,7 +186,30 @@ def _load_and_convert(
         path=str(checkpoint_path), sha256=checkpoint.sha256, arch=built.arch, ddq=__version__
     )
     budget = make_budget(quantized, recipe, meta=_typical_meta(quantized, recipe, source))
-    return _Models(model.requires_grad_(False), quantized, budget, device, source)
+    model.requires_grad_(False)
+    teacher = _load_teacher(model, recipe, device, introduce)
+    return _Models(model, teacher, quantized, budget, device, source)
+
+
+def _load_teacher(
+    float_model: nn.Module, recipe: Recipe, device: torch.device, introduce: _Note
+) -> _Teacher:
+    """Return the recipe's teacher, by default the float model.
+
+    Raises UsageError for a teacher that the recipe does not use.
+    """
+    section = recipe.train.teacher
+    if section.checkpoint is None:
+        return _Teacher(float_model, "the float model", None)
+    if recipe.train.distill.weight == 0:
+        raise UsageError(
+            "train.teacher is given, and train.distill.weight=0 trains without it; give one."
+        )
+    checkpoint = load_checkpoint(Path(section.checkpoint), pickle=recipe.model.pickle)
+    built = build_model(checkpoint, section.arch, section.kwargs)
+    introduce(f"teacher: {built.note}; {checkpoint.note}")
+    model = place_model(built.model, device).eval().requires_grad_(False)
+    return _Teacher(model, section.checkpoint, checkpoint.sha256)
 
 
 def _typical_meta(quantized: QuantizedModel, recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -203,7 +250,7 @@ def _load_trained_weights(model: nn.Module, run: Run) -> None:
 def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
     """Return the report of the first bits, before any training."""
     gates = make_rule(
-        recipe.gates.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
+        recipe.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
     )
     gates.start()
     warnings = []
@@ -228,10 +275,15 @@ def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
 # ---- data and the float model's baseline
 
 
-def _load_data(recipe: Recipe, device: torch.device, introduce: _Note) -> Data:
-    data = load_data(recipe.data, seed=recipe.train.seed, device=device, shard=distributed.shard())
+def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
+    """Load the data; without labels, the float model's outputs are the targets."""
+    seed, shard = recipe.train.seed, distributed.shard()
+    data = load_data(recipe.data, seed=seed, device=models.device, shard=shard)
     introduce(f"data: {data.note}")
-    return data
+    if is_labelled(data):
+        return data
+    introduce("the data have no labels: the targets are the outputs of the float model")
+    return with_float_targets(data, models.float_model)
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
@@ -249,12 +301,12 @@ def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline |
 
 
 def _measure_baseline(
-    teacher: nn.Module, data: Data, recipe: Recipe, listener: Listener
+    float_model: nn.Module, data: Data, recipe: Recipe, listener: Listener
 ) -> FloatBaseline:
     """Evaluate the float model, and detect how its training images were augmented."""
-    accuracy = evaluate(teacher, data, on_progress=listener.progress)
+    accuracy = evaluate(float_model, data, on_progress=listener.progress)
     labels = distillation_weight(recipe.train.distill, data) < 1
-    detected = detect_augmentation(teacher, data, recipe.data, labels=labels)
+    detected = detect_augmentation(float_model, data, recipe.data, labels=labels)
     return FloatBaseline(accuracy, distributed.broadcast(detected))
 
 
@@ -271,18 +323,30 @@ def _apply_augmentation(data: Data, detected: DetectedAugmentation, introduce: _
         introduce(f"images are {flipped}: the model recognizes flipped images {well}")
 
 
-def _check_distillation(teacher: nn.Module, data: Data, recipe: Recipe, introduce: _Note) -> None:
-    """Raise DataError if the recipe distills from outputs that are not finite class scores."""
-    weight = distillation_weight(recipe.train.distill, data)
+def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: _Note) -> None:
+    """Raise DataError if the recipe distills from outputs that are not finite.
+
+    Raises UsageError if a teacher's outputs are not those of the model, or if it is not used.
+    """
+    weight, teacher = distillation_weight(recipe.train.distill, data), models.teacher
     if not weight:
+        if teacher.sha256 is not None:
+            raise UsageError(
+                "train.teacher is given, but these data bring their own loss; set "
+                "train.distill.weight to distill."
+            )
         return
-    check_distillable(probe(teacher, data))
+    inputs, targets = next(iter(data.val.epoch(0)))
+    with torch.no_grad():
+        output = call(models.float_model, copied(inputs))
+        check_distillable(output)
+        if teacher.sha256 is not None:
+            check_same_outputs(output, call(teacher.model, copied(inputs)), teacher.name)
     views = ", mean of each image and its flip" if flips_at_random(data) else ""
     temperature = recipe.train.distill.temperature
-    introduce(
-        f"loss: {100 * weight:g} % distillation from the float model{views}, "
-        f"temperature {temperature:g}"
-    )
+    has_scores = any(axis is not None for *_, axis in matched(output, output, targets))
+    softened = f", temperature {temperature:g}" if has_scores else ""
+    introduce(f"loss: {100 * weight:g} % distillation from {teacher.name}{views}{softened}")
 
 
 # ---- results
@@ -296,7 +360,10 @@ def _write_results(
     accuracy: float,
     listener: Listener,
 ) -> Report:
-    """Write final.pt and report.json; return the report. `accuracy` is the delivered model's."""
+    """Write final.pt and report.json; return the report.
+
+    `accuracy` is the delivered model's metric.
+    """
     run_course = course(trainer, baseline, accuracy)
     warnings = find_warnings(trainer, run.metrics(), run_course)
     for warning in warnings:
@@ -305,6 +372,7 @@ def _write_results(
     report = build_report(
         quantized,
         trainer.gates.budget,
+        metric=trainer.data.judged_by,
         accuracy=(baseline.accuracy, accuracy),
         course=run_course,
         source=models.source,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ddqcli.errors import UsageError
 from ddqcli.inspection.report import read_report
 from ddqcli.recipe.size import parse_size
+from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.report import Report
 
 
@@ -18,48 +20,69 @@ class Limits:
 
     max_size: str | None = None  # of all tensors: 150kB, 12%
     max_bits: float | None = None  # average stored bits a quantized weight
-    max_drop: float | None = None  # points of accuracy lost
-    min_accuracy: float | None = None  # percent, of the quantized model
+    max_drop: float | None = None  # by how much the metric became worse, in its unit
+    min_accuracy: float | None = None  # short for a least value of accuracy, in percent
+    least: tuple[tuple[str, float], ...] = ()  # (metric, value) of the quantized model
+    most: tuple[tuple[str, float], ...] = ()
 
     def unmet(self, report: Report) -> tuple[str, ...]:
         """Return one sentence for each limit exceeded. Raises UsageError for a malformed size."""
-        totals, accuracy = report.totals, report.accuracy
+        totals, metric = report.totals, report.metric
         max_bytes = None
         if self.max_size is not None:
             try:
                 max_bytes = parse_size(self.max_size, totals.float_bytes)
             except ValueError as error:
                 raise UsageError(f"--max-size: {error}.") from error
-        drop, quantized = (accuracy.drop, accuracy.quantized) if accuracy else (None, None)
-        sentences = (
+        drop = report.accuracy.drop if report.accuracy else None
+        points = "points" if metric.unit == "%" else metric.unit or metric.name
+        sentences = [
             _above("--max-size", totals.bytes, max_bytes, "bytes"),
             _above("--max-bits", totals.average_bits, self.max_bits, "bits a weight"),
-            _above("--max-drop", drop, self.max_drop, "points"),
-            _below("--min-accuracy", quantized, self.min_accuracy, "%"),
-        )
+            _above("--max-drop", drop, self.max_drop, points),
+        ]
+        if self.min_accuracy is not None:
+            sentences.append(
+                _of_metric("--min-accuracy", _below, report, Metric().name, self.min_accuracy)
+            )
+        sentences += [_of_metric("--min", _below, report, *limit) for limit in self.least]
+        sentences += [_of_metric("--max", _above, report, *limit) for limit in self.most]
         return tuple(sentence for sentence in sentences if sentence)
 
 
-def _above(flag: str, value: float | None, limit: float | None, unit: str) -> str | None:
-    if limit is None:
-        return None
-    if value is None:
+def _of_metric(
+    flag: str, compare: Callable[..., str | None], report: Report, name: str, limit: float
+) -> str | None:
+    """Hold the quantized model's metric against a limit of the metric `name`."""
+    metric = report.metric
+    flag = flag if flag == "--min-accuracy" else f"{flag} {name}"
+    if report.accuracy is None:
         return _unmeasured(flag)
-    excess = value - limit
-    if excess <= 0:  # never true for NaN
-        return None
-    return f"{flag} is unmet: {value:,} {unit} are {excess:,.6g} above the limit of {limit:,}."
+    if metric.name != name:
+        return f"{flag} is unmet: this run is judged by {metric.name}, not by {name}."
+    return compare(flag, report.accuracy.quantized, limit, metric.unit or metric.name)
+
+
+def _above(flag: str, value: float | None, limit: float | None, unit: str) -> str | None:
+    return _beyond(flag, value, limit, unit, "above")
 
 
 def _below(flag: str, value: float | None, limit: float | None, unit: str) -> str | None:
+    return _beyond(flag, value, limit, unit, "below")
+
+
+def _beyond(
+    flag: str, value: float | None, limit: float | None, unit: str, side: Literal["above", "below"]
+) -> str | None:
+    """Say by how much a value lies on the wrong side of a limit; None if it does not."""
     if limit is None:
         return None
     if value is None:
         return _unmeasured(flag)
-    shortfall = limit - value
-    if shortfall <= 0:
+    excess = value - limit if side == "above" else limit - value
+    if excess <= 0:  # never true for NaN
         return None
-    return f"{flag} is unmet: {value:,} {unit} are {shortfall:,.6g} below the limit of {limit:,}."
+    return f"{flag} is unmet: {value:,} {unit} are {excess:,.6g} {side} the limit of {limit:,}."
 
 
 def _unmeasured(flag: str) -> str:

@@ -170,13 +170,15 @@ def _folder_name(recipe: Recipe) -> str:
 
 
 def _write_picture(table: SweepTable, folder: Path) -> None:
-    """Draw size against accuracy of all targets, and of the float model."""
-    points = [(row.bytes, _share(row.accuracy), row.target) for row in table.targets]
-    float_model = (table.float.bytes, _share(table.float.accuracy))
+    """Draw size against the metric of all targets, and of the float model."""
+    points = [(row.bytes, _value(row.accuracy), row.target) for row in table.targets]
+    float_model = (table.float.bytes, _value(table.float.accuracy))
     with output_folder(folder):
-        figure = plots.size_against_accuracy_figure({"quantized": points}, float_model)
+        figure = plots.size_against_accuracy_figure(
+            {"quantized": points}, float_model, table.metric.label
+        )
         plots.save(figure, folder / PICTURE)
 
 
-def _share(accuracy: float | None) -> float:
-    return float("nan") if accuracy is None else accuracy / 100  # a finished run measured it
+def _value(accuracy: float | None) -> float:
+    return float("nan") if accuracy is None else accuracy  # a finished run measured it

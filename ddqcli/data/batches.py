@@ -1,11 +1,11 @@
 """The contract of batches, their order, and the operations on one batch.
 
-Batches are two tensors, an input and a target. Other files leave that to the functions here.
+A batch is the inputs of some samples and their targets, each a tree of tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ddqcli.data.seeding import generator
+from ddqcli.data.trees import Tree, map_tensors, shared_length, sliced, tensors
 from ddqcli.errors import DataError
 
-Batch = tuple[Tensor, Tensor]  # input [B, ...] and target [B, ...]
+Batch = tuple[Tree, Tree]  # inputs and targets [B, ...]; targets are None in data without labels
 Prepare = Callable[[Tensor, int, int], Tensor]  # (input, epoch, batch number) -> input on device
 
 
@@ -49,9 +50,19 @@ class Shard:
     rank: int = 0
     count: int = 1
 
-    def of(self, batch: Tensor) -> Tensor:
-        """Return samples `rank`, `rank` + `count`, ... of a batch [B, ...]."""
-        return batch[self.rank :: self.count] if self.count > 1 else batch
+    def of(self, batch: Tree) -> Tree:
+        """Return samples `rank`, `rank` + `count`, ... of a tree of tensors [B, ...].
+
+        Raises DataError if the tensors differ in B, so that no process can have a part of them.
+        """
+        if self.count == 1:
+            return batch
+        if shared_length(batch) is None:
+            raise DataError(
+                "The tensors of a batch differ in their first dimension, so several processes "
+                "cannot share it; train with one."
+            )
+        return sliced(batch, slice(self.rank, None, self.count))
 
 
 WHOLE = Shard()
@@ -89,33 +100,37 @@ class BatchOrder:
 
 
 def as_batch(value: Any) -> Batch:
-    """Return what a loader gave as a batch. Raises DataError if it is not two tensors."""
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        inputs, targets = value
-        if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
-            return inputs, targets
-    parts = value if isinstance(value, (tuple, list)) else ()
-    names = ", ".join(type(part).__name__ for part in parts)
-    raise DataError(
-        f"A batch of the data is a {type(value).__name__} ({names}); give two tensors, "
-        "(input, target)."
-    )
+    """Return what a loader gave as a batch: a pair (inputs, targets), or inputs alone.
+
+    Raises DataError if it is neither.
+    """
+    is_sequence = isinstance(value, (tuple, list))
+    if is_sequence and len(value) in (1, 2):
+        inputs, targets = (*value, None)[:2]
+    else:
+        inputs, targets = (None if is_sequence else value), None
+    if not tensors(inputs):
+        parts = value if is_sequence else value.values() if isinstance(value, Mapping) else ()
+        names = ", ".join(type(part).__name__ for part in parts)
+        raise DataError(
+            f"A batch of the data is a {type(value).__name__} ({names}); give (inputs, targets), "
+            "or inputs alone, which are tensors or tuples, lists or mappings of tensors."
+        )
+    return inputs, targets
 
 
 def batch_size(batch: Batch) -> int:
-    """Return the number of samples in a batch."""
-    return len(batch[1])
+    """Return the number of samples in a batch.
+
+    A batch whose tensors differ in their first dimension cannot be divided: it counts as one.
+    """
+    length = shared_length(batch)
+    return 1 if length is None else length
 
 
-def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """Apply a function to each tensor of a batch."""
-    inputs, targets = batch
-    return function(inputs), function(targets)
-
-
-def take_samples(batch: Batch, indices: Tensor) -> Batch:
-    """Return the samples at `indices` as a batch."""
-    return map_batch(lambda tensor: tensor[indices], batch)
+def take_samples(batch: Batch, indices: Tensor | slice) -> Batch:
+    """Return the samples at `indices` as a batch; a batch that cannot be divided stays whole."""
+    return batch if shared_length(batch) is None else sliced(batch, indices)
 
 
 def prepare_batch(
@@ -123,8 +138,8 @@ def prepare_batch(
 ) -> Batch:
     """Return a batch on the device, its input through `prepare` if given."""
     inputs, targets = batch
-    inputs = prepare(inputs, epoch, number) if prepare else to_device(inputs, device)
-    return inputs, to_device(targets, device)
+    inputs = prepare(inputs, epoch, number) if prepare else tree_to_device(inputs, device)
+    return inputs, tree_to_device(targets, device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -132,3 +147,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+
+def tree_to_device(tree: Tree, device: torch.device) -> Tree:
+    """Return a tree of tensors on `device`."""
+    return map_tensors(lambda tensor: to_device(tensor, device), tree)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ddqcli.errors import DataError
 
-Score = Callable[[Any, Tensor], Tensor]  # (output, target) -> loss or metric
+Score = Callable[[Any, Any], Tensor]  # (output, target) -> loss or metric
 
 
 def classification(count: int | None, *, exact: bool) -> tuple[Score, Score]:
@@ -20,7 +20,7 @@ def classification(count: int | None, *, exact: bool) -> tuple[Score, Score]:
     Both functions raise DataError if output [B, K] and target [B] do not fit together.
     """
 
-    def loss(output: Any, target: Tensor) -> Tensor:
+    def loss(output: Any, target: Any) -> Tensor:
         scores = _check(output, target, count, exact)
         try:
             return F.cross_entropy(scores.float(), target.long())
@@ -29,14 +29,15 @@ def classification(count: int | None, *, exact: bool) -> tuple[Score, Score]:
                 f"A label lies beyond the model's {scores.shape[1]} scores: {error}"
             ) from error
 
-    def metric(output: Any, target: Tensor) -> Tensor:
+    def metric(output: Any, target: Any) -> Tensor:
         scores = _check(output, target, count, exact)
-        return (scores.argmax(1) == target).float()
+        hits: Tensor = scores.argmax(1) == target
+        return hits.float()
 
     return loss, metric
 
 
-def _check(output: Any, target: Tensor, count: int | None, exact: bool) -> Tensor:
+def _check(output: Any, target: Any, count: int | None, exact: bool) -> Tensor:
     """Return the output if it is class scores [B, K] that fit the labels [B]."""
     if not isinstance(output, Tensor) or output.dim() != 2:
         is_tensor = isinstance(output, Tensor)
@@ -45,10 +46,11 @@ def _check(output: Any, target: Tensor, count: int | None, exact: bool) -> Tenso
             f"The model's output is {kind}, not scores [B,K]; give a data factory with its own "
             "loss."
         )
-    if target.dim() != 1 or target.is_floating_point():
+    if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+        is_tensor = isinstance(target, Tensor)
+        kind = f"{target.dtype} {list(target.shape)}" if is_tensor else f"a {type(target).__name__}"
         raise DataError(
-            f"Targets are {target.dtype} {list(target.shape)}, not whole numbers [B]; give a data "
-            "factory with loss and metric."
+            f"Targets are {kind}, not whole numbers [B]; give a data factory with loss and metric."
         )
     scores = output.shape[1]
     if count is not None and (scores < count or (exact and scores != count)):

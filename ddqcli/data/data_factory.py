@@ -29,7 +29,7 @@ class FactoryData:
     train: Any  # a data set, or re-iterable batches
     val: Any
     loss: Score | None  # (output, target) -> mean loss
-    metric: Score | None  # (output, target) -> one score [B] for each sample
+    metric: Any  # (output, target) -> one score [B] for each sample; or a mapping with its name
 
 
 def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:
@@ -54,11 +54,10 @@ def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:
         raise DataError(
             f"The data factory {spec} returned {kind}; {' and '.join(missing)} missing."
         )
-    for key in ("loss", "metric"):
-        if parts[key] is not None and not callable(parts[key]):
-            raise DataError(
-                f"The data factory {spec} returned a {key} that is no function of (output, target)."
-            )
+    if parts["loss"] is not None and not callable(parts["loss"]):
+        raise DataError(
+            f"The data factory {spec} returned a loss that is no function of (output, target)."
+        )
     return FactoryData(**parts)
 
 
@@ -103,7 +102,7 @@ class FactoryBatches:
         """Return batches of the samples at `indices` of a map-style data set."""
         batch_size = self.section.batch_size
         order = BatchOrder(len(indices), batch_size, order_seed, self.shard, indices)
-        if isinstance(split, TensorDataset) and len(split.tensors) == 2:
+        if isinstance(split, TensorDataset):
             return MemoryBatches(as_batch(split.tensors), order, self.device)
         workers = self.section.workers
         return LoadedBatches(split, order, self.device, seed=self.seed, workers=workers)
@@ -127,20 +126,3 @@ def _length(split: Any, name: str) -> int:
     if len(split) == 0:
         raise DataError(f"{name} holds no samples.")
     return len(split)
-
-
-def check_scores(metric: Score, spec: str) -> Score:
-    """Wrap a factory's metric: raise DataError if it does not return one score for each sample."""
-
-    def checked(output: Any, target: Tensor) -> Tensor:
-        scores = metric(output, target)
-        if not isinstance(scores, Tensor) or scores.shape != target.shape[:1]:
-            is_tensor = isinstance(scores, Tensor)
-            kind = f"shape {list(scores.shape)}" if is_tensor else f"a {type(scores).__name__}"
-            raise DataError(
-                f"The metric of {spec} returned {kind}; {len(target)} scores are needed, one a "
-                "sample."
-            )
-        return scores
-
-    return checked

@@ -8,29 +8,31 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ddqcli.data.trees import Tree, tensors
+
 _SAMPLES = 16  # that stand for all samples
 
 
-def sha256_of_tensors(tensors: Iterable[Tensor]) -> str:
+def sha256_of_tensors(values: Iterable[Tensor]) -> str:
     """Return the SHA-256 of the tensors' shapes and values."""
     digest = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in values:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{tuple(tensor.shape)}".encode())
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Return a hash of all integers in `tensors` [N, ...], and of a few samples of floats.
+def fingerprint(tree: Tree) -> str:
+    """Return a hash of all integers in a tree of tensors [N, ...], and of a few samples of floats.
 
     Floats are rounded to about a percent: the last bits of computed data may depend on the number
     of threads.
     """
-    return sha256_of_tensors(map(_coarse, tensors))
+    return sha256_of_tensors(map(_coarse, tensors(tree)))
 
 
-def repeatable_fingerprint(batches: Iterable[Iterable[Tensor]]) -> str:
+def repeatable_fingerprint(batches: Iterable[Tree]) -> str:
     """Return the fingerprint of one batch that is read twice; "" if the two readings differ."""
     first, second = map(fingerprint, batches)
     return first if first == second else ""
@@ -44,9 +46,10 @@ def spread_indices(samples: int) -> list[int]:
 
 def _coarse(values: Tensor) -> Tensor:
     """Return integers as they are; of floats, the rounded mean and deviation of a few samples."""
-    if not values.is_floating_point():
+    if not values.is_floating_point() or not values.numel():
         return values
-    flat = values[spread_indices(len(values))].detach().double().flatten(1)
+    rows = values.reshape(len(values) if values.ndim else 1, -1)
+    flat = rows[spread_indices(len(rows))].detach().double()
     mean, deviation = flat.mean(1), flat.std(1, correction=0)
     scale = torch.maximum(mean.abs(), deviation).clamp_min(1e-30)
     percent = torch.stack([100 * mean / scale, 100 * deviation / scale, 100 * scale.log()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,19 +12,21 @@ from torch.utils.data import TensorDataset
 from ddqcli.data.augment import Preprocess
 from ddqcli.data.batches import WHOLE, Batch, Batches, BatchOrder, Shard, as_batch
 from ddqcli.data.classification import Score, classification
-from ddqcli.data.data_factory import FactoryBatches, call_factory, check_scores
+from ddqcli.data.data_factory import FactoryBatches, call_factory
 from ddqcli.data.held_out import split_held_out
 from ddqcli.data.image_folder import open_folder
 from ddqcli.data.image_format import choose_format
 from ddqcli.data.images import ImageFormat, ImageReader
 from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.memory_batches import MemoryBatches
+from ddqcli.data.metric import own_metric
 from ddqcli.data.npz import open_npz
 from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.data.source import Source
 from ddqcli.data.torchvision_sets import is_torchvision, open_torchvision
 from ddqcli.errors import DataError, UsageError
 from ddqcli.recipe.schema import DataSection
+from ddqcli.runs.evaluation import Metric
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images up to which a split is kept in memory
 _SMALL_VAL_BATCH = 500  # samples; small images fit in larger batches for evaluation
@@ -44,11 +46,14 @@ class Data:
     held_out: Batches
     val: Batches  # in order, complete, not augmented
     loss: Score  # (output, target) -> mean loss
-    metric: Score  # (output, target) -> scores [B] in 0..1; top-1 hits by default
+    metric: Score  # (output, target) -> scores [B]; top-1 hits by default
     classes: tuple[str, ...] | None  # names, if known
     note: str  # one line: the data found, and the preprocessing in force
     augment: Preprocess | None = None  # of `train`; None if samples come ready for the model
     own_loss: bool = False  # True if `loss` is the user's
+    own_metric: bool = False  # True if `metric` is
+    judged_by: Metric = field(default_factory=Metric)  # name, unit and direction of `metric`
+    labelled: bool = True  # False if the float model's outputs stand for targets
 
     def fingerprint(self) -> str:
         """Return a text that differs for other data, to check that a run resumes with its own.
@@ -206,16 +211,21 @@ def _factory_data(section: DataSection, seed: int, device: torch.device, shard: 
     batches = FactoryBatches(spec, section, seed, device, shard)
     splits = _Splits(*batches.train(data.train), batches.val(data.val))
     loss, metric = classification(None, exact=False)
+    judged_by = Metric()
+    if data.metric is not None:
+        metric, judged_by = own_metric(data.metric, spec)
     own = [name for name in ("loss", "metric") if getattr(data, name) is not None]
     note = f"{_counts(splits)} samples from {spec}, prepared by it"
     note += f"; its own {' and '.join(own)}" if own else ""
     return Data(
         *splits,
         loss=data.loss or loss,
-        metric=check_scores(data.metric, spec) if data.metric else metric,
+        metric=metric,
         classes=None,
         note=note,
         own_loss=data.loss is not None,
+        own_metric=data.metric is not None,
+        judged_by=judged_by,
     )
 
 

@@ -15,13 +15,13 @@ from ddqcli.data.batches import (
     Shard,
     as_batch,
     batch_size,
-    map_batch,
     take_samples,
-    to_device,
+    tree_to_device,
 )
 from ddqcli.data.fingerprint import repeatable_fingerprint
 from ddqcli.data.held_out import held_out_size
 from ddqcli.data.seeding import seeded
+from ddqcli.data.trees import copied, shared_length
 from ddqcli.errors import DataError
 
 _HELD_OUT_EPOCH = 2**31 - 1  # that no training reaches
@@ -44,13 +44,9 @@ class ReadyBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield batches `start`, `start` + 1, ... of an epoch, on the device."""
-
-        def place(tensor: torch.Tensor) -> torch.Tensor:
-            return to_device(self.shard.of(tensor), self.device)
-
         for number, batch in enumerate(self._fetch(epoch)):
             if number >= start:
-                yield map_batch(place, batch)
+                yield tree_to_device(self.shard.of(batch), self.device)
 
     def held_out(self) -> ReadyBatches:
         """Return the first min(512, n / 8) of n samples of a pass of its own, kept in memory.
@@ -59,11 +55,13 @@ class ReadyBatches:
         batches that come ready-made.
         """
         missing = held_out_size(self.samples) or self.samples
+        usual_size = round(self.samples / len(self))
         batches: list[Batch] = []
         for batch in self._fetch(_HELD_OUT_EPOCH):
-            count = min(missing, batch_size(batch))
+            size = usual_size if shared_length(batch) is None else batch_size(batch)
+            count = min(missing, size)
             # A copy: a loader may fill the same memory again.
-            batches.append(take_samples(batch, torch.arange(count)))
+            batches.append(copied(take_samples(batch, slice(count))))
             missing -= count
             if missing == 0:
                 break
@@ -108,4 +106,4 @@ class _Stored:
     batches: list[Batch]
 
     def __iter__(self) -> Iterator[Batch]:
-        return (map_batch(torch.clone, batch) for batch in self.batches)
+        return (copied(batch) for batch in self.batches)

@@ -22,7 +22,10 @@ def write_report_page(source: Path, report: Report, path: Path) -> Path:
     page = path if path.suffix in {".html", ".htm"} and not path.is_dir() else path / PAGE
     weights = [row for row in report.layers if row.kind != "bias"]
     if source.is_dir():
-        groups = [draw_bits(weights), *draw_run(Run.open(source), weights, report.course)]
+        groups = [
+            draw_bits(weights),
+            *draw_run(Run.open(source), weights, report.course, report.metric),
+        ]
     else:
         groups = [draw_bits(weights, "name")]
     sections = [_result(source, report), *map(_figures, groups), _layers(report)]
@@ -36,7 +39,7 @@ def _figures(group: FigureGroup) -> html.Section:
 
 
 def _result(source: Path, report: Report) -> html.Section:
-    totals, accuracy, course = report.totals, report.accuracy, report.course
+    totals, accuracy, course, metric = report.totals, report.accuracy, report.course, report.metric
     rows = [
         ["bytes", f"{totals.float_bytes:,}", f"{totals.bytes:,}"],
         ["not quantized", "", f"{totals.kept_bytes:,}"],
@@ -44,7 +47,8 @@ def _result(source: Path, report: Report) -> html.Section:
         ["stored bits a weight", "", f"{totals.average_bits:.3f}"],
     ]
     if accuracy:
-        rows.append(["accuracy", f"{accuracy.float:.2f} %", f"{accuracy.quantized:.2f} %"])
+        values = (metric.text(v, " ") for v in (accuracy.float, accuracy.quantized))
+        rows.append([metric.name, *values])
     text = [
         f"{source}: {report.source.path} ({report.source.arch}), {report.run.steps:,} steps, "
         f"seed {report.run.seed}, {totals.float_bytes / max(1, totals.bytes):.1f} times smaller."
@@ -55,8 +59,8 @@ def _result(source: Path, report: Report) -> html.Section:
         bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
         text.append(f"Inputs of {len(report.activations)} layers are quantized to {bits} bits.")
     if course:
-        stages = " → ".join(f"{stage.name} {stage.accuracy:.2f} %" for stage in course.stages)
-        text += [f"Accuracy: {stages}.", f"Delivered: {course.outcome(report.run.steps)}."]
+        text.append(f"{metric.title}: {course.path(metric, '→', ' ')}.")
+        text.append(f"Delivered: {course.outcome(report.run.steps, metric)}.")
     text += [f"Warning: {warning}." for warning in report.warnings]
     return html.Section("Result", text, html.Table(["", "float", "delivered"], rows))
 

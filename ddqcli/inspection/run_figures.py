@@ -1,4 +1,4 @@
-"""Figures of a run: bits by layer, and bits, loss, error and levels over time; without torch."""
+"""Figures of a run: bits by layer, and bits, DBPs, loss, error and levels over time; no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ddqcli import plots
 from ddqcli.errors import DDQError
 from ddqcli.inspection.histograms import SHOWN_BINS, histogram_of, shown_counts
 from ddqcli.inspection.trained_rows import run_tensors, short_kind
-from ddqcli.runs.report import Course, TensorRow
+from ddqcli.runs.evaluation import Course, Metric
+from ddqcli.runs.report import TensorRow
 from ddqcli.runs.run import METRICS, Run
 
 MAX_POINTS = 400  # along the step axis
@@ -41,9 +42,9 @@ def draw_bits(rows: Sequence[TensorRow], order: str = "network") -> FigureGroup:
 
 
 def draw_run(
-    run: Run, rows: Sequence[TensorRow], course: Course | None = None
+    run: Run, rows: Sequence[TensorRow], course: Course | None = None, metric: Metric | None = None
 ) -> list[FigureGroup]:
-    """Draw the metrics of a run over its steps, for the weights `rows` and `course` of its report.
+    """Draw a run over its steps, for the weights `rows`, `course` and `metric` of its report.
 
     A run without steps has no figures. Raises DDQError for a damaged run.
     """
@@ -52,7 +53,8 @@ def draw_run(
         groups = []
         if metrics:
             groups += [_draw_bits_over_time(run, metrics, [row.name for row in rows])]
-            groups += [_draw_loss(metrics, run.looks(), course)]
+            groups += _draw_probabilities(metrics, [row.name for row in rows])
+            groups += [_draw_loss(metrics, run.looks(), course, metric or Metric())]
         return groups + (_draw_snapshots(run, snapshots, rows) if snapshots else [])
     except (LookupError, TypeError, ValueError) as error:
         raise DDQError(
@@ -65,8 +67,7 @@ def _draw_bits_over_time(
 ) -> FigureGroup:
     budget = run.recipe().budget
     target = budget.target_bits if budget.count == "bytes" else None  # the unit of the figure
-    places = np.unique(np.linspace(0, len(metrics) - 1, MAX_POINTS).round().astype(int))
-    shown = [metrics[k] for k in places]
+    shown = _evenly(metrics)
     bits = np.array([[entry["bits"][name] for name in names] for entry in shown], float)
     figure = plots.bits_over_time_figure(
         [entry["step"] for entry in shown],
@@ -82,16 +83,42 @@ def _draw_bits_over_time(
     return FigureGroup("Bits over time", text, {"bits-over-time": figure})
 
 
+def _draw_probabilities(
+    metrics: Sequence[dict[str, Any]], names: Sequence[str]
+) -> list[FigureGroup]:
+    """Draw the DBPs of a run of SDQ, up to the freeze; other runs have none."""
+    sampled = [entry for entry in metrics if entry.get("probabilities")]
+    if not sampled:
+        return []
+    shown = _evenly(sampled)
+    names = [name for name in names if any(name in e["probabilities"] for e in shown)]
+    figure = plots.probabilities_over_time_figure(
+        [entry["step"] for entry in shown],
+        names,
+        [[entry["probabilities"].get(name, np.nan) for name in names] for entry in shown],
+        [[entry["bits"][name] for name in names] for entry in shown],
+    )
+    text = (
+        "Probability with which each weight had the larger of two neighboring bit-widths. Numbers: "
+        "the more probable one, where it changes. A step from dark to bright is a commitment: the "
+        "smaller bit-width became the larger one of the next pair."
+    )
+    return [FigureGroup("DBPs over time", text, {"dbps-over-time": figure})]
+
+
 def _draw_loss(
-    metrics: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]], course: Course | None
+    metrics: Sequence[dict[str, Any]],
+    looks: Sequence[dict[str, Any]],
+    course: Course | None,
+    metric: Metric,
 ) -> FigureGroup:
-    """Draw loss and accuracy over time, on training batches and on held-out training samples."""
+    """Draw loss and metric over time, on training batches and on held-out training samples."""
     steps, loss, accuracy = (
         _thinned([entry[key] for entry in metrics]) for key in ("step", "loss", "train_accuracy")
     )
     held_out = [(e["step"], e["held_out_loss"], e["held_out_accuracy"]) for e in looks]
     figure = plots.loss_over_time_figure(
-        steps, loss, accuracy, held_out, course.best_step if course else None
+        steps, loss, accuracy, held_out, course.best_step if course else None, metric.label
     )
     text = "Held-out samples are training samples that no step has used." if looks else ""
     return FigureGroup("Loss", text, {"loss": figure})
@@ -131,6 +158,12 @@ def _level_figures(
             levels = [entry["levels"][name] for entry in entries]
             figures[name] = plots.levels_over_time_figure(name, steps, levels, edges, counts)
     return {f"levels-over-time-{k + 1}": figures[name] for k, name in enumerate(names)}
+
+
+def _evenly(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return at most MAX_POINTS of the entries, evenly spread."""
+    places = np.unique(np.linspace(0, len(entries) - 1, MAX_POINTS).round().astype(int))
+    return [entries[k] for k in places]
 
 
 def _thinned(values: Sequence[float]) -> list[float]:

@@ -48,9 +48,13 @@ def write_trained_page(
 
 def _figure_groups(result: TrainedResult) -> list[FigureGroup]:
     names = {row.name for row in result.layers}
-    rows = [row for row in result.report.layers if row.name in names]
+    report = result.report
+    rows = [row for row in report.layers if row.name in names]
     if result.what == "run":
-        return [draw_bits(rows), *draw_run(Run.open(result.path), rows, result.report.course)]
+        return [
+            draw_bits(rows),
+            *draw_run(Run.open(result.path), rows, report.course, report.metric),
+        ]
     return [draw_bits(rows, "name")]
 
 
@@ -77,13 +81,15 @@ def _layer(row: TrainedRow) -> plots.Layer:
 
 
 def _size_section(result: TrainedResult) -> html.Section:
-    totals, accuracy = result.report.totals, result.report.accuracy
+    report = result.report
+    totals, accuracy, metric = report.totals, report.accuracy, report.metric
     text = (
         f"{size(totals.float_bytes)} became {size(totals.bytes)}, "
         f"{totals.average_bits:.3f} bits a weight."
     )
     if accuracy:
-        text += f" Accuracy: {accuracy.float:.2f} % float, {accuracy.quantized:.2f} % quantized."
+        before, after = (metric.text(v, " ") for v in (accuracy.float, accuracy.quantized))
+        text += f" {metric.title}: {before} float, {after} quantized."
     return html.Section("Size", [f"{result.path}: {result.note}.", text])
 
 

@@ -83,6 +83,7 @@ class TrainedResult:
             "histogram_of": self.histogram_of,
             "layers": [asdict(row) for row in self.layers],
             "totals": report["totals"],
+            "metric": report["metric"],
             "accuracy": report["accuracy"],
             "pictures": [str(picture) for picture in self.pictures],
         }

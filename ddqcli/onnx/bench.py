@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from ddqcli.onnx.runtime import session
 if TYPE_CHECKING:
     import onnxruntime
 
+Sample = Mapping[str, NDArray[Any]]  # inputs by name, each [1, ...]
 RUNS = 30  # timed, after a few to warm up
 _WARM_UP = 3
 _END = "#"  # ends the layer in the name of a node
@@ -48,8 +48,8 @@ class Bench:
     layers: tuple[LayerTime, ...]  # those slower than in float, the slowest first
 
 
-def bench(float_file: bytes, quantized_file: bytes, sample: NDArray[Any]) -> Bench:
-    """Time both files on one sample [1, ...], with torch's number of threads."""
+def bench(float_file: bytes, quantized_file: bytes, sample: Sample) -> Bench:
+    """Time both files on one sample, with torch's number of threads."""
     files = float_file, quantized_file
     sessions = [session(raw, optimized=True) for raw in files]
     pairs = []
@@ -75,7 +75,7 @@ def bench(float_file: bytes, quantized_file: bytes, sample: NDArray[Any]) -> Ben
     )
 
 
-def layer_times(raw: bytes, sample: NDArray[Any]) -> dict[str, float]:
+def layer_times(raw: bytes, sample: Sample) -> dict[str, float]:
     """Return milliseconds by layer, each kernel at its best; under "" what belongs to none.
 
     Nodes without weights count toward the layer that uses their results. Kernels that onnxruntime
@@ -143,8 +143,8 @@ def _layers(graph: onnx.GraphProto) -> Mapping[str, str]:
     return layers
 
 
-def _milliseconds(runtime: onnxruntime.InferenceSession, sample: NDArray[Any]) -> float:
-    feed = {runtime.get_inputs()[0].name: np.ascontiguousarray(sample)}
+def _milliseconds(runtime: onnxruntime.InferenceSession, sample: Sample) -> float:
+    feed = {value.name: sample[value.name] for value in runtime.get_inputs()}
     start = time.perf_counter()
     runtime.run(None, feed)
     return 1e3 * (time.perf_counter() - start)

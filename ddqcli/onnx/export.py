@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.data.trees import Tree, arguments, map_tensors, sliced, tensor_names
 from ddqcli.errors import UsageError
 from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
@@ -52,7 +53,7 @@ class OnnxModel:
 def make_onnx(
     model: nn.Module,
     weights: Mapping[str, QuantizedTensor],
-    example: Tensor,
+    example: Tree,
     about: Mapping[str, str],
 ) -> OnnxModel:
     """Return a model as an ONNX file with an open batch size.
@@ -60,7 +61,7 @@ def make_onnx(
     Args:
         model: the network as `ddqcli.load` returns it.
         weights: its quantized tensors under all of their names.
-        example: some input samples.
+        example: inputs of some samples, a tree of tensors [B, ...].
         about: metadata of the file.
 
     Raises UsageError, which names the layer, for what ONNX cannot express.
@@ -85,7 +86,7 @@ def make_onnx(
     return OnnxModel(raw, proto, unpacked)
 
 
-def make_float_onnx(model: nn.Module, example: Tensor) -> bytes:
+def make_float_onnx(model: nn.Module, example: Tree) -> bytes:
     """Return the model without the quantizers of its inputs, in float, to compare times."""
     from ddqcli.onnx.integer_graph import rewrite
 
@@ -163,19 +164,22 @@ def _node(
     return output
 
 
-def _export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
     """Export with float weights by torch's exporter. Raises UsageError if it fails."""
     with _silenced(), torch.no_grad(), _active_layers(model) as active:
         try:
-            batch = torch.export.Dim("batch")
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+            positional, named = arguments(example)
+            batch = {0: torch.export.Dim("batch")}
+            shapes = map_tensors(lambda x: batch if x.ndim else None, named or positional)
+            program = torch.export.export(model, positional, named, dynamic_shapes=shapes)
+            outputs = model(*positional, **named)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 optimize=False,
                 opset_version=OPSET,
-                input_names=["input"],
-                output_names=["output"],
+                input_names=tensor_names(example, "input"),
+                output_names=tensor_names(outputs, "output"),
                 verbose=False,
             )
             assert exported is not None  # with dynamo=True
@@ -188,9 +192,9 @@ def _export_float(model: nn.Module, example: Tensor) -> onnx.ModelProto:
             ) from error
 
 
-def _two_samples(example: Tensor) -> Tensor:
+def _two_samples(example: Tree) -> Tree:
     """Return a batch of two: from one, the exporter would conclude that there is always one."""
-    return example.cpu().contiguous()[[0, -1]]
+    return map_tensors(lambda x: x.cpu().contiguous(), sliced(example, [0, -1]))
 
 
 @contextmanager

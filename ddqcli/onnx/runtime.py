@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ddqcli.data.batches import Batch, batch_size
 from ddqcli.data.classification import Score
+from ddqcli.data.distance import sample_differences
+from ddqcli.data.trees import call, tensor_names, tensors, with_tensors
 from ddqcli.errors import VerificationError
-from ddqcli.training.evaluate import output_of, sample_differences
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,7 +27,7 @@ class Comparison:
 
     samples: int
     outputs: float  # median of `sample_differences`: a typical sample's, as a share of the outputs
-    accuracy: float | None = None  # percent; None without targets
+    accuracy: float | None = None  # metric in its unit; None without targets
     torch_accuracy: float | None = None
 
 
@@ -77,30 +79,38 @@ def _saturates_sums() -> bool:
 def compare(
     path: Path,
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
+    batches: Iterable[Batch],
     metric: Score | None,
     *,
+    scale: float = 100.0,
     optimized: bool,
     max_samples: int | None = None,
 ) -> Comparison:
-    """Run the file and the model on `batches` (inputs, targets), up to about `max_samples`."""
+    """Run the file and the model on `batches` (inputs, targets), up to about `max_samples`.
+
+    `scale` is the factor from scores of `metric` to values in its unit.
+    """
     runtime = session(path, optimized=optimized)
-    (input_name,) = [value.name for value in runtime.get_inputs()]
+    wanted = {value.name for value in runtime.get_inputs()}
     differences: list[Tensor] = []
     scores = torch.zeros(2, dtype=torch.float64)  # of onnxruntime and of torch
-    samples = 0
+    samples = count = 0
     for x, y in batches:
-        theirs = torch.from_numpy(runtime.run(None, {input_name: x.contiguous().cpu().numpy()})[0])
-        ours = output_of(model(x)).cpu()
-        differences.append(sample_differences(theirs, ours))
-        samples += len(x)
+        arrays = [value.contiguous().cpu().numpy() for value in tensors(x)]
+        feed = dict(zip(tensor_names(x, "input"), arrays, strict=True))
+        results = runtime.run(None, {name: feed[name] for name in wanted})
+        ours = call(model, x)
+        theirs = with_tensors(ours, [torch.from_numpy(result) for result in results])
+        differences.append(sample_differences(theirs, ours).cpu())
+        samples += batch_size((x, y))
         if metric is not None and y is not None:
-            for k, outputs in enumerate((theirs, ours)):
-                scores[k] += metric(outputs.to(y.device), y).double().sum().cpu()
+            values = [metric(outputs, y).double().cpu() for outputs in (theirs, ours)]
+            scores += torch.stack([value.sum() for value in values])
+            count += len(values[0])
         if max_samples is not None and samples >= max_samples:
             break
     outputs = float(torch.cat(differences).median())
-    if metric is None:
+    if metric is None or not count:
         return Comparison(samples, outputs)
-    accuracy, torch_accuracy = (100 * score / samples for score in scores.tolist())
+    accuracy, torch_accuracy = (scale * score / count for score in scores.tolist())
     return Comparison(samples, outputs, accuracy, torch_accuracy)

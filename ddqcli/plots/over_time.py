@@ -107,11 +107,12 @@ def loss_over_time_figure(
     accuracy: Sequence[float],
     looks: Sequence[tuple[float, float, float]] = (),
     delivered_step: float | None = None,
+    metric: str = "accuracy, %",
 ) -> Figure:
-    """Draw the loss above the accuracy in percent, by step.
+    """Draw the loss above the accuracy, or another metric, by step.
 
     Lines are of training batches. Points are of `looks` at held-out samples: step, loss, accuracy.
-    A vertical line marks `delivered_step`.
+    A vertical line marks `delivered_step`. `metric` is the name and unit of accuracies.
     """
     with settings():
         figure = new_figure(6.4, 3.9)
@@ -135,8 +136,9 @@ def loss_over_time_figure(
         top.set_ylim(bottom=0)
         top.tick_params(labelbottom=False)
         top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.3)
-        axes.set_ylabel("accuracy, %")
-        axes.set_ylim(max(0, min([*accuracy, *look_values[1]]) - 2), 100.5)
+        axes.set_ylabel(metric)
+        if metric == "accuracy, %":
+            axes.set_ylim(max(0, min([*accuracy, *look_values[1]]) - 2), 100.5)
         axes.set_xlabel("step")
         add_title(figure, "Loss over time")
     return figure

@@ -12,16 +12,18 @@ from matplotlib.ticker import LogLocator
 from ddqcli.plots.layout import add_axes, add_legend, add_title, new_figure
 from ddqcli.plots.style import CYCLE, GRAY, INK, PAPER, settings
 
-Point = tuple[float, float, str]  # size, accuracy, label
+Point = tuple[float, float, str]  # size, value, label
 
 
 def size_against_accuracy_figure(
-    series: Mapping[str, Sequence[Point]], stored: tuple[float, float] | None = None
+    series: Mapping[str, Sequence[Point]],
+    stored: tuple[float, float] | None = None,
+    metric: str = "accuracy, %",
 ) -> Figure:
-    """Draw the accuracy of each series over the size of the file.
+    """Draw the accuracy of each series, or another metric, over the size of the file.
 
-    Each point is (bytes, accuracy as a share, label). `stored` is the float model's size and
-    accuracy.
+    Each point is (bytes, value, label). `stored` is the float model's size and value, `metric` the
+    name and unit of values.
     """
     with settings():
         figure = new_figure(6.4, 4.0)
@@ -29,11 +31,11 @@ def size_against_accuracy_figure(
         smallest = min(point[0] for points in series.values() for point in points)
         factor, unit = (1e6, "MB") if smallest >= 1e6 else (1e3, "kB")
         if stored:
-            size, accuracy = stored[0] / factor, 100 * stored[1]
+            size, accuracy = stored[0] / factor, stored[1]
             axes.axhline(accuracy, color=GRAY, lw=1, ls="--")
             axes.plot(size, accuracy, "*", color=INK, ms=9, label="float model")
         for k, (name, points) in enumerate(series.items()):
-            scaled = [(size / factor, 100 * share, label) for size, share, label in sorted(points)]
+            scaled = [(size / factor, value, label) for size, value, label in sorted(points)]
             _draw_series(axes, name, scaled, k)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -41,10 +43,10 @@ def size_against_accuracy_figure(
         axes.minorticks_off()
         axes.margins(0.1, 0.15)
         axes.set_xlabel(f"size of the file, {unit} (log)")
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel(metric)
         axes.grid()
         add_legend(figure, 0, loc="lower left")
-        add_title(figure, "Size against accuracy")
+        add_title(figure, f"Size against {metric.partition(',')[0]}")
     return figure
 
 

@@ -41,14 +41,16 @@ def show(result: DiffResult, console: Console) -> None:
 
 def total_rows(result: DiffResult) -> list[Sequence[str]]:
     """Return name, A, B and change of each total, as text."""
-    totals, accuracy = result.totals, result.accuracy
+    totals, accuracy, metric = result.totals, result.accuracy, result.metric
+    name = metric.name if metric else "metric"
+    form, unit = ("{:.2f}", "%") if metric and metric.unit == "%" else ("{:.5g}", "")
     candidates = [
         ("bytes", totals["bytes"], "{:,}", ""),
         ("float bytes", totals["float_bytes"], "{:,}", ""),
         ("budget, bytes", totals["budget_bytes"], "{:,}", ""),
         ("bits a weight", totals["average_bits"], "{:.3f}", ""),
-        ("accuracy", accuracy["quantized"], "{:.2f}", "%"),
-        ("float accuracy", accuracy["float"], "{:.2f}", "%"),
+        (name, accuracy["quantized"], form, unit),
+        (f"float {name}", accuracy["float"], form, unit),
     ]
     rows: list[Sequence[str]] = []
     for name, pair, form, unit in candidates:

@@ -54,9 +54,11 @@ def _lines(result: ExportResult) -> list[str]:
         same = "the same bits as the trained network's"
         lines.append(f"outputs    {same if behavior.outputs == 0 else difference}")
     if behavior.accuracy is not None and behavior.expected is not None:
-        change = behavior.accuracy - behavior.expected
-        points = "as reported" if abs(change) < 1e-4 else f"{change:+.4f} points from the report's"
-        lines.append(f"accuracy   {behavior.accuracy:.2f}%, {points}")
+        metric, change = result.metric, behavior.accuracy - behavior.expected
+        points = "points" if metric.unit == "%" else metric.unit
+        unchanged = abs(change) < 1e-4 * metric.scale / 100
+        distance = "as reported" if unchanged else f"{change:+.4f} {points} from the report's"
+        lines.append(f"{metric.name:<10} {metric.text(behavior.accuracy)}, {distance}")
     return lines + [f"unchecked  {reason}" for reason in behavior.unchecked]
 
 
@@ -72,9 +74,10 @@ def _onnx_lines(result: OnnxResult) -> list[str]:
             f"{runtime}: outputs {comparison.outputs:.1e} from torch's on "
             f"{comparison.samples:,} samples"
         )
-        if comparison.accuracy is not None:
-            ours = f"torch {comparison.torch_accuracy:.2f}%"
-            line += f", accuracy {comparison.accuracy:.2f}% ({ours})"
+        if comparison.accuracy is not None and comparison.torch_accuracy is not None:
+            metric = result.metric
+            ours = f"torch {metric.text(comparison.torch_accuracy)}"
+            line += f", {metric.name} {metric.text(comparison.accuracy)} ({ours})"
         lines.append(line)
     lines += [f"unchecked  {reason}" for reason in result.unchecked]
     return lines if result.bench is None else lines + _bench_lines(result.bench)

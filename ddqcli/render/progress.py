@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ddqcli.render.console import err
+from ddqcli.runs.evaluation import Metric
 
 if TYPE_CHECKING:
     from ddqcli.training.metrics import Look, StepMetrics
@@ -25,6 +26,7 @@ class ProgressReporter:
         self.bar = _ProgressBar() if sys.stderr.isatty() and not quiet else None
         self.last_heartbeat = time.monotonic()
         self.last_look: Look | None = None
+        self.metric = Metric()
 
     def __enter__(self) -> ProgressReporter:
         if self.bar:
@@ -53,9 +55,9 @@ class ProgressReporter:
     def step(self, metrics: StepMetrics) -> None:
         """Show a training step, on the bar or as a heartbeat line; the last step always."""
         look = self.last_look
-        held_out = f"held-out {look.held_out_accuracy:.1f} %, " if look else ""
+        held_out = f"held-out {self._text(look.held_out_accuracy)}, " if look else ""
         detail = (
-            f"loss {metrics.loss:.3f}, {metrics.train_accuracy:.1f} %, {held_out}"
+            f"loss {metrics.loss:.3f}, {self._text(metrics.train_accuracy)}, {held_out}"
             f"{metrics.average_bits:.2f} bits"
         )
         now = time.monotonic()
@@ -66,9 +68,19 @@ class ProgressReporter:
             left = _clock(metrics.remaining)
             self.note(f"train {metrics.step}/{metrics.steps}: {detail}, {left} left")
 
+    def judged_by(self, metric: Metric) -> None:
+        """Show the values that follow in this metric's unit."""
+        self.metric = metric
+
     def look(self, look: Look) -> None:
-        """Show the look's accuracy beside the training steps that follow."""
+        """Show the look's metric beside the training steps that follow."""
         self.last_look = look
+
+    def _text(self, value: float) -> str:
+        """Return a value of the metric: `98.4 %`, `PSNR 31.642 dB`."""
+        if self.metric == Metric():
+            return f"{value:.1f} %"
+        return f"{self.metric.name} {self.metric.text(value, ' ')}"
 
 
 class _ProgressBar(Progress):

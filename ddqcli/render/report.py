@@ -55,8 +55,8 @@ def rows(report: Report) -> list[dict[str, str]]:
 
 
 def total_lines(report: Report) -> list[str]:
-    """Return size, budget, accuracy and warnings in a few lines."""
-    totals, accuracy = report.totals, report.accuracy
+    """Return size, budget, metric and warnings in a few lines."""
+    totals, accuracy, metric = report.totals, report.accuracy, report.metric
     ratio = totals.float_bytes / max(1, totals.bytes)
     lines = [
         f"size       {totals.float_bytes:,} -> {totals.bytes:,} bytes ({ratio:.1f}x smaller), "
@@ -74,12 +74,15 @@ def total_lines(report: Report) -> list[str]:
         bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
         lines.append(f"inputs     {len(report.activations)} layers' inputs at {bits} bits")
     if course := report.course:
-        stages = " -> ".join(f"{stage.name} {stage.accuracy:.2f}%" for stage in course.stages)
-        lines += [f"accuracy   {stages}", f"delivered  {course.outcome(report.run.steps)}"]
+        lines += [
+            f"{metric.name:<10} {course.path(metric)}",
+            f"delivered  {course.outcome(report.run.steps, metric)}",
+        ]
     elif accuracy:
         lines.append(
-            f"accuracy   {accuracy.float:.2f}% float -> {accuracy.quantized:.2f}% quantized "
-            f"({0 - accuracy.drop:+.2f} points)"
+            f"{metric.name:<10} {metric.text(accuracy.float)} float -> "
+            f"{metric.text(accuracy.quantized)} quantized "
+            f"({metric.change(accuracy.float, accuracy.quantized)})"
         )
     return lines + [f"warning    {warning}" for warning in report.warnings]
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddqcli.commands.sweep import PICTURE, SweepResult
+from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.report import SweepTable
 
 _TEXT_COLUMNS = ("target", "run")
@@ -31,22 +32,25 @@ def show(result: SweepResult, console: Console) -> None:
 
 def _table(sweep: SweepTable) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("target", "bytes", "bits a weight", "accuracy", "drop", "run"):
+    metric = sweep.metric
+    for column in ("target", "bytes", "bits a weight", metric.name, "drop", "run"):
         table.add_column(
             column, justify="left" if column in _TEXT_COLUMNS else "right", no_wrap=True
         )
-    table.add_row("float", f"{sweep.float.bytes:,}", "", _percent(sweep.float.accuracy), "", "")
+    table.add_row(
+        "float", f"{sweep.float.bytes:,}", "", _text(metric, sweep.float.accuracy), "", ""
+    )
     for row in sweep.targets:
         table.add_row(
             row.target,
             f"{row.bytes:,}",
             f"{row.average_bits:.3f}",
-            _percent(row.accuracy),
-            "" if row.drop is None else f"{row.drop:.2f}",
+            _text(metric, row.accuracy),
+            "" if row.drop is None else metric.text(row.drop).rstrip("%"),
             row.run or "",
         )
     return table
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}%"
+def _text(metric: Metric, value: float | None) -> str:
+    return "" if value is None else metric.text(value)

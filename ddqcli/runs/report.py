@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import Field
 
 from ddqcli.artifact.sizes import tensor_bytes
 from ddqcli.formatting import natural_sort_key
+from ddqcli.runs.evaluation import Accuracy, Course, Metric
+from ddqcli.runs.record import Record
 
 if TYPE_CHECKING:
     from ddqcli.artifact.read import Artifact
@@ -18,20 +20,8 @@ if TYPE_CHECKING:
 REPORT_VERSION = 1
 SWEEP_VERSION = 1
 
-Percent = float  # 0 to 100; the fields named `float` hide the type
 
-
-class _Record(BaseModel):
-    """The fields, in their order, are the keys of the JSON object."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-    def data(self) -> dict[str, Any]:
-        """Return the record as JSON-able values."""
-        return self.model_dump()
-
-
-class TensorRow(_Record):
+class TensorRow(Record):
     """One quantized tensor."""
 
     name: str
@@ -72,7 +62,7 @@ class TensorRow(_Record):
         )
 
 
-class Totals(_Record):
+class Totals(Record):
     """Sizes of the exported file."""
 
     bytes: int  # of the whole file
@@ -109,64 +99,7 @@ class Totals(_Record):
         )
 
 
-class Accuracy(_Record):
-    """Accuracy on the held-out data in percent, before and after quantization."""
-
-    float: Percent
-    quantized: Percent
-    drop: Percent  # points
-
-    @classmethod
-    def of(cls, before: Percent, after: Percent) -> Accuracy:
-        return cls(float=round(before, 4), quantized=round(after, 4), drop=round(before - after, 4))
-
-
-class Stage(_Record):
-    """Accuracy on the evaluation data at one stage of a run."""
-
-    name: Literal["float", "quantized", "compensated", "trained"]
-    accuracy: Percent
-
-
-class Course(_Record):
-    """The stages of a run, and which state it delivers."""
-
-    stages: tuple[Stage, ...]  # in order, without those that the run did not keep or reach
-    delivered: Literal["quantized", "compensated", "trained"]
-    looks: int  # evaluations on held-out training samples
-    best_step: int  # of the delivered state; 0: before training
-
-    @model_validator(mode="after")
-    def _require_stages(self) -> Course:
-        if not {"float", self.delivered} <= self._accuracies.keys():
-            raise ValueError("the float model or the delivered state is not among the stages")
-        return self
-
-    @property
-    def start(self) -> Percent:
-        """Accuracy of the last stage before training."""
-        return [stage.accuracy for stage in self.stages if stage.name != "trained"][-1]
-
-    def outcome(self, steps: int) -> str:
-        """Say in one line which state is delivered, after training of `steps` steps."""
-        points = self._accuracies[self.delivered] - self._accuracies["float"]
-        distance = f"({points:+.2f} points from float)"
-        if self.delivered == "trained":
-            best = f"best of {self.looks} looks: " if self.looks > 1 else ""
-            return f"trained, {best}step {self.best_step:,} {distance}"
-        if not steps:
-            return f"{self.delivered} start, not trained {distance}"
-        return (
-            f"{self.delivered} start {distance}; training did not improve it "
-            "(too little data, or a train.lr that does not fit)"
-        )
-
-    @property
-    def _accuracies(self) -> dict[str, Percent]:
-        return {stage.name: stage.accuracy for stage in self.stages}
-
-
-class ActivationRow(_Record):
+class ActivationRow(Record):
     """One layer's quantized input."""
 
     name: str  # of the layer
@@ -184,7 +117,7 @@ class ActivationRow(_Record):
         )
 
 
-class Source(_Record):
+class Source(Record):
     """The float model, and the version of ddq that quantized it."""
 
     path: str
@@ -193,19 +126,20 @@ class Source(_Record):
     ddq: str
 
 
-class RunFacts(_Record):
+class RunFacts(Record):
     """Facts of the training."""
 
     steps: int
     seed: int
 
 
-class Report(_Record):
+class Report(Record):
     """The content of `ddq report`: of a run folder, or of the file exported from it."""
 
     version: int
     layers: tuple[TensorRow, ...]
     totals: Totals
+    metric: Metric = Field(default_factory=Metric)  # that `accuracy` and `course` hold values of
     accuracy: Accuracy | None  # None if nothing was evaluated
     course: Course | None = None  # None after a dry run, and in reports of older versions
     activations: tuple[ActivationRow, ...]
@@ -227,7 +161,9 @@ class Report(_Record):
         """
         rows = sorted(self.layers, key=lambda row: row.name)
         paths = {key: Path(getattr(self.source, key)).name for key in ("path", "arch")}
+        metric = {} if self.metric == Metric() else {"metric": self.metric.data()}
         return {
+            **metric,
             "accuracy": self.accuracy and self.accuracy.data(),
             "course": self.course and self.course.model_dump(mode="json"),  # as the file has it
             "run": self.run.data(),
@@ -285,28 +221,29 @@ class Report(_Record):
             totals=totals,
             activations=tuple(activations),
             kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()},
+            metric=Metric(**embedded.get("metric", {})),
             course=embedded.get("course"),
             **{key: embedded[key] for key in ("accuracy", "source", "run", "warnings")},
         )
 
 
-class FloatModel(_Record):
+class FloatModel(Record):
     """The float model beside a sweep's targets."""
 
     bytes: int
-    accuracy: float | None  # percent
+    accuracy: float | None
 
 
-class SweepRow(_Record):
+class SweepRow(Record):
     """One target of a sweep."""
 
     target: str
     bytes: int
     budget_bytes: int | None
     average_bits: float
-    accuracy: float | None  # percent
-    start: float | None  # percent, of the last stage before training
-    drop: float | None  # points
+    accuracy: float | None
+    start: float | None  # of the last stage before training
+    drop: float | None
     run: str | None  # folder inside the sweep's folder; None after a dry run
     warnings: tuple[str, ...]
 
@@ -326,10 +263,11 @@ class SweepRow(_Record):
         )
 
 
-class SweepTable(_Record):
+class SweepTable(Record):
     """Size against accuracy: the float model, and a row for each target."""
 
     version: int = SWEEP_VERSION
+    metric: Metric = Field(default_factory=Metric)
     float: FloatModel
     targets: tuple[SweepRow, ...]
     source: Source
@@ -341,4 +279,6 @@ class SweepTable(_Record):
             bytes=first.totals.float_bytes,
             accuracy=first.accuracy.float if first.accuracy else None,
         )
-        return cls(float=float_model, targets=tuple(targets), source=first.source)
+        return cls(
+            metric=first.metric, float=float_model, targets=tuple(targets), source=first.source
+        )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddqcli.data.batches import Batch
+from ddqcli.data.trees import call
 from ddqcli.training import distributed
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -26,7 +28,7 @@ def batch_norms(model: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Set BatchNorm's running statistics to their mean over `batches`, with the current weights.
 
     Layers that no batch reaches keep their statistics. A constant channel (all of its weights take
@@ -48,7 +50,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
         norm.momentum = None  # cumulative mean
         norm.num_batches_tracked.zero_()
     for x, _ in batches if norms else ():
-        model(x)
+        call(model, x)
     for hook in hooks:
         hook.remove()
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ddqcli.data.load import Data
 from ddqcli.data.seeding import generator
+from ddqcli.data.trees import Tree, all_finite, call, copied
 from ddqcli.errors import DataError
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.training import distributed
-from ddqcli.training.evaluate import output_of
+from ddqcli.training.distillation import matched, rows_of_scores, scale_of
 
 
 def calibrate(
@@ -29,9 +30,9 @@ def calibrate(
     The argument of `watch` is the share of the batch that this rank has averaged over. A smaller
     share multiplies the square of the noise, which is nearly all of a trained model's gradient.
 
-    With a `teacher` (the float model, for runs that need no labels), labels are drawn from its
-    outputs [B, C], as the Fisher information is defined. A divergence from the float model would
-    not do: its gradient is zero at the float weights.
+    With a `teacher` (the float model, for runs that need no labels), targets are drawn from its
+    outputs, as the Fisher information is defined. The distance from the float model would not do:
+    its gradient is zero at the float weights.
 
     An input that no batch reaches stays float. Raises DataError for a batch that is not finite.
     """
@@ -41,12 +42,11 @@ def calibrate(
     with _eval_mode(model):
         for number, (x, y) in enumerate(islice(data.train.epoch(0), batches)):
             _require_finite_batch(x, number)
-            output = output_of(model(x.clone()))
+            output = call(model, copied(x))
             if teacher is None:
                 loss = data.loss(output, y)
             else:
-                labels = _draw_labels(output_of(teacher(x)), number)
-                loss = nn.functional.cross_entropy(output, labels.to(output.device))
+                loss = _drawn_loss(output, call(teacher, x), y, number)
             torch.autograd.backward(loss)
             watch(1 / distributed.shard().count)
             model.zero_grad(set_to_none=True)
@@ -66,14 +66,29 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     model.train(training)
 
 
-def _require_finite_batch(x: Tensor, number: int) -> None:
-    if x.is_floating_point() and not x.isfinite().all():
+def _require_finite_batch(x: Tree, number: int) -> None:
+    if not all_finite(x):
         raise DataError(
             f"Batch {number} of the training data holds NaN or infinite values; repair the data."
         )
 
 
-def _draw_labels(logits: Tensor, batch: int) -> Tensor:
-    """Draw one class [B] per sample from the softmax of `logits` [B, C]."""
-    probabilities = logits.detach().float().softmax(-1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator("calibrate", batch))[:, 0]
+def _drawn_loss(output: Tree, target: Tree, labels: Tree, batch: int) -> Tensor:
+    """Return the distillation loss of `output` against values drawn around the float output.
+
+    Classes are drawn from the softmax of the float scores, and cross-entropy is the loss. Other
+    values are drawn from a normal distribution whose squared error has the Hessian that the
+    distance from the float output has.
+    """
+    losses = []
+    draw = generator("calibrate", batch)
+    for o, t, axis in matched(output, target, labels):
+        if axis is None:
+            noise = torch.randn(t.shape, generator=draw).to(t.device)
+            drawn = t + noise * (scale_of(t) / 2).sqrt()
+            losses.append(nn.functional.mse_loss(o, drawn) / scale_of(t))
+        else:
+            probabilities = rows_of_scores(t.detach(), axis).softmax(-1).cpu()
+            classes = torch.multinomial(probabilities, 1, generator=draw)[:, 0].to(o.device)
+            losses.append(nn.functional.cross_entropy(rows_of_scores(o, axis), classes))
+    return torch.stack(losses).sum()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ddqcli.data.batches import Batches
 from ddqcli.data.load import Data
+from ddqcli.data.trees import call
 from ddqcli.recipe.schema import DataSection
-from ddqcli.training.evaluate import output_of
 
 _SAMPLES = 512  # enough for stable means
 # Correct on 512 original and flipped images: the quickstart's model 512 and 176, a CIFAR ResNet-20
@@ -62,9 +62,9 @@ def is_flip_invariant(model: nn.Module, data: Data, *, labels: bool = True) -> b
     correct = torch.zeros(2, dtype=torch.float64)  # originals, flipped
     for x, y in _first_samples(data.train):
         flipped = x.flip(-1)  # copied first: a network may change its input in place
-        original_output = output_of(model(x))
+        original_output = call(model, x)
         target = y if labels else original_output.argmax(-1)
-        for index, output in enumerate((original_output, output_of(model(flipped)))):
+        for index, output in enumerate((original_output, call(model, flipped))):
             correct[index] += data.metric(output, target).double().sum().cpu()
     return bool(correct[1] > _FLIP_INVARIANT * correct[0])
 
@@ -101,7 +101,7 @@ def detect_padding_fill(model: nn.Module, data: Data) -> str | None:
         augment.fill = fill
         batch_means.clear()
         for x, _ in _first_samples(data.train):
-            model(x)
+            call(model, x)
         distances[fill] = sum(map(distance, batch_means))
     for hook in hooks:
         hook.remove()

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from ddqcli.qat.budget import kept_bytes, nbytes, stored_bytes
 from ddqcli.qat.model import QuantizedParameter
-from ddqcli.runs.report import Course
+from ddqcli.runs.evaluation import Course
 from ddqcli.training import distributed
 from ddqcli.training.trainer import Trainer
 
-_FAR_BELOW_FLOAT = 10.0  # points
+_FAR_BELOW_FLOAT = 10.0  # points, or percent of a metric in another unit
 _LARGE_FLOAT_SHARE = 0.5  # of the file's bytes
 _SMALL_BATCH = 8  # samples, up to which batch statistics are too noisy to normalize by
 
 _UNUSED_SHARE = 0.25  # of a tensor's levels, from which on they are worth a warning
+_IDLE_SPREAD = 0.05  # of a probability
 _NAMED = 3  # tensors in a warning
 _VALUES_PER_LEVEL = 4  # a tensor with fewer cannot be expected to use every level
 
@@ -40,6 +41,7 @@ def find_warnings(
         _constant_tensors(trainer),
         _unused_levels(trainer),
         _idle_gates(trainer, metrics),
+        _idle_dbps(trainer, metrics),
     ]
     return [warning for warning in warnings if warning]
 
@@ -48,17 +50,18 @@ def find_warnings(
 
 
 def _far_below_float(trainer: Trainer, course: Course) -> str | None:
-    accuracies = {stage.name: stage.accuracy for stage in course.stages}
-    drop = accuracies["float"] - accuracies[course.delivered]
-    if drop <= _FAR_BELOW_FLOAT:
+    metric, values = trainer.data.judged_by, {s.name: s.accuracy for s in course.stages}
+    before, after = values["float"], values[course.delivered]
+    if metric.drop(before, after) <= metric.tolerance(_FAR_BELOW_FLOAT, before):
         return None
     recipe = trainer.recipe
     bits = f"a larger budget (now {recipe.budget.target})"
     if recipe.budget.target == "none":
         bits = f"a larger weights.max_bits (now {recipe.weights.max_bits})"
     return (
-        f"the quantized model is {drop:.1f} points below the float model; take {bits}, more "
-        f"training data, or more train.epochs (now {recipe.train.epochs})"
+        f"the quantized model is far below the float model ({metric.name} "
+        f"{metric.change(before, after)}); take {bits}, more training data, or more train.epochs "
+        f"(now {recipe.train.epochs})"
     )
 
 
@@ -203,6 +206,28 @@ def _idle_gates(trainer: Trainer, metrics: list[dict[str, Any]]) -> str | None:
         f"met by closing gates at once; raise gates.lr (now {recipe.gates.lr:g}), or take "
         "gates.rule=fisher, which needs no tuning"
     )
+
+
+def _idle_dbps(trainer: Trainer, metrics: list[dict[str, Any]]) -> str | None:
+    """Name the tensors whose DBP stayed near its first value until the freeze (SDQ)."""
+    sampled = [line for line in metrics if line.get("probabilities")]
+    names = [
+        name
+        for name in (sampled[0]["probabilities"] if sampled else {})
+        if len({line["bits"][name] for line in sampled}) == 1
+        and _spread([line["probabilities"][name] for line in sampled]) < _IDLE_SPREAD
+    ]
+    if not names:
+        return None
+    return (
+        f"the DBP of {_join(names)} hardly moved in the {trainer.gates.frozen_from} steps in which "
+        "bit-widths were sampled, so chance decided there; take more train.epochs, or a larger "
+        f"gates.freeze (now {trainer.recipe.gates.freeze:g})"
+    )
+
+
+def _spread(values: list[float]) -> float:
+    return max(values) - min(values)
 
 
 def _is_constant(values: Tensor) -> bool:

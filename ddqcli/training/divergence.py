@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddqcli.data.trees import Tree, all_finite, call
 from ddqcli.errors import DDQError
 
 
@@ -31,13 +32,13 @@ def require_finite(tensors: Mapping[str, Tensor], what: str, when: str) -> None:
 
 
 @torch.no_grad()
-def explain_loss(model: nn.Module, x: Tensor, loss: float, when: str) -> DDQError:
+def explain_loss(model: nn.Module, x: Tree, loss: float, when: str) -> DDQError:
     """Return the error for a loss that is not finite.
 
     A DDQError if the batch `x` is not finite. Otherwise Diverged, naming the first layer whose
     output is not.
     """
-    if not x.isfinite().all():
+    if not all_finite(x):
         return DDQError(
             f"The batch {when} holds NaN or infinite values; repair the data and resume."
         )
@@ -46,12 +47,12 @@ def explain_loss(model: nn.Module, x: Tensor, loss: float, when: str) -> DDQErro
     return Diverged(f"The loss became {loss} {when}, {where}")
 
 
-def _first_nonfinite_layer(model: nn.Module, x: Tensor) -> str | None:
+def _first_nonfinite_layer(model: nn.Module, x: Tree) -> str | None:
     nonfinite: list[str] = []
 
     def hook_for(name: str) -> Callable[..., None]:
         def observe(module: nn.Module, args: Any, output: Any) -> None:
-            if not nonfinite and isinstance(output, Tensor) and not output.isfinite().all():
+            if not nonfinite and not all_finite(output):
                 nonfinite.append(_float_name(name))
 
         return observe
@@ -61,7 +62,7 @@ def _first_nonfinite_layer(model: nn.Module, x: Tensor) -> str | None:
         for name, module in model.named_modules()
         if name
     ]
-    model(x)
+    call(model, x)
     for hook in hooks:
         hook.remove()
     return nonfinite[0] if nonfinite else None

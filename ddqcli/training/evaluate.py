@@ -2,65 +2,72 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
+from ddqcli.data.batches import batch_size, take_samples, tree_to_device
 from ddqcli.data.load import Data
+from ddqcli.data.trees import call, copied, is_plain, tensors
+from ddqcli.errors import DataError
 from ddqcli.training import distributed
 
 _PROBE_SAMPLES = 8
 OnProgress = Callable[[str, int, int], None]  # (activity, batches done, batches in all)
 
 
-def output_of(result: Any) -> Any:
-    """Return the main output of a model that returns several in train mode.
-
-    torchvision's GoogLeNet and Inception do.
-    """
-    return result.logits if hasattr(result, "logits") else result
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = None) -> float:
-    """Return the mean metric over all held-out samples, in percent. Leaves the model in eval mode.
+    """Return the mean of the metric over all held-out samples, in its unit.
 
-    Each rank evaluates its shard; the result is the same on all of them.
+    Leaves the model in eval mode. Each rank evaluates its shard; the result is the same on all of
+    them. Raises DataError, naming samples, for scores that are not finite.
     """
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    for done, (x, y) in enumerate(data.val.epoch(0)):
-        if not len(x):
+    total = torch.zeros(2, dtype=torch.float64)  # of scores, and their number
+    invalid: list[int] = []
+    for done, batch in enumerate(data.val.epoch(0)):
+        if not batch_size(batch):
             continue  # the last batch may have fewer samples than there are ranks
+        inputs, targets = batch
         with parametrize.cached():
-            scores = data.metric(output_of(model(x)), y)
-        total += scores.double().sum().cpu()
+            scores = data.metric(call(model, inputs), targets).double().cpu()
+        invalid += (int(total[1]) + (~scores.isfinite()).nonzero()[:, 0]).tolist()
+        total += torch.tensor([scores.sum(), len(scores)], dtype=torch.float64)
         if on_progress:
             on_progress("evaluate", done + 1, len(data.val))
-    return 100 * float(distributed.sum_ranks(total)) / data.val.samples
+    scores_sum, count = distributed.sum_ranks(total).tolist()
+    if not math.isfinite(scores_sum):
+        raise _not_finite(data, invalid, int(count))
+    return float(data.judged_by.scale * scores_sum / count)
+
+
+def _not_finite(data: Data, invalid: list[int], count: int) -> DataError:
+    """Return the error for scores of evaluation samples that are NaN or infinite."""
+    named = ", ".join(map(str, invalid[:8])) + ", ..." * (len(invalid) > 8)
+    return DataError(
+        f"The metric {data.judged_by.name} is NaN or infinite for {len(invalid)} of {count:,} "
+        f"evaluation samples (number {named}); give it a value for every sample, or leave these "
+        "out of val."
+    )
 
 
 @torch.no_grad()
-def probe(model: nn.Module, data: Data) -> dict[str, Tensor] | None:
+def probe(model: nn.Module, data: Data) -> dict[str, Any] | None:
     """Return the first held-out inputs and the model's outputs, as "input" and "output" on the CPU.
 
-    A model that is loaded again can be compared with them. None if the output is not a tensor.
+    A model that is loaded again can be compared with them. The input is a tree, the output a list
+    of tensors. None if the output holds no tensor, or if a file cannot store the input.
     """
     model.eval()
-    x = next(iter(data.val.epoch(0)))[0][:_PROBE_SAMPLES]
-    output = output_of(model(x.clone()))  # a network may change its input in place
-    return {"input": x.cpu(), "output": output.cpu()} if isinstance(output, Tensor) else None
-
-
-def sample_differences(actual: Tensor, expected: Tensor) -> Tensor:
-    """Return each sample's relative error [B].
-
-    It is the root mean square of the sample's difference over the root mean square of all expected
-    values; infinite where a value is NaN.
-    """
-    error = (actual.double() - expected.double()).flatten(1).square().mean(1).sqrt()
-    relative = error / expected.double().square().mean().sqrt()
-    return relative.nan_to_num(nan=torch.inf) * (error != 0)
+    batch = take_samples(next(iter(data.val.epoch(0))), slice(_PROBE_SAMPLES))
+    inputs, _ = batch
+    outputs = tensors(call(model, copied(inputs)))
+    if not (outputs and is_plain(inputs)):
+        return None
+    cpu = torch.device("cpu")
+    return {"input": tree_to_device(inputs, cpu), "output": tree_to_device(outputs, cpu)}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ddqcli.data.trees import Tree, call, copied, tensors
+
 
 class FirstCalls:
     """Hooks for one forward pass, which `run` does; removed at the end of a `with`.
@@ -19,8 +21,8 @@ class FirstCalls:
     nothing follows: it serves an improvement that a run can do without.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.model, self.x = model, x
+    def __init__(self, model: nn.Module, x: Tree) -> None:
+        self.model, self.x, self.device = model, x, tensors(x)[0].device
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> FirstCalls:
@@ -58,7 +60,7 @@ class FirstCalls:
     def run(self) -> None:
         """Do the pass. It may end early: hooks rule out fast paths that a network may rely on."""
         with suppress(Exception):
-            self.model(self.x.clone())  # a network may change its input in place
+            call(self.model, copied(self.x))
 
     def _once(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         called = False
@@ -68,7 +70,7 @@ class FirstCalls:
             if called:
                 return None
             called = True
-            with suppress(Exception), torch.autocast(self.x.device.type, enabled=False):
+            with suppress(Exception), torch.autocast(self.device.type, enabled=False):
                 return hook(*args)
 
         return guarded

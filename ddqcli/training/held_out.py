@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ddqcli.data.batches import batch_size
 from ddqcli.data.load import Data
+from ddqcli.data.trees import Tree, as_float32, call, copied
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.evaluation import Metric
 from ddqcli.training import distributed
 from ddqcli.training.distillation import distillation, distillation_weight
-from ddqcli.training.evaluate import output_of
 from ddqcli.training.metrics import Look
 
 # Training has left the region it started in if, against the start,
 _RUINED_RISE = 3.0  # the loss is higher by this many times its size, and
-_RUINED_POINTS = 5.0  # the accuracy is lower by this many points.
+_RUINED_POINTS = 5.0  # the metric is worse by this many points, or percent in another unit.
 
 
 class HeldOut:
@@ -26,14 +27,14 @@ class HeldOut:
 
     Args:
         data: of its splits, only `held_out` is read.
-        teacher: the float model, for distillation.
+        teacher: the float model or another network, for distillation.
         recipe: the share of distillation and its temperature.
     """
 
     def __init__(self, data: Data, teacher: nn.Module | None, recipe: Recipe) -> None:
         self.data, self.teacher, self.distill = data, teacher, recipe.train.distill
         self.weight = 0.0 if teacher is None else distillation_weight(self.distill, data)
-        self._targets: list[Tensor] | None = None
+        self._targets: list[Tree] | None = None
 
     @torch.no_grad()
     def look(self, model: nn.Module, step: int) -> Look:
@@ -42,50 +43,56 @@ class HeldOut:
         A loss that is not a number counts as infinite. Leaves the model in eval mode.
         """
         model.eval()
-        total = torch.zeros(3, dtype=torch.float64)  # loss, score, samples
-        for number, (x, y) in enumerate(self.data.held_out.epoch(0)):
-            if not len(y):
+        metric = self.data.judged_by
+        total = torch.zeros(4, dtype=torch.float64)  # loss, samples, score, scores
+        for number, batch in enumerate(self.data.held_out.epoch(0)):
+            size, (x, y) = batch_size(batch), batch
+            if not size:
                 continue  # the last batch may have fewer samples than there are ranks
             with parametrize.cached():
-                output = output_of(model(x.clone()))  # a network may change its input in place
+                output = call(model, copied(x))
             loss = float(self._loss(output, y, number))
-            score = float(self.data.metric(output.float(), y).double().sum())
-            total += torch.tensor([loss * len(y), score, len(y)], dtype=torch.float64)
-        loss, score, samples = distributed.sum_ranks(total).tolist()
-        return Look(step, math.inf if math.isnan(loss) else loss / samples, 100 * score / samples)
+            scores = self.data.metric(as_float32(output), y).double()
+            total += torch.tensor([loss * size, size, scores.sum(), len(scores)]).double()
+        loss, samples, score, count = distributed.sum_ranks(total).tolist()
+        mean_loss = math.inf if math.isnan(loss) else loss / samples
+        return Look(step, mean_loss, metric.scale * score / count)
 
-    def _loss(self, output: Any, y: Tensor, number: int) -> Tensor:
+    def _loss(self, output: Tree, y: Tree, number: int) -> Tensor:
         if not self.weight:
             return self.data.loss(output, y)
-        target = self._float_outputs()[number]
-        divergence = distillation(output, target, self.distill.temperature)
+        target = self._teacher_outputs()[number]
+        divergence = distillation(output, target, self.distill.temperature, y)
         if self.weight == 1:
             return divergence
         return self.weight * divergence + (1 - self.weight) * self.data.loss(output, y)
 
-    def _float_outputs(self) -> list[Tensor]:
-        """Return the float model's outputs for each batch, computed once."""
+    def _teacher_outputs(self) -> list[Tree]:
+        """Return the teacher's outputs for each batch, computed once."""
         if self._targets is None:
             assert self.teacher is not None
-            batches = self.data.held_out.epoch(0)
             self._targets = [
-                output_of(self.teacher(x.clone())).float() if len(x) else x for x, _ in batches
+                as_float32(call(self.teacher, copied(batch[0]))) if batch_size(batch) else None
+                for batch in self.data.held_out.epoch(0)
             ]
         return self._targets
 
 
-def is_better(look: Look, best: Look, start: Look) -> bool:
-    """True if `look` has the lowest loss so far, and no lower accuracy than the start."""
-    return (
-        look.held_out_loss < best.held_out_loss
-        and look.held_out_accuracy >= start.held_out_accuracy
-    )
+def is_better(look: Look, best: Look, start: Look, metric: Metric | None = None) -> bool:
+    """True if `look` has the lowest loss so far, and `metric` is not worse than at the start."""
+    return look.held_out_loss < best.held_out_loss and _fall(look, start, metric) <= 0
 
 
-def is_ruined(look: Look, start: Look) -> bool:
+def is_ruined(look: Look, start: Look, metric: Metric | None = None) -> bool:
     """True if training has diverged, though its loss may be finite."""
     rise = look.held_out_loss - start.held_out_loss
+    fall = (metric or Metric()).tolerance(_RUINED_POINTS, start.held_out_accuracy)
     return not math.isfinite(look.held_out_loss) or (
         rise > _RUINED_RISE * abs(start.held_out_loss)  # a user's own loss may be negative
-        and look.held_out_accuracy < start.held_out_accuracy - _RUINED_POINTS
+        and _fall(look, start, metric) > fall
     )
+
+
+def _fall(look: Look, start: Look, metric: Metric | None) -> float:
+    """Return by how much `metric` is worse than at the start."""
+    return (metric or Metric()).drop(start.held_out_accuracy, look.held_out_accuracy)

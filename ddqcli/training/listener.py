@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ddqcli.runs.evaluation import Metric
 from ddqcli.training import distributed
 from ddqcli.training.metrics import Look, StepMetrics
 
@@ -13,6 +14,9 @@ class Listener(Protocol):
 
     def note(self, text: str) -> None:
         """Receive a decision or a warning in one line."""
+
+    def judged_by(self, metric: Metric) -> None:
+        """Receive the metric whose values follow."""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Receive the batches done of a pass over data; `what` names the pass."""
@@ -28,6 +32,9 @@ class SilentListener:
     """Listener that ignores everything."""
 
     def note(self, text: str) -> None:
+        pass
+
+    def judged_by(self, metric: Metric) -> None:
         pass
 
     def progress(self, what: str, done: int, total: int) -> None:

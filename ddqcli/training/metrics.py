@@ -16,11 +16,12 @@ class StepMetrics:
         steps: steps of the whole run.
         epoch: epoch of the step, from 1.
         loss: mean since the last report.
-        train_accuracy: percent, mean since the last report.
+        train_accuracy: value of the metric in its unit, mean since the last report.
         lr: learning rate of the weights.
         average_bits: stored bits per quantized value, levels and gates included.
         seconds: time of all steps so far at this process's pace.
         bits: bit-width by tensor, mean over its groups.
+        probabilities: of the larger of two bit-widths by tensor, while bits are sampled (SDQ).
     """
 
     step: int
@@ -32,6 +33,7 @@ class StepMetrics:
     average_bits: float
     seconds: float
     bits: dict[str, float]
+    probabilities: dict[str, float]
 
     @property
     def remaining(self) -> float:
@@ -48,7 +50,7 @@ class Look:
     Attributes:
         step: steps done; 0 before training.
         held_out_loss: mean over the samples.
-        held_out_accuracy: percent.
+        held_out_accuracy: value of the metric, whichever it is, in its unit.
     """
 
     step: int
@@ -65,7 +67,7 @@ class StepMeans:
     steps: int = 0
 
     def add(self, loss: float, score: float) -> None:
-        """Add one step: its loss, and its mean score in 0..1."""
+        """Add one step: its loss, and its mean score."""
         self.loss_sum += loss
         self.score_sum += score
         self.steps += 1
@@ -76,6 +78,6 @@ class StepMeans:
         return self.loss_sum / self.steps
 
     @property
-    def accuracy(self) -> float:
-        """Mean score in percent."""
-        return 100 * self.score_sum / self.steps
+    def score(self) -> float:
+        """Mean score."""
+        return self.score_sum / self.steps

@@ -8,11 +8,10 @@ import torch
 
 from ddqcli.qat.budget import ResolvedBudget
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
+from ddqcli.runs.evaluation import Accuracy, Course, Metric
 from ddqcli.runs.report import (
     REPORT_VERSION,
-    Accuracy,
     ActivationRow,
-    Course,
     Report,
     RunFacts,
     Source,
@@ -27,13 +26,18 @@ def build_report(
     model: QuantizedModel,
     budget: ResolvedBudget,
     *,
+    metric: Metric | None = None,
     accuracy: tuple[float, float] | None,
     course: Course | None = None,
     source: Source,
     run: RunFacts,
     warnings: Sequence[str] = (),
 ) -> Report:
-    """Return the report. `accuracy` is (float, quantized) in percent, or None if not measured."""
+    """Return the report.
+
+    `accuracy` is the value of `metric` (float, quantized), or None if not measured.
+    """
+    metric = metric or Metric()
     rows = tuple(_row(tensor) for tensor in model.tensors)
     return Report(
         version=REPORT_VERSION,
@@ -45,7 +49,8 @@ def build_report(
             manifest_bytes=budget.description_bytes,
             budget_bytes=budget.file_limit,
         ),
-        accuracy=Accuracy.of(*accuracy) if accuracy else None,
+        metric=metric,
+        accuracy=Accuracy.of(*accuracy, metric) if accuracy else None,
         course=course,
         activations=tuple(
             ActivationRow.of(name, activation.bits, learned=activation.learned is not None)

@@ -13,7 +13,7 @@ from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.report import Course
+from ddqcli.runs.evaluation import Course
 from ddqcli.runs.run import LAST, Run
 from ddqcli.training import distributed
 from ddqcli.training.calibrate import calibrate
@@ -42,34 +42,41 @@ def total_steps(recipe: Recipe, data: Data) -> int:
 
 def build_trainer(
     quantized: QuantizedModel,
-    teacher: nn.Module | None,
+    float_model: nn.Module | None,
     data: Data,
     budget: ResolvedBudget,
     recipe: Recipe,
     steps: int,
     saved: dict[str, Any] | None = None,
     on_progress: OnProgress | None = None,
+    teacher: nn.Module | None = None,
 ) -> Trainer:
     """Calibrate the model, choose its first bits and its start, and return a trainer.
 
-    The trainer stands at its first step, or at that of the `saved` state. Raises BudgetError if the
-    first forward pass shows that the budget cannot be met.
+    It distills from the `teacher`, by default the float model. The trainer stands at its first
+    step, or at that of the `saved` state. Raises BudgetError if the first forward pass shows that
+    the budget cannot be met.
     """
     batch_size = round(data.train.samples / len(data.train))  # data from a factory have their own
     recipe = with_defaults(recipe, steps, batch_size)
-    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, steps, batch_size)
+    gates = make_rule(recipe.rule, quantized, recipe, budget, steps, batch_size)
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
-    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, None if needs_labels else teacher)
+    labeler = None if needs_labels else float_model
+    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler)
     gates.recount()
     gates.start()
     _compile_if_worthwhile(quantized, steps, recipe.train.device)
-    trainer = Trainer(quantized, teacher, data, gates, recipe, steps)
+    trainer = Trainer(
+        quantized, float_model if teacher is None else teacher, data, gates, recipe, steps
+    )
     if saved:
         trainer.load(saved)
         return trainer
     if distributed.shard().count > 1:  # each rank has calibrated on its own shard
         trainer.load(distributed.broadcast(trainer.state()))
-    choose_start(trainer, teacher, lambda: evaluate(trainer.model, data, on_progress=on_progress))
+    choose_start(
+        trainer, float_model, lambda: evaluate(trainer.model, data, on_progress=on_progress)
+    )
     return trainer
 
 
@@ -171,14 +178,17 @@ def start_accuracy(trainer: Trainer) -> float | None:
 
 
 def course(trainer: Trainer, baseline: FloatBaseline, accuracy: float) -> Course:
-    """Return the stages of a finished run; `accuracy` is of the delivered state."""
+    """Return the stages of a finished run; `accuracy` is the delivered state's metric."""
     before = {"float": baseline.accuracy, **trainer.stages}
     best_step = trainer.steps if trainer.best is None else trainer.best.step
     delivered = "trained" if best_step else list(trainer.stages)[-1]
     stages = before | {delivered: accuracy}
     return Course.model_validate(
         {
-            "stages": [{"name": name, "accuracy": round(a, 4)} for name, a in stages.items()],
+            "stages": [
+                {"name": name, "accuracy": trainer.data.judged_by.rounded(value)}
+                for name, value in stages.items()
+            ],
             "delivered": delivered,
             "looks": len(trainer.looks),
             "best_step": best_step,

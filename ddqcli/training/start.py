@@ -7,9 +7,10 @@ from collections.abc import Callable
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddqcli.data.load import Data
+from ddqcli.data.trees import Tree, concatenated, copied, shared_length, sliced, tensors
 from ddqcli.training import distributed
 from ddqcli.training.compensate import SAMPLES, Compensation
 from ddqcli.training.held_out import is_better
@@ -21,25 +22,30 @@ _PARTS = ((True, True), (False, False))  # means and variances of channels corre
 
 @torch.no_grad()
 def choose_start(
-    trainer: Trainer, teacher: nn.Module | None, evaluate: Callable[[], float]
+    trainer: Trainer, float_model: nn.Module | None, evaluate: Callable[[], float]
 ) -> None:
     """Set the trainer's model to the best start, and add the first of the trainer's looks.
 
     The quantized model as it is gives way to a compensated one if that has a lower loss on held-out
-    training samples, and no lower accuracy. Bits are then allocated by the error that compensation
+    training samples, and no worse metric. Bits are then allocated by the error that compensation
     leaves. If correcting the channels' statistics does not help, the weights alone are tried.
 
     Args:
-        trainer: at its first step; `trainer.stages` gets the accuracy of the starts.
-        teacher: the float model; without it there is nothing to compensate for.
-        evaluate: returns the model's accuracy on the evaluation data.
+        trainer: at its first step; `trainer.stages` gets the metric of the starts.
+        float_model: without it there is nothing to compensate for.
+        evaluate: returns the model's metric on the evaluation data.
     """
     model, gates = trainer.model, trainer.gates
     plain = trainer.held_out.look(model, 0)
     trainer.stages = {"quantized": evaluate()}
-    if trainer.recipe.train.compensate and teacher is not None:
+    if trainer.recipe.train.compensate and float_model is not None:
         plain_model, plain_gates = copy.deepcopy(model.state_dict()), gates.state()
-        compensation = Compensation(trainer.quantized, teacher, _samples(trainer.data))
+        # Near the border of its cell, a weight changes its level with the first step: AdamW's short
+        # runs would undo the rounding. SGD's long ones need what the float weights know.
+        on_levels = trainer.recipe.train.optimizer != "sgd"
+        compensation = Compensation(
+            trainer.quantized, float_model, _samples(trainer.data), on_levels=on_levels
+        )
         # Each rank compensates on its own shard; the first one's results count.
         gates.fisher.error_share = distributed.broadcast(compensation.error_shares())
         gates.start()
@@ -49,7 +55,8 @@ def choose_start(
             compensation.apply(means=means, variances=variances)
             if distributed.shard().count > 1:
                 trainer.load_model(distributed.broadcast(model.state_dict()))
-            if is_better(trainer.held_out.look(model, 0), plain, plain):
+            look = trainer.held_out.look(model, 0)
+            if is_better(look, plain, plain, trainer.data.judged_by):
                 trainer.stages["compensated"] = evaluate()
                 break
         else:
@@ -58,12 +65,22 @@ def choose_start(
     trainer.look()
 
 
-def _samples(data: Data) -> Tensor:
-    """Return at most SAMPLES training inputs of one shape, as training sees them."""
-    inputs: list[Tensor] = []
+def _samples(data: Data) -> Tree:
+    """Return at most SAMPLES training inputs of one shape, as training sees them.
+
+    Inputs that differ in their first dimension cannot be put together: of those, one batch.
+    """
+    inputs: list[Tree] = []
     for x, _ in islice(data.train.epoch(0), _BATCHES):
-        if not inputs or x.shape[1:] == inputs[0].shape[1:]:
-            inputs.append(x.clone())  # a loader may fill the same memory again
-        if sum(map(len, inputs)) >= SAMPLES:
+        if not inputs or _shapes(x) == _shapes(inputs[0]):
+            inputs.append(copied(x))  # a loader may fill the same memory again
+        if sum(shared_length(each) or SAMPLES for each in inputs) >= SAMPLES:
             break
-    return torch.cat(inputs)[:SAMPLES]
+    if any(shared_length(each) is None for each in inputs):
+        return inputs[0]
+    return sliced(concatenated(inputs), slice(SAMPLES))
+
+
+def _shapes(inputs: Tree) -> list[torch.Size]:
+    """Return the shapes of a sample's tensors."""
+    return [x.shape[1:] for x in tensors(inputs)]

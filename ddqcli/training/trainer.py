@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ddqcli.data.batches import Batch
 from ddqcli.data.load import Data
+from ddqcli.data.trees import Tree, as_float32, call, copied, map_tensors
 from ddqcli.errors import DataError, DDQError, Interrupted
 from ddqcli.qat.budget import average_bits
 from ddqcli.qat.model import QuantizedModel
@@ -26,9 +28,9 @@ from ddqcli.qat.rules.base import Rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training import distributed
 from ddqcli.training.batch_norm import batch_norms, reestimate_batch_norm
+from ddqcli.training.bins import regularize_bins
 from ddqcli.training.distillation import distillation, distillation_weight, flips_at_random
 from ddqcli.training.divergence import Diverged, explain_loss, require_finite
-from ddqcli.training.evaluate import output_of
 from ddqcli.training.held_out import HeldOut, is_better, is_ruined
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMeans, StepMetrics
 from ddqcli.training.optimizers import make_optimizers
@@ -42,7 +44,7 @@ class Trainer:
 
     Args:
         quantized: the model to train, with its gates at their first bits.
-        teacher: the float model, for distillation.
+        teacher: the float model or another network, for distillation.
         data: training batches and loss.
         gates: the rule that decides bit-widths.
         recipe: optimizers, schedules and precision.
@@ -63,13 +65,15 @@ class Trainer:
         self.lr_scale = 1.0  # factor on every learning rate
         self.gave_up = False  # training diverged twice: the best state is delivered
         self.distill_weight = distillation_weight(recipe.train.distill, data)
-        self.teacher = teacher if self.distill_weight else None
+        self.teacher = teacher if self.distill_weight or not data.labelled else None
+        self.bin_regularization = recipe.train.bin_regularization or 0.0
         self.held_out = HeldOut(data, teacher, recipe)
         self.looks: list[Look] = []  # the first is from before training
         self.start: Look | None = None  # the first look at a state within the budget
         self.best: Look | None = None  # of the state that is delivered if training ended now
         self._best_state: dict[str, Any] | None = None
-        self.stages: dict[str, float] = {}  # accuracy on the evaluation data before training
+        self.stages: dict[str, float] = {}  # metric on the evaluation data before training
+        self.device = next(self.model.parameters()).device
         self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0, steps}
         self.model.train()
         held = recipe.train.batch_norm == "held"
@@ -127,7 +131,7 @@ class Trainer:
         """Look at the held-out samples, and keep this state if it is the best so far.
 
         Only a state within the budget counts. The best has the lowest loss among those whose
-        accuracy is not below that of the first. Raises Diverged if training has ruined the first.
+        metric is not worse than that of the first. Raises Diverged if training has ruined it.
         """
         look = self.held_out.look(self.model, self.step)
         self._set_train_mode()
@@ -138,12 +142,12 @@ class Trainer:
             self.start = look
         # Bits that still come down to the budget raise the loss without a divergence.
         start = self.start or look
-        if self.step and is_ruined(look, start):
+        if self.step and is_ruined(look, start, self.data.judged_by):
             raise Diverged(
                 f"The held-out loss went from {start.held_out_loss:.3g} to "
                 f"{look.held_out_loss:.3g} {self._at(self.step)}"
             )
-        if fits and (self.best is None or is_better(look, self.best, start)):
+        if fits and (self.best is None or is_better(look, self.best, start, self.data.judged_by)):
             self.best = look
             self._best_state = {
                 "model": {k: v.clone() for k, v in self.model.state_dict().items()},
@@ -173,7 +177,7 @@ class Trainer:
         )
         return True
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[Batch]:
         """Yield one batch per remaining step. Freezes BatchNorm when its step has come."""
         per_epoch = len(self.data.train)
         while self.step < self.steps:
@@ -202,13 +206,16 @@ class Trainer:
             steps=self.steps,
             epoch=(self.step - 1) // len(self.data.train) + 1,
             loss=means.loss,
-            train_accuracy=means.accuracy,
+            train_accuracy=self.data.judged_by.scale * means.score,
             lr=self.weights_optimizer.param_groups[0]["lr"],
             average_bits=average_bits(self.quantized),
             seconds=step_seconds * self.step,
             bits={
                 t.name: sum(t.quantizer.bits) / len(t.quantizer.bits)
                 for t in self.quantized.tensors
+            },
+            probabilities={
+                name: round(share, 4) for name, share in self.gates.probabilities().items()
             },
         )
 
@@ -217,16 +224,18 @@ class Trainer:
 
     # ---- one step: Algorithm 1
 
-    def _train_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        """Return the loss, and the mean score of the batch in 0..1."""
+    def _train_step(self, x: Tree, y: Tree) -> tuple[float, float]:
+        """Return the loss, and the mean score of the batch."""
         self._set_learning_rates()
         self._seed()
         with self.quantized.batched():  # backward too may quantize, under activation checkpointing
-            output, loss = self._forward(x, y)
+            output, target, loss = self._forward(x, y)
             loss_value = float(loss.detach())
             self._backward(x, loss, loss_value)
         self._update(loss_value)
-        return loss_value, float(self.data.metric(output.detach().float(), y).float().mean())
+        with torch.no_grad():
+            scores = self.data.metric(as_float32(output), y if self.data.labelled else target)
+        return loss_value, float(scores.float().mean())
 
     def _set_learning_rates(self) -> None:
         """Decay every learning rate to 0 along half a cosine."""
@@ -240,40 +249,45 @@ class Trainer:
         rank = distributed.shard().rank
         torch.manual_seed(self.recipe.train.seed * 1_000_003 + self.step + 2**40 * rank)
 
-    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Lines 1 to 3: quantize weights, biases and inputs; compute the output and the loss."""
+    def _forward(self, x: Tree, y: Tree) -> tuple[Tree, Tree, Tensor]:
+        """Lines 1 to 3: quantize weights, biases and inputs; compute the outputs and the loss.
+
+        The second output is the float model's, or None.
+        """
         bfloat16 = self.recipe.train.precision == "bfloat16"
         with (
-            torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16),
             parametrize.cached(),  # a weight that is read more than once is quantized once
         ):
             target = self._target(x)
-            output = output_of(self.parallel(x))
-            return output, self._loss(output, y, target)
+            output = call(self.parallel, x)
+            return output, target, self._loss(output, y, target)
 
     @torch.no_grad()
-    def _target(self, x: Tensor) -> Tensor | None:
-        """Return the float model's output for x, or None without distillation.
+    def _target(self, x: Tree) -> Tree | None:
+        """Return the teacher's output for x, or None if labels alone are the target.
 
         Where training flips images at random, it is the mean of the outputs for x and for its flip.
         """
         if self.teacher is None:
             return None
-        # Clones, since a network may change its input in place.
-        views = [x.clone(), x.flip(-1)] if flips_at_random(self.data) else [x.clone()]
-        return torch.stack([output_of(self.teacher(view)).float() for view in views]).mean(0)
+        views = [copied(x)]
+        if flips_at_random(self.data):
+            views.append(map_tensors(lambda images: images.flip(-1), x))
+        outputs = [as_float32(call(self.teacher, view)) for view in views]
+        return map_tensors(lambda *views: torch.stack(views).mean(0), *outputs)
 
-    def _loss(self, output: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
-        if target is None:
+    def _loss(self, output: Tree, y: Tree, target: Tree | None) -> Tensor:
+        if target is None or not self.distill_weight:
             return self.data.loss(output, y)
-        divergence = distillation(output, target, self.recipe.train.distill.temperature)
+        divergence = distillation(output, target, self.recipe.train.distill.temperature, y)
         if self.distill_weight == 1:
             return divergence
         return self.distill_weight * divergence + (1 - self.distill_weight) * self.data.loss(
             output, y
         )
 
-    def _backward(self, x: Tensor, loss: Tensor, loss_value: float) -> None:
+    def _backward(self, x: Tree, loss: Tensor, loss_value: float) -> None:
         """Lines 4 and 5: gradients of weights, levels and gates, with gradient correction (Eqn 9).
 
         Raises Diverged if the loss or a gradient is not finite, DDQError if `x` is not.
@@ -284,6 +298,8 @@ class Trainer:
             raise explain_loss(self.model, x, loss_value, at)
         penalty = self.gates.penalty()  # Eqn 7
         torch.autograd.backward(loss * penalty if penalty != 1 else loss)
+        if self.bin_regularization and self.step >= self.gates.frozen_from:
+            regularize_bins(self.quantized, self.bin_regularization)
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         require_finite(gradients, "The gradient", at)
 

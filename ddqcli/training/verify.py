@@ -14,12 +14,17 @@ from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.tensors import ActivationTable
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import Checkpoint, load_checkpoint
+from ddqcli.data.batches import tree_to_device
+from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
+from ddqcli.data.trees import Tree, call
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.load import fill, to_torch
+from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.training.device import place_model, resolve_device
-from ddqcli.training.evaluate import OnProgress, evaluate, output_of, sample_differences
+from ddqcli.training.evaluate import OnProgress, evaluate
+from ddqcli.training.unlabelled import is_labelled, with_float_targets
 
 T = TypeVar("T")
 
@@ -28,7 +33,7 @@ T = TypeVar("T")
 # the other one.
 OUTPUT_TOLERANCE = 1e-3  # a typical sample's difference, as a share of the outputs
 QUANTIZED_OUTPUT_TOLERANCE = 0.05  # the same with quantized inputs
-ACCURACY_TOLERANCE = 0.1  # points
+ACCURACY_TOLERANCE = 0.1  # points, or percent of a metric in another unit
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class BehaviorCheck:
     """Outputs and accuracy of the network rebuilt from a file; None if not compared."""
 
     outputs: float | None  # a typical sample's difference, as a share of the outputs; 0: same bits
-    accuracy: float | None  # on the held-out data, percent
-    expected: float | None  # accuracy in the run's report, percent
+    accuracy: float | None  # the metric on the held-out data, in its unit
+    expected: float | None  # the metric in the run's report
     unchecked: tuple[str, ...] = ()  # reasons why something was not compared
 
 
@@ -66,8 +71,10 @@ def check_behavior(path: Path, run: Run, on_progress: OnProgress | None = None) 
     return BehaviorCheck(outputs, measured, expected, tuple(unchecked))
 
 
-def require_same_behavior(check: BehaviorCheck, name: Path, *, quantized_inputs: bool) -> None:
-    """Raise VerificationError if outputs or accuracy differ by more than their tolerance."""
+def require_same_behavior(
+    check: BehaviorCheck, name: Path, metric: Metric, *, quantized_inputs: bool
+) -> None:
+    """Raise VerificationError if outputs or metric differ by more than their tolerance."""
     tolerance = QUANTIZED_OUTPUT_TOLERANCE if quantized_inputs else OUTPUT_TOLERANCE
     if check.outputs is not None and not check.outputs <= tolerance:
         raise VerificationError(
@@ -76,10 +83,12 @@ def require_same_behavior(check: BehaviorCheck, name: Path, *, quantized_inputs:
         )
     if check.accuracy is None or check.expected is None:
         return
-    if not abs(check.accuracy - check.expected) <= ACCURACY_TOLERANCE:
+    tolerance = metric.tolerance(ACCURACY_TOLERANCE, check.expected)
+    if not abs(check.accuracy - check.expected) <= tolerance:
+        measured, reported = (metric.text(v, " ") for v in (check.accuracy, check.expected))
         raise VerificationError(
-            f"The network rebuilt from {name} reaches {check.accuracy:.2f} %, but the run reported "
-            f"{check.expected:.2f} %; unless the held-out data changed, it is not what was trained."
+            f"The network rebuilt from {name} reaches {measured}, but the run reported "
+            f"{reported}; unless the held-out data changed, it is not what was trained."
         )
 
 
@@ -103,9 +112,21 @@ def rebuild_model(
 
 
 def load_held_out(run: Run) -> Data:
-    """Load the data of the run. Raises UsageError or DataError if they are gone."""
+    """Load the data of the run. Raises UsageError or DataError if they are gone.
+
+    Without labels, the float model's outputs are the targets: its checkpoint must still be there.
+    """
     recipe = run.recipe()
-    return load_data(recipe.data, seed=recipe.train.seed, device=_device(run))
+    data = load_data(recipe.data, seed=recipe.train.seed, device=_device(run))
+    return data if is_labelled(data) else with_float_targets(data, _float_model(run))
+
+
+def _float_model(run: Run) -> nn.Module:
+    """Return the float model that the run began with, in eval mode."""
+    section = run.recipe().model
+    checkpoint = load_checkpoint(Path(section.checkpoint or ""), pickle=section.pickle)
+    model = build_model(checkpoint, section.arch, section.kwargs).model
+    return place_model(model, _device(run)).eval()
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
@@ -117,15 +138,14 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
 
 
 @torch.no_grad()
-def output_difference(model: nn.Module, x: Tensor, expected: Tensor) -> float:
+def output_difference(model: nn.Module, inputs: Tree, expected: Tree) -> float:
     """Return the median over samples of `sample_differences`, so that single edges do not count.
 
-    Infinite if the output is no tensor of the expected shape.
+    Infinite if the outputs have not the expected shapes.
     """
-    output = output_of(model(x.to(next(model.parameters()).device)))
-    if not isinstance(output, Tensor) or output.shape != expected.shape:
-        return float("inf")
-    return float(sample_differences(output.cpu(), expected).median())
+    device = next(model.parameters()).device
+    outputs = tree_to_device(call(model, tree_to_device(inputs, device)), torch.device("cpu"))
+    return float(sample_differences(outputs, expected).median())
 
 
 def _device(run: Run) -> torch.device:

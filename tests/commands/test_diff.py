@@ -84,7 +84,9 @@ def test_a_change_is_free_of_the_noise_of_binary_fractions() -> None:
 
 def test_json_keys_are_these(result: DiffResult) -> None:
     data = json.loads(json.dumps(result.data()))
-    assert list(data) == ["version", "a", "b", "totals", "accuracy", "layers", "activations"]
+    assert list(data) == [
+        *("version", "a", "b", "totals", "metric", "accuracy", "layers", "activations")
+    ]
     assert data["version"] == 1
     assert list(data["totals"]) == [
         *("bytes", "float_bytes", "budget_bytes", "average_bits"),

@@ -24,6 +24,7 @@ def test_json_keys_are_these(reports: list[dict]) -> None:
                 "version",
                 "layers",
                 "totals",
+                "metric",
                 "accuracy",
                 "course",
                 "activations",
@@ -56,6 +57,7 @@ def test_json_keys_are_these(reports: list[dict]) -> None:
                 "weights",
             )
         ]
+        assert data["metric"] == {"name": "accuracy", "unit": "%", "better": "higher"}
         assert list(data["accuracy"]) == ["float", "quantized", "drop"]
         assert list(data["activations"][0]) == ["name", "bits", "levels", "bytes"]
         assert list(data["source"]) == ["path", "sha256", "arch", "ddq"]

@@ -47,7 +47,13 @@ def empty(): return {"train": Squares(), "val": DataLoader([])}
 def no_loss(): return {"train": Squares(), "val": Squares(), "loss": 3}
 def mean_metric():
     return {"train": Squares(), "val": Squares(), "metric": lambda output, target: output.mean()}
-def dicts(): return {"train": Squares(), "val": DataLoader([{"x": 1.0}] * 3)}
+def triples(): return {"train": Squares(), "val": DataLoader([(1.0, 2.0, 3.0)] * 3)}
+def unlabelled():
+    x = torch.arange(12.0).reshape(6, 2)
+    return {"train": TensorDataset(x), "val": [{"x": row} for row in x]}
+def trees():
+    rows = [({"a": torch.ones(2) * k, "b": k}, (torch.tensor(k), {"c": [k, k]})) for k in range(40)]
+    return {"train": rows, "val": DataLoader(rows, batch_size=3)}
 """
 
 
@@ -65,6 +71,29 @@ def test_factory_with_keyword_arguments_and_ready_batches(factory):
     assert [len(target) for target in targets] == [3, 3]
     assert [len(inputs) for inputs, _ in data.val.epoch(0)] == [4, 2]
     assert data.val.samples == 6
+
+
+def test_inputs_and_targets_are_trees_of_tensors(factory):
+    data = load(factory("trees"), batch_size=8)
+    first, last = next(data.val.epoch(0)), list(data.val.epoch(0))[-1]
+    inputs, (number, nested) = first
+    assert inputs["a"].tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert [inputs["b"].tolist(), number.tolist()] == [[0, 1, 2]] * 2
+    assert [c.tolist() for c in nested["c"]] == [[0, 1, 2]] * 2
+    assert len(last[0]["b"]) == 1
+    assert (data.val.samples, data.train.samples, data.held_out.samples) == (40, 35, 5)
+    seen = torch.cat([inputs["b"] for inputs, _ in data.train.epoch(0)])
+    held_out = torch.cat([inputs["b"] for inputs, _ in data.held_out.epoch(0)])
+    assert not set(seen.tolist()) & set(held_out.tolist())
+    assert data.fingerprint() == load(factory("trees"), batch_size=4).fingerprint()
+
+
+def test_samples_without_targets_are_unlabelled_data(factory):
+    data = load(factory("unlabelled"), batch_size=3)
+    (inputs, targets), _ = data.val.epoch(0)
+    assert inputs["x"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert targets is None
+    assert [targets for _, targets in data.train.epoch(0)] == [None, None]
 
 
 def test_factory_with_its_own_loss_and_metric(factory):
@@ -103,7 +132,7 @@ def test_faults_that_show_when_data_of_a_factory_are_read(factory):
         DataError, match="Sample 4 of the data cannot be read: ValueError: no square of four"
     ):
         list(load(factory("damaged"), workers=2).val.epoch(0))
-    with pytest.raises(DataError, match="a dict"):
-        list(load(factory("dicts")).val.epoch(0))
+    with pytest.raises(DataError, match=r"is a list \(Tensor, Tensor, Tensor\); give \(inputs"):
+        list(load(factory("triples")).val.epoch(0))
     with pytest.raises(DataError, match=r"returned shape \[\]; 2 scores are needed"):
         load(factory("mean_metric")).metric(torch.zeros(2), torch.zeros(2))

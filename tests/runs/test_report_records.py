@@ -14,8 +14,8 @@ from ddqcli.artifact.read import read_artifact
 from ddqcli.runs.report import Accuracy, ActivationRow, Report, SweepRow, SweepTable, TensorRow
 
 KEYS = (
-    *("version", "layers", "totals", "accuracy", "course", "activations", "kept_float", "source"),
-    *("run", "warnings"),
+    *("version", "layers", "totals", "metric", "accuracy", "course", "activations", "kept_float"),
+    *("source", "run", "warnings"),
 )
 
 
@@ -56,7 +56,7 @@ def test_an_exported_file_gives_the_report_of_its_run(tmp_path: Path, axis: int 
     assert again.layers == report.layers
     assert again.source == report.source.model_copy(update={"path": "net.pt"})
     assert again.kept_float == {"bn.weight": "stored as float32"}
-    same = ("accuracy", "course", "run", "warnings", "activations")
+    same = ("metric", "accuracy", "course", "run", "warnings", "activations")
     assert [getattr(again, key) for key in same] == [getattr(report, key) for key in same]
     average = again.totals.average_bits
     assert average == pytest.approx(report.totals.average_bits, abs=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,16 +22,78 @@ from ddqcli.training.distillation import check_distillable, distillation
 @pytest.mark.parametrize(
     ("output", "problem"),
     [
-        (None, "no tensor"),
-        (torch.zeros(4, 1), r"of shape \[4, 1\]"),
-        (torch.zeros(4, 3, 2, 2), "of shape"),
+        (None, "no floating-point tensor"),
+        ({"classes": torch.arange(4)}, "no floating-point tensor"),
         (torch.tensor([[0.0, -math.inf]]), "partly infinite"),
+        ({"a": torch.zeros(4, 2), "b": torch.tensor([math.nan])}, "partly infinite"),
     ],
 )
-def test_outputs_that_cannot_be_distilled_are_refused(output: Tensor | None, problem: str) -> None:
-    check_distillable({"output": torch.zeros(4, 2)})
+def test_outputs_that_cannot_be_distilled_are_refused(output: Any, problem: str) -> None:
+    for fine in (torch.zeros(4, 2), torch.zeros(4), {"a": torch.zeros(4, 3, 2, 2), "b": None}):
+        check_distillable(fine)
     with pytest.raises(DataError, match=f"output is {problem}.*; set train.distill.weight=0"):
-        check_distillable(None if output is None else {"output": output})
+        check_distillable(output)
+
+
+def test_outputs_that_differ_in_training_are_refused() -> None:
+    with pytest.raises(DataError, match=r"\[\[2, 3\], \[2\]\], differ in shape .* \[\[2, 3\]\]"):
+        distillation((torch.zeros(2, 3), torch.zeros(2)), torch.zeros(2, 3), 4.0)
+
+
+def kl(target: Tensor, output: Tensor, axis: int, temperature: float = 4.0) -> float:
+    """Return T^2 * KL in float64, mean over all places but `axis`."""
+    p, q = ((x.double() / temperature).softmax(axis) for x in (target, output))
+    return temperature**2 * float((p * (p / q).log()).sum(axis).mean())
+
+
+def squared_error(target: Tensor, output: Tensor) -> float:
+    """Return the mean squared error over the target's variance, in float64."""
+    t, o = target.double(), output.double()
+    return float(((o - t) ** 2).mean() / ((t - t.mean()) ** 2).mean())
+
+
+CLASSES = torch.randint(5, (3, 4, 4), generator=torch.Generator().manual_seed(1))
+RULES: dict[str, tuple[tuple[int, ...], Any, int | None]] = {
+    # shape of an output, targets -> axis of its class scores
+    "scores without labels": ((3, 5), None, 1),
+    "scores and classes": ((3, 5), torch.zeros(3).long(), 1),
+    "values beside targets of their shape": ((3, 5), torch.zeros(3, 5), None),
+    "one value": ((3, 1), torch.zeros(3, 1), None),
+    "a value for each sample": ((3,), torch.zeros(3), None),
+    "segmentation": ((3, 5, 4, 4), CLASSES, 1),
+    "segmentation without labels": ((3, 5, 4, 4), None, None),
+    "depth beside classes": ((3, 1, 4, 4), CLASSES, None),
+    "language model": ((3, 6, 5), {"next": CLASSES[:, :, 0].repeat(1, 2)[:, :6]}, 2),
+    "image": ((3, 3, 4, 4), torch.zeros(3, 3, 4, 4), None),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_class_scores_are_distilled_along_their_axis_and_values_by_squared_error(name: str) -> None:
+    shape, labels, axis = RULES[name]
+    generator = torch.Generator().manual_seed(0)
+    target = 3 * torch.randn(shape, generator=generator) + 1
+    output = target + 0.3 * torch.randn(shape, generator=generator)
+    expected = squared_error(target, output) if axis is None else kl(target, output, axis)
+    assert distillation(output, target, 4.0, labels).item() == pytest.approx(expected, rel=1e-4)
+    assert distillation(target, target, 4.0, labels).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_losses_of_all_tensors_of_an_output_add_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(shape, generator=generator) for shape in ((4, 3), (4, 1), (4, 3)))
+    output, target = (
+        {"class": a, "size": b, "index": CLASSES},
+        {"class": c, "size": 2 * b, "index": CLASSES},
+    )
+    labels = {"class": torch.zeros(4).long(), "size": torch.zeros(4)}
+    expected = kl(c, a, 1) + squared_error(2 * b, b)
+    assert distillation(output, target, 4.0, labels).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_constant_output_is_distilled_in_units_of_its_size() -> None:
+    loss = distillation(torch.full((4,), 3.0), torch.full((4,), 2.0), 4.0)
+    assert loss.item() == pytest.approx(0.25)
 
 
 def test_the_loss_is_that_of_hinton_et_al_beside_the_labels() -> None:

@@ -1,0 +1,17 @@
+"""The base of the records in report.json and the like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """The fields, in their order, are the keys of the JSON object."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    def data(self) -> dict[str, Any]:
+        """Return the record as JSON-able values."""
+        return self.model_dump()

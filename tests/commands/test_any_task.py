@@ -1,0 +1,327 @@
+"""Tasks that are no classification of images, from finetuning to the exported file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_project import Answer, ddq, inside
+
+CODE = """
+from collections import OrderedDict
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(12, 16), nn.Linear(5, 16), nn.Linear(16, 4)
+    def forward(self, image, extra):
+        return self.head(F.relu(self.a(image.flatten(1)) + self.b(extra)))
+
+class Segmenter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, 32, 3, padding=1)
+        self.head, self.size = nn.Conv2d(32, 4, 3, padding=1), nn.Linear(32, 1)
+    def forward(self, x):
+        x = F.relu(self.body(x))
+        return OrderedDict(out=self.head(x), size=self.size(x.mean((2, 3))))
+
+class Regressor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 1))
+    def forward(self, x):
+        return self.body(x)[:, 0]
+
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+
+def images(count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    label = torch.randint(4, (count,), generator=draw)
+    mean = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(99))
+    return mean[label] + 0.5 * torch.randn(count, 3, 2, 2, generator=draw), label
+
+def splits(of):
+    return {"train": of(*images(96, 0)), "val": of(*images(40, 1))}
+
+def tuples():
+    return splits(lambda x, y: [((a, a.flatten()[:5]), b) for a, b in zip(x, y)])
+
+def mappings():
+    return splits(lambda x, y: [({"extra": a.flatten()[:5], "image": a}, b) for a, b in zip(x, y)])
+
+def loader():
+    made = tuples()
+    return {"train": DataLoader(made["train"], 16, shuffle=True), "val": DataLoader(made["val"], 7)}
+
+def pixels():
+    def loss(out, y):
+        return F.cross_entropy(out["out"], y["mask"]) + F.mse_loss(out["size"], y["size"])
+    hits = lambda out, y: (out["out"].argmax(1) == y["mask"]).float().mean((1, 2))
+    made = lambda x, y: [
+        (a, {"mask": b.expand(2, 2), "size": b[None].float()}) for a, b in zip(x, y)
+    ]
+    return splits(made) | {"loss": loss, "metric": {"name": "mIoU", "unit": "%", "function": hits}}
+
+def numbers():
+    error = lambda out, y: (out - y).square()
+    return splits(lambda x, y: TensorDataset(x, y.float())) | {
+        "loss": F.mse_loss,
+        "metric": {"name": "error", "better": "lower", "function": error},
+    }
+
+def signals():
+    psnr = lambda out, y: 30 - 10 * (out - y).square().log10()
+    return numbers() | {"metric": {"name": "PSNR", "unit": "dB", "function": psnr}}
+
+def unlabelled():
+    return splits(lambda x, y: TensorDataset(x))
+
+def undefined():
+    hits = lambda out, y: torch.where(y == 3, float("nan"), (out.argmax(1) == y).float())
+    return splits(TensorDataset) | {"metric": hits}
+
+def decibels():
+    return splits(TensorDataset) | {"metric": lambda out, y: 30 + out[:, 0]}
+"""
+
+TASKS = {  # data -> network and further arguments
+    "tuples": "Two",
+    "mappings": "Two --act-bits 8",
+    "loader": "Two",
+    "pixels": "Segmenter --set train.distill.weight=0.5",
+    "numbers": "Regressor",
+    "signals": "Regressor --set train.distill.weight=0.9",
+    "unlabelled": "Segmenter --act-bits 8",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with networks that are trained on the labels for a moment."""
+    path = tmp_path_factory.mktemp("tasks")
+    (path / "tasks.py").write_text(CODE)
+    scope: dict[str, Any] = {}
+    exec(CODE, scope)
+    with inside(path):
+        for name in ("Two", "Segmenter", "Regressor", "plain"):
+            torch.manual_seed(0)
+            net = scope[name]()
+            x, y = scope["images"](96, 0)
+            optimizer = torch.optim.Adam(net.parameters(), 0.01)
+            for _ in range(60):
+                out = net(x, x.flatten(1)[:, :5]) if name == "Two" else net(x)
+                if name == "Regressor":
+                    loss = (out - y).square().mean()
+                else:
+                    scores = out["out"].mean((2, 3)) if name == "Segmenter" else out
+                    loss = torch.nn.functional.cross_entropy(scores, y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            torch.save(net.state_dict(), f"{name}.pt")
+        yield path
+
+
+def finetune(data: str, *more: str, run: str | None = None) -> Answer:
+    arch, *others = TASKS.get(data, "plain").split()
+    return ddq(
+        *("finetune", f"{arch}.pt", "--arch", f"tasks.py:{arch}", "--data", f"tasks.py:{data}"),
+        *("--target-bits", 4, "--max-steps", 6, "--set", "data.batch_size=16"),
+        *("--set", "data.workers=0", "--run-dir", run or f"runs/{data}", *others, *more),
+    )
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def trained(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Answer]:
+    answer = finetune(request.param)
+    assert answer.code == 0, answer.err
+    return request.param, answer
+
+
+def test_a_task_is_trained_reported_exported_and_verified(trained: tuple[str, Answer]) -> None:
+    name, answer = trained
+    report = ddq("report", f"runs/{name}", "--json").data
+    metric, values = report["metric"], report["accuracy"]
+    worse = values["float"] - values["quantized"]
+    if metric["better"] == "lower":
+        worse = -worse
+    assert values["drop"] == pytest.approx(worse, abs=1e-4)
+    assert report["totals"]["bytes"] <= report["totals"]["budget_bytes"]
+    exported = ddq("export", f"runs/{name}", "-o", f"{name}.safetensors", "--json")
+    assert exported.code == 0, exported.out
+    behavior = exported.data["behaviour"]
+    assert behavior["unchecked"] == []
+    assert behavior["outputs"] == 0
+    assert behavior["accuracy"] == pytest.approx(values["quantized"], abs=1e-3)
+    assert ddq("export", f"runs/{name}", "--check", f"{name}.safetensors").code == 0
+    assert ddq("report", f"{name}.safetensors", "--json").data["metric"] == metric
+    assert ("accuracy" in answer.out) == (metric["name"] == "accuracy")
+    assert f"{metric['name']:<10} float " in answer.out
+
+
+@pytest.mark.parametrize("name", ["mappings", "unlabelled"])
+def test_a_task_is_exported_to_onnx(folder: Path, name: str) -> None:
+    """onnxruntime itself gets the inputs by name, and gives the outputs in the network's order."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    import ddqcli
+
+    assert finetune(name, run=f"runs/{name}-onnx").code == 0
+    answer = ddq("export", f"runs/{name}-onnx", "--format", "onnx", "-o", f"{name}.onnx", "--json")
+    assert answer.code == 0, answer.out
+    assert answer.data["unchecked"] == []
+    assert ddq("export", f"runs/{name}-onnx", "-o", f"{name}.safetensors").code == 0
+    scope: dict[str, Any] = {}
+    exec(CODE, scope)
+    net = ddqcli.load(f"{name}.safetensors", scope[TASKS[name].split()[0]]()).eval()
+    x, _ = scope["images"](5, 3)
+    inputs = {"image": x, "extra": x.flatten(1)[:, :5]} if name == "mappings" else {"input": x}
+    with torch.no_grad():
+        output = net(*inputs.values())
+    wanted = list(output.values()) if isinstance(output, dict) else [output]
+    session = onnxruntime.InferenceSession(f"{name}.onnx")
+    given = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+    assert len(given) == len(wanted)
+    for array, tensor in zip(given, wanted, strict=True):
+        difference = (torch.from_numpy(array) - tensor).square().mean().sqrt()
+        assert difference < 0.02 * tensor.square().mean().sqrt()
+    names = {"unlabelled": ["out", "size"]}.get(name, ["output"])
+    assert [value.name for value in session.get_outputs()] == names
+
+
+def test_a_run_is_the_same_each_time_and_after_it_was_stopped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddqcli.errors import Interrupted
+    from ddqcli.training.trainer import Trainer
+
+    step = Trainer._train_step
+
+    def stopped(self: Trainer, x: Any, y: Any) -> Any:
+        if self.step == 4:
+            raise Interrupted("stopped", 15)
+        return step(self, x, y)
+
+    every = ("--set", "train.save_every=2")
+    for name in ("mappings", "unlabelled", "loader"):
+        assert finetune(name, *every, run=f"runs/{name}-whole").code == 0
+        monkeypatch.setattr(Trainer, "_train_step", stopped)
+        assert finetune(name, *every, run=f"runs/{name}-part").code == 143
+        monkeypatch.setattr(Trainer, "_train_step", step)
+        assert ddq("finetune", "--resume", "--run-dir", f"runs/{name}-part").code == 0
+        for part in ("whole", "part"):
+            assert ddq("export", f"runs/{name}-{part}", "-o", f"{part}.safetensors").code == 0
+        assert Path("whole.safetensors").read_bytes() == Path("part.safetensors").read_bytes()
+
+
+def test_without_labels_the_report_gives_the_distance_from_the_float_outputs(
+    folder: Path,
+) -> None:
+    """Against the outputs of the file's network, in float64."""
+    import ddqcli
+
+    assert finetune("unlabelled", run="runs/distance").code == 0
+    report = ddq("report", "runs/distance", "--json").data
+    assert report["metric"]["name"] == "distance from the float outputs"
+    assert report["metric"]["better"] == "lower"
+    assert report["accuracy"]["float"] == 0
+    assert ddq("export", "runs/distance", "-o", "distance.safetensors").code == 0
+    scope: dict[str, Any] = {}
+    exec(CODE, scope)
+    net = scope["Segmenter"]()
+    net.load_state_dict(torch.load("Segmenter.pt"))
+    x, _ = scope["images"](40, 1)
+    with torch.no_grad():
+        before = net.eval()(x)
+        after = ddqcli.load("distance.safetensors", scope["Segmenter"]()).eval()(x)
+    errors = []
+    for name in ("out", "size"):
+        a, b = (each[name].double().flatten(1) for each in (after, before))
+        sizes = [b[k : k + 16].square().mean().sqrt() for k in range(0, 40, 16)]
+        size = torch.cat([s.expand(16) for s in sizes])[:40]
+        errors.append((a - b).square().mean(1).sqrt() / size)
+    distance = 100 * torch.maximum(*errors).mean()
+    assert report["accuracy"]["quantized"] == pytest.approx(float(distance), rel=1e-3)
+
+
+def test_reports_speak_of_the_metric_alone(folder: Path) -> None:
+    assert finetune("signals", run="runs/psnr").code == 0
+    page = ddq("report", "runs/psnr", "--html", "page")
+    assert page.code == 0
+    value = ddq("report", "runs/psnr", "--json").data["accuracy"]["quantized"]
+    text = Path("page/index.html").read_text()
+    for shown in (page.out, ddq("report", "runs/psnr", "--md").out, text):
+        assert f"{value:.5g} dB" in shown
+        assert "PSNR" in shown
+        assert "ccuracy" not in shown
+        assert "points" not in shown
+    diff = ddq("report", "--diff", "runs/psnr", "runs/psnr").out
+    assert f"PSNR            {value:.5g}" in diff
+
+
+def test_limits_speak_of_the_metric(folder: Path) -> None:
+    assert finetune("numbers", run="runs/errors").code == 0
+    values = ddq("report", "runs/errors", "--json").data["accuracy"]
+    error, drop = values["quantized"], values["drop"]
+    met = (
+        f"--max error={error + 0.01}",
+        f"--min error={error - 0.01}",
+        f"--max-drop={drop + 0.01}",
+    )
+    for limit in met:
+        assert ddq("report", "runs/errors", *limit.split()).code == 0
+    unmet = {
+        f"--max error={error - 0.01}": f"--max error is unmet: {error:,} error are 0.01 above",
+        f"--min error={error + 0.01}": f"--min error is unmet: {error:,} error are 0.01 below",
+        f"--max-drop={drop - 0.01}": f"--max-drop is unmet: {drop:,} error are 0.01 above",
+        "--min-accuracy 0": "this run is judged by error, not by accuracy",
+        "--min mAP=0.31": "this run is judged by error, not by mAP",
+    }
+    for limit, message in unmet.items():
+        answer = ddq("report", "runs/errors", *limit.split())
+        assert answer.code == 3
+        assert message in answer.err
+    assert ddq("report", "runs/errors", "--min", "0.31").code == 2
+
+
+def test_a_metric_where_less_is_better_chooses_states_by_it(folder: Path) -> None:
+    """No state is delivered whose error on held-out samples is above that of the start."""
+    assert finetune("numbers", "--set", "train.lr=0.02", run="runs/lower").code == 0
+    lines = [json.loads(line) for line in Path("runs/lower/metrics.jsonl").read_text().splitlines()]
+    looks = {line["step"]: line for line in lines if "held_out_loss" in line}
+    best = ddq("report", "runs/lower", "--json").data["course"]["best_step"]
+    assert looks[best]["held_out_accuracy"] <= looks[0]["held_out_accuracy"]
+    for step, look in looks.items():
+        if look["held_out_loss"] < looks[best]["held_out_loss"]:
+            assert look["held_out_accuracy"] > looks[0]["held_out_accuracy"], step
+
+
+def test_a_metric_that_is_not_a_number_is_refused_at_the_float_model(folder: Path) -> None:
+    answer = finetune("undefined")
+    assert answer.code == 2
+    assert "is NaN or infinite for 9 of 40 evaluation samples (number 1, 4, 6, 8," in answer.err
+    assert not Path("runs/undefined").exists()
+
+
+def test_an_accuracy_that_is_no_share_is_refused_at_the_float_model(folder: Path) -> None:
+    answer = finetune("decibels")
+    assert answer.code == 2
+    assert "an accuracy is a share in 0..1; name what it is" in answer.err
+
+
+def test_several_targets_of_another_metric(folder: Path) -> None:
+    answer = finetune("signals", "--target-bits", "4,6", run="runs/sweep")
+    assert answer.code == 0, answer.err
+    assert "PSNR" in answer.out
+    assert " dB" in answer.out
+    assert "ccuracy" not in answer.out.replace("size-accuracy.png", "")
+    assert "%" not in answer.out
