@@ -50,16 +50,16 @@ def find_warnings(
 def _far_below_float(trainer: Trainer, course: Course) -> str | None:
     metric, values = trainer.data.judged_by, {s.name: s.accuracy for s in course.stages}
     before, after = values["float"], values[course.delivered]
-    if metric.drop(before, after) <= metric.tolerance(_FAR_BELOW_FLOAT, before):
+    drop = metric.drop(before, after)
+    if drop <= metric.tolerance(_FAR_BELOW_FLOAT, before):
         return None
     recipe = trainer.recipe
     bits = f"a larger budget (now {recipe.budget.target})"
     if recipe.budget.target == "none":
         bits = f"a larger weights.max_bits (now {recipe.weights.max_bits})"
     return (
-        f"the quantized model is far below the float model ({metric.name} "
-        f"{metric.change(before, after)}); take {bits}, more training data, or more train.epochs "
-        f"(now {recipe.train.epochs})"
+        f"the quantized model is {metric.amount(drop)} worse than the float model; take {bits}, "
+        f"more training data, or more train.epochs (now {recipe.train.epochs})"
     )
 
 
