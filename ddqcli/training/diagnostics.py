@@ -38,6 +38,7 @@ def find_warnings(
         _small_batches(trainer),
         _much_stays_float(trainer),
         _constant_tensors(trainer),
+        _zero_inputs(trainer),
         _unused_levels(trainer),
         _idle_gates(trainer, metrics),
     ]
@@ -154,6 +155,19 @@ def _constant_tensors(trainer: Trainer) -> str | None:
         f"every value of {_join(names)} is the same after quantization, so later layers learn "
         "nothing from it; give it more bits by an override (min_bits), or take a smaller "
         f"train.lr (now {trainer.recipe.train.lr:g})"
+    )
+
+
+def _zero_inputs(trainer: Trainer) -> str | None:
+    """Name the layers whose input was zero in all calibration samples."""
+    inputs = trainer.quantized.activations.items()
+    names = [name for name, quantizer in inputs if quantizer.saw_only_zeros]
+    if not names:
+        return None
+    return (
+        f"the input of {_join(names)} was zero in all samples that its levels were fitted to, so "
+        "any other value is cut off; give training samples where it is not, or keep it in float by "
+        "an override (act_bits: 0)"
     )
 
 
