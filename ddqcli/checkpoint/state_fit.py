@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ddqcli.checkpoint.state_keys import bare_name
 from ddqcli.errors import CheckpointError
+from ddqcli.qat.reparametrized import make_plain
 
 Shape = tuple[int, ...]
 Tensors = dict[str, torch.Tensor]
@@ -90,6 +91,8 @@ def load_state(model: nn.Module, tensors: Tensors, path: Path, arch: str) -> str
 
     `path` and `arch` are for messages. Raises CheckpointError if names or shapes differ.
     """
+    # `ddq finetune` stores weights that the network computes (weight_norm) as plain ones.
+    make_plain(model, lambda name: name in tensors)
     wanted = state_shapes(model)
     wrapped = {bare_name(name): name for name in wanted}  # of a network with compiled parts
     tensors = {wrapped.get(name, name): tensor for name, tensor in tensors.items()}

@@ -17,12 +17,14 @@ from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.data.load import Data, load_data
+from ddqcli.data.source import list_names
 from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import freeze
 from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.report import Report, RunFacts, Source
@@ -39,6 +41,7 @@ from ddqcli.training.distillation import (
 )
 from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
+from ddqcli.training.network_checks import refuse_written_weights
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
@@ -114,6 +117,7 @@ def finetune(
             introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
             _apply_augmentation(data, baseline.augmentation, introduce)
             _check_distillation(models.teacher, data, recipe, introduce)
+            refuse_written_weights(models.quantized, models.teacher, data)
             trainer = build_trainer(
                 models.quantized,
                 models.teacher,
@@ -160,6 +164,11 @@ def _load_and_convert(
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
     introduce(f"model: {built.note}; {checkpoint.note}")
     model = place_model(built.model, device).eval()
+    if plain := make_plain(model):
+        introduce(f"weights that the network computes are made plain: {list_names(plain)}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        introduce("all parameters of the network were frozen; they are trained")
+        model.requires_grad_(True)
     trainable = copy.deepcopy(model)
     if start and start.report().is_trained:
         _load_trained_weights(trainable, start)
