@@ -221,7 +221,13 @@ def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
 def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
     """Load the data; without labels, the float model's outputs are the targets."""
     seed, shard = recipe.train.seed, distributed.shard()
-    data = load_data(recipe.data, seed=seed, device=models.device, shard=shard)
+    data = load_data(
+        recipe.data,
+        seed=seed,
+        device=models.device,
+        shard=shard,
+        max_steps=recipe.train.max_steps,
+    )
     introduce(f"data: {data.note}")
     if is_labelled(data):
         return data

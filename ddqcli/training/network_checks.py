@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ddqcli.data.load import Data
+from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.data.trees import Tree, call, copied, shared_length, sliced, tensors
-from ddqcli.errors import UsageError
+from ddqcli.errors import DataError, UsageError
 from ddqcli.qat.model import QuantizedModel
 
 _SAMPLES = 8
@@ -45,6 +46,24 @@ def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: 
                 "which would not be what its quantizer stores; keep the layer in float: --set "
                 f"'overrides=[{{match: {place.layer}, skip: true}}]'."
             )
+
+
+def refuse_batch_of_one(model: nn.Module, data: Data) -> None:
+    """Raise DataError if training ends an epoch with one sample that BatchNorm cannot normalize."""
+    train = data.train
+    if not isinstance(train, ReadyBatches) or train.last_batch != 1 or len(train) == 1:
+        return
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            call(trial, sliced(_few_inputs(data), slice(1)))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "The last training batch of an epoch holds one sample, of which BatchNorm has no "
+            "statistics; give the DataLoader drop_last=True, or --set train.batch_norm=held."
+        ) from error
 
 
 def is_reentrant(teacher: nn.Module, data: Data) -> bool:

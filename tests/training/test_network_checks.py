@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,16 @@ from small_models import random_data, trainer
 from tiny_training import finish, network, recipe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
-from ddqcli.errors import UsageError
+from ddqcli.data.ready_batches import ReadyBatches
+from ddqcli.errors import DataError, UsageError
 from ddqcli.qat.convert import convert
-from ddqcli.training.network_checks import is_reentrant, refuse_written_weights
+from ddqcli.training.network_checks import (
+    is_reentrant,
+    refuse_batch_of_one,
+    refuse_written_weights,
+)
 
 
 class ByData(nn.Conv2d):
@@ -87,3 +94,20 @@ def test_reentrant_recomputation_trains_as_the_other_kind() -> None:
         states.append(running.model.state_dict())
     for name, value in states[0].items():
         assert torch.allclose(value.double(), states[1][name].double(), atol=1e-5), name
+
+
+@pytest.mark.parametrize(("samples", "refused"), [(33, True), (34, False), (32, False)])
+def test_a_last_batch_of_one_sample_is_refused_where_batch_norm_needs_more(
+    samples: int, refused: bool
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = TensorDataset(torch.randn(samples, 3, 6, 6, generator=draw), torch.arange(samples) % 3)
+    train = ReadyBatches(DataLoader(rows, 16), torch.device("cpu"), seed=0)
+    data = replace(random_data(), train=train)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4))
+    refuse_batch_of_one(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), data)
+    if refused:
+        with pytest.raises(DataError, match=r"drop_last=True, or --set train.batch_norm=held"):
+            refuse_batch_of_one(flat, data)
+    else:
+        refuse_batch_of_one(flat, data)
