@@ -46,6 +46,14 @@ def finetune(
         str | None,
         typer.Option(help="Image folder, .npz, torchvision DATASET:ROOT or module:factory."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ddq|sdq",
+            help="ddq: gates decide bit-widths. sdq: bit-widths are sampled, then fixed.  "
+            "[default: ddq]",
+        ),
+    ] = None,
     target_bits: Annotated[
         str | None,
         typer.Option(
@@ -115,10 +123,11 @@ def finetune(
 ) -> None:
     """Finetune a model under a memory budget.
 
-    Learns each layer's quantization levels; DDQ's gates decide each layer's bit-width. The run
-    folder receives the quantized model, the metrics and the report.
+    Learns each layer's quantization levels; DDQ's gates, or SDQ's sampling, decide each layer's
+    bit-width. The run folder receives the quantized model, the metrics and the report.
     """
     flags = {
+        "method": method,
         "model.arch": arch,
         "model.pickle": allow_pickle or None,
         "data.source": data,

@@ -35,6 +35,7 @@ from ddqcli.training.device import place_model, resolve_device
 from ddqcli.training.diagnostics import find_warnings
 from ddqcli.training.distillation import (
     check_distillable,
+    check_same_outputs,
     distillation_weight,
     flips_at_random,
     matched,
@@ -103,6 +104,7 @@ def finetune(
         listener.judged_by(data.judged_by)
         identity = RunIdentity(
             sha256=models.source.sha256,
+            teacher=models.teacher.sha256,
             recipe=run.recipe_text(),
             steps=total_steps(recipe, data),
             data=data.fingerprint(),
@@ -113,20 +115,23 @@ def finetune(
         )
         known_baseline = FloatBaseline.from_state(saved) if saved else start_baseline
         with explain_user_errors("The model cannot run on these data", UsageError, recipe):
-            baseline = known_baseline or _measure_baseline(models.teacher, data, recipe, listener)
+            baseline = known_baseline or _measure_baseline(
+                models.float_model, data, recipe, listener
+            )
             introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
             _apply_augmentation(data, baseline.augmentation, introduce)
-            _check_distillation(models.teacher, data, recipe, introduce)
-            refuse_written_weights(models.quantized, models.teacher, data)
+            _check_distillation(models, data, recipe, introduce)
+            refuse_written_weights(models.quantized, models.float_model, data)
             trainer = build_trainer(
                 models.quantized,
-                models.teacher,
+                models.float_model,
                 data,
                 models.budget,
                 recipe,
                 identity.steps,
                 saved,
                 listener.progress,
+                models.teacher.model,
             )
         if saved:
             listener.note(f"resumed {run.path} at step {trainer.step} of {trainer.steps}")
@@ -145,10 +150,20 @@ def finetune(
 
 
 @dataclass(frozen=True)
-class _Models:
-    """The float model, its quantized copy, and the budget of that copy."""
+class _Teacher:
+    """The network to distill from, in eval mode and without gradients."""
 
-    teacher: nn.Module  # the checkpoint's model in eval mode, without gradients
+    model: nn.Module
+    name: str
+    sha256: str | None  # of its checkpoint; None if it is the float model
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The float model, its teacher, its quantized copy, and the budget of that copy."""
+
+    float_model: nn.Module  # the checkpoint's network in eval mode, without gradients
+    teacher: _Teacher
     quantized: QuantizedModel
     budget: ResolvedBudget
     device: torch.device
@@ -177,7 +192,30 @@ def _load_and_convert(
         path=str(checkpoint_path), sha256=checkpoint.sha256, arch=built.arch, ddq=__version__
     )
     budget = make_budget(quantized, recipe)
-    return _Models(model.requires_grad_(False), quantized, budget, device, source)
+    model.requires_grad_(False)
+    teacher = _load_teacher(model, recipe, device, introduce)
+    return _Models(model, teacher, quantized, budget, device, source)
+
+
+def _load_teacher(
+    float_model: nn.Module, recipe: Recipe, device: torch.device, introduce: _Note
+) -> _Teacher:
+    """Return the recipe's teacher, by default the float model.
+
+    Raises UsageError for a teacher that the recipe does not use.
+    """
+    section = recipe.train.teacher
+    if section.checkpoint is None:
+        return _Teacher(float_model, "the float model", None)
+    if recipe.train.distill.weight == 0:
+        raise UsageError(
+            "train.teacher is given, and train.distill.weight=0 trains without it; give one."
+        )
+    checkpoint = load_checkpoint(Path(section.checkpoint), pickle=recipe.model.pickle)
+    built = build_model(checkpoint, section.arch, section.kwargs)
+    introduce(f"teacher: {built.note}; {checkpoint.note}")
+    model = place_model(built.model, device).eval().requires_grad_(False)
+    return _Teacher(model, section.checkpoint, checkpoint.sha256)
 
 
 def _load_trained_weights(model: nn.Module, run: Run) -> None:
@@ -193,7 +231,7 @@ def _load_trained_weights(model: nn.Module, run: Run) -> None:
 def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
     """Return the report of the first bits, before any training."""
     gates = make_rule(
-        recipe.gates.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
+        recipe.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
     )
     gates.start()
     warnings = []
@@ -232,7 +270,7 @@ def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
     if is_labelled(data):
         return data
     introduce("the data have no labels: the targets are the outputs of the float model")
-    return with_float_targets(data, models.teacher)
+    return with_float_targets(data, models.float_model)
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
@@ -250,12 +288,12 @@ def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline |
 
 
 def _measure_baseline(
-    teacher: nn.Module, data: Data, recipe: Recipe, listener: Listener
+    float_model: nn.Module, data: Data, recipe: Recipe, listener: Listener
 ) -> FloatBaseline:
     """Evaluate the float model, and detect how its training images were augmented."""
-    accuracy = evaluate(teacher, data, on_progress=listener.progress)
+    accuracy = evaluate(float_model, data, on_progress=listener.progress)
     labels = distillation_weight(recipe.train.distill, data) < 1
-    detected = detect_augmentation(teacher, data, recipe.data, labels=labels)
+    detected = detect_augmentation(float_model, data, recipe.data, labels=labels)
     return FloatBaseline(accuracy, distributed.broadcast(detected))
 
 
@@ -272,20 +310,30 @@ def _apply_augmentation(data: Data, detected: DetectedAugmentation, introduce: _
         introduce(f"images are {flipped}: the model recognizes flipped images {well}")
 
 
-def _check_distillation(teacher: nn.Module, data: Data, recipe: Recipe, introduce: _Note) -> None:
-    """Raise DataError if the recipe distills from outputs that are not finite."""
-    weight = distillation_weight(recipe.train.distill, data)
+def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: _Note) -> None:
+    """Raise DataError if the recipe distills from outputs that are not finite.
+
+    Raises UsageError if a teacher's outputs are not those of the model, or if it is not used.
+    """
+    weight, teacher = distillation_weight(recipe.train.distill, data), models.teacher
     if not weight:
+        if teacher.sha256 is not None:
+            raise UsageError(
+                "train.teacher is given, but these data bring their own loss; set "
+                "train.distill.weight to distill."
+            )
         return
     inputs, targets = next(iter(data.val.epoch(0)))
     with torch.no_grad():
-        output = call(teacher, copied(inputs))
-    check_distillable(output)
+        output = call(models.float_model, copied(inputs))
+        check_distillable(output)
+        if teacher.sha256 is not None:
+            check_same_outputs(output, call(teacher.model, copied(inputs)), teacher.name)
     views = ", mean of each image and its flip" if flips_at_random(data) else ""
     temperature = recipe.train.distill.temperature
     has_scores = any(axis is not None for *_, axis in matched(output, output, targets))
     softened = f", temperature {temperature:g}" if has_scores else ""
-    introduce(f"loss: {100 * weight:g} % distillation from the float model{views}{softened}")
+    introduce(f"loss: {100 * weight:g} % distillation from {teacher.name}{views}{softened}")
 
 
 # ---- results

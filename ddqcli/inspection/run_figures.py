@@ -1,4 +1,4 @@
-"""Figures of a run: bits by layer, and bits, loss, error and levels over time; without torch."""
+"""Figures of a run: bits by layer, and bits, DBPs, loss, error and levels over time; no torch."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def draw_run(
         groups = []
         if metrics:
             groups += [_draw_bits_over_time(run, metrics, [row.name for row in rows])]
+            groups += _draw_probabilities(metrics, [row.name for row in rows])
             groups += [_draw_loss(metrics, run.looks(), course, metric or Metric())]
         return groups + (_draw_snapshots(run, snapshots, rows) if snapshots else [])
     except (LookupError, TypeError, ValueError) as error:
@@ -66,8 +67,7 @@ def _draw_bits_over_time(
 ) -> FigureGroup:
     budget = run.recipe().budget
     target = budget.target_bits if budget.count == "bytes" else None  # the unit of the figure
-    places = np.unique(np.linspace(0, len(metrics) - 1, MAX_POINTS).round().astype(int))
-    shown = [metrics[k] for k in places]
+    shown = _evenly(metrics)
     bits = np.array([[entry["bits"][name] for name in names] for entry in shown], float)
     figure = plots.bits_over_time_figure(
         [entry["step"] for entry in shown],
@@ -81,6 +81,29 @@ def _draw_bits_over_time(
         "index."
     )
     return FigureGroup("Bits over time", text, {"bits-over-time": figure})
+
+
+def _draw_probabilities(
+    metrics: Sequence[dict[str, Any]], names: Sequence[str]
+) -> list[FigureGroup]:
+    """Draw the DBPs of a run of SDQ, up to the freeze; other runs have none."""
+    sampled = [entry for entry in metrics if entry.get("probabilities")]
+    if not sampled:
+        return []
+    shown = _evenly(sampled)
+    names = [name for name in names if any(name in e["probabilities"] for e in shown)]
+    figure = plots.probabilities_over_time_figure(
+        [entry["step"] for entry in shown],
+        names,
+        [[entry["probabilities"].get(name, np.nan) for name in names] for entry in shown],
+        [[entry["bits"][name] for name in names] for entry in shown],
+    )
+    text = (
+        "Probability with which each weight had the larger of two neighboring bit-widths. Numbers: "
+        "the more probable one, where it changes. A step from dark to bright is a commitment: the "
+        "smaller bit-width became the larger one of the next pair."
+    )
+    return [FigureGroup("DBPs over time", text, {"dbps-over-time": figure})]
 
 
 def _draw_loss(
@@ -135,6 +158,12 @@ def _level_figures(
             levels = [entry["levels"][name] for entry in entries]
             figures[name] = plots.levels_over_time_figure(name, steps, levels, edges, counts)
     return {f"levels-over-time-{k + 1}": figures[name] for k, name in enumerate(names)}
+
+
+def _evenly(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return at most MAX_POINTS of the entries, evenly spread."""
+    places = np.unique(np.linspace(0, len(entries) - 1, MAX_POINTS).round().astype(int))
+    return [entries[k] for k in places]
 
 
 def _thinned(values: Sequence[float]) -> list[float]:

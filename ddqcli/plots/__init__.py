@@ -1,6 +1,10 @@
 """Matplotlib figures from plain arrays, and their files."""
 
-from ddqcli.plots.bits import bits_by_layer_figure, bits_over_time_figure
+from ddqcli.plots.bits import (
+    bits_by_layer_figure,
+    bits_over_time_figure,
+    probabilities_over_time_figure,
+)
 from ddqcli.plots.channels import channels_figure
 from ddqcli.plots.files import for_page, save, svg_of
 from ddqcli.plots.histogram import Layer, layer_figure
@@ -23,6 +27,7 @@ __all__ = [
     "levels_over_time_figure",
     "loss_over_time_figure",
     "overview_figures",
+    "probabilities_over_time_figure",
     "save",
     "size_against_accuracy_figure",
     "svg_of",

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddqcli.formatting import shorten
 from ddqcli.plots.layout import add_axes, add_legend, add_text, add_title, new_figure
-from ddqcli.plots.style import BLUE, GRAY, KIND_COLORS, KIND_HATCHES, VERMILLION, settings
+from ddqcli.plots.style import BLUE, GRAY, INK, KIND_COLORS, KIND_HATCHES, VERMILLION, settings
 
 MAX_BITS = 8
 BARS_PER_ROW = 40
@@ -94,6 +94,48 @@ def bits_over_time_figure(
         add_text(figure, left + 2.75, 0.35, "bits of a layer")
         add_text(figure, width - 0.84, 0.95 + map_height + 0.08, "last", size=6)
         add_title(figure, "Bits over time")
+    return figure
+
+
+def probabilities_over_time_figure(
+    steps: Sequence[float], names: Sequence[str], probabilities: ArrayLike, bits: ArrayLike
+) -> Figure:
+    """Draw a map of each layer's DBP by step: the probability of the larger bit-width (SDQ).
+
+    Both arrays are [steps, layers]; the probability is NaN for a layer that is not sampled. `bits`,
+    the more probable bit-width, is written where it changes.
+    """
+    table, in_force = np.asarray(probabilities, float), np.asarray(bits, float)
+    with settings():
+        labels = [shorten(name.removesuffix(".weight"), 30) for name in names]
+        left = max(0.65, 0.25 + 0.052 * max(map(len, labels), default=0))
+        row_height = max(0.12, min(0.3, 2.4 / len(labels)))
+        width, map_height = left + 5.0, row_height * len(labels)
+        figure = new_figure(width, map_height + 1.35)
+        axes = add_axes(figure, left, 0.95, width - left - 0.9, map_height)
+        mesh = axes.pcolormesh(
+            _column_edges(steps),
+            np.arange(len(labels) + 1),
+            np.ma.masked_invalid(table.T),
+            cmap="viridis",
+            vmin=0,
+            vmax=1,
+            rasterized=True,
+        )
+        axes.set_ylim(len(labels), 0)
+        axes.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=6)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("step")
+        for row, series in enumerate(in_force.T):
+            for column in [0, *(np.flatnonzero(np.diff(series)) + 1)]:
+                label = f" {series[column]:.3g}"
+                color = INK if table[column, row] > 0.6 else "white"  # bright cells, dark ones
+                axes.text(steps[column], row + 0.5, label, fontsize=6, va="center", color=color)
+        color_axes = add_axes(figure, left, 0.3, 2.6, 0.1)
+        bar = figure.colorbar(mesh, cax=color_axes, orientation="horizontal")
+        bar.outline.set_visible(False)
+        add_text(figure, left + 2.75, 0.35, "probability of the larger bit-width")
+        add_title(figure, "DBPs over time")
     return figure
 
 

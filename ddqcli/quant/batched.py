@@ -63,7 +63,7 @@ def _precompute_outputs(tensors: Sequence[tuple[DDQuantizer, Tensor]]) -> None:
 
 def _joint_tables(quantizers: Sequence[DDQuantizer]) -> LookupTables:
     """Tables of quantizers of one group each, as the groups of one table."""
-    parts = zip(*((*q.grid(), q.gate_logits) for q in quantizers), strict=True)
+    parts = zip(*((*q.grid(), q.gates()) for q in quantizers), strict=True)
     levels, scale, zero_point, gates = (torch.cat(part) for part in parts)
     bits = tuple(q.bits[0] for q in quantizers)
     return make_lookup_tables(levels, scale, zero_point, gates, bits)

@@ -19,6 +19,7 @@ from ddqcli.quant.levels import effective_levels, spread_levels
 from ddqcli.quant.lloyd_max import lloyd_max
 from ddqcli.quant.lookup import LookupTables, make_lookup_tables, nearest_level_table
 from ddqcli.quant.patterns import fit_pattern
+from ddqcli.quant.stochastic import Choice, with_choice_gradient
 from ddqcli.quant.straight_through import ReplaceForward
 
 _SMALLEST_CLIP = 2.0**-99
@@ -38,8 +39,9 @@ class DDQuantizer(nn.Module):
             trained for the two fixed patterns. In the logarithm, one learning rate fits all layers.
         gate_logits: [G, b]; a gate is open where its logit is >= 0.
         scale, zero_point: [G] the grid, value = (k - zero_point) * scale.
-        bits: s of each group, the number of its open gates.
+        bits: s of each group, the number of its open gates; under SDQ the sampled bit-width.
         correction: lambda of Eqn (9).
+        choice: of the bit-width, sampled for the current step (SDQ); None if bits do not move.
         use_compiled: use torch.compile for large tensors. Worth it in long runs only.
         precomputed_tables: lookup tables for the current step (`batched`).
         precomputed_output: a tensor and its quantized values for the current step (`batched`).
@@ -63,6 +65,7 @@ class DDQuantizer(nn.Module):
         self.kind, self.axis, self.max_bits = kind, axis, max_bits
         self.bits: tuple[int, ...] = (max_bits,) * groups
         self.correction = 0.0
+        self.choice: Choice | None = None
         self.use_compiled = False
         self.precomputed_tables: LookupTables | None = None
         self.precomputed_output: tuple[Tensor, Tensor] | None = None
@@ -101,14 +104,10 @@ class DDQuantizer(nn.Module):
         return f"{bits} of at most {self.max_bits} bits, {self.kind} levels{channels}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.precomputed_output is not None and self.precomputed_output[0] is x:
-            return self.precomputed_output[1]
-        tables = self.precomputed_tables
-        if tables is None:
-            tables = make_lookup_tables(*self.grid(), self.gate_logits, self.bits)
-        return fake_quantize(
-            x, tables, axis=self.axis, correction=self.correction, use_compiled=self.use_compiled
-        )
+        x_q = self._quantized(x)
+        if self.choice is None:
+            return x_q
+        return with_choice_gradient(x_q, self.choice, self.gate_logits)
 
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Grid positions [G, 2^b] of the levels, scale [G] and zero point [G].
@@ -116,6 +115,10 @@ class DDQuantizer(nn.Module):
         They are differentiable in what is trained: the levels, or the clipping threshold.
         """
         return self._learned_grid() if self.kind == "learned" else self._pattern_grid()
+
+    def gates(self) -> Tensor:
+        """Gate logits [G, b], differentiable in DDQ's own way unless a choice is sampled."""
+        return self.gate_logits if self.choice is None else self.gate_logits.detach()
 
     def effective_levels(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """Levels in force of each group, ascending whole numbers [2^s]; scale and zero point [G].
@@ -152,6 +155,14 @@ class DDQuantizer(nn.Module):
         self.bits = tuple(int(n) for n in (self.gate_logits >= 0).sum(1).clamp_min(1))
 
     @torch.no_grad()
+    def set_bits(self, bits: tuple[int, ...]) -> None:
+        """Set the bits and gates of each group; levels and range stay as they are."""
+        for g, s in enumerate(bits):
+            self.gate_logits[g, :s].abs_()
+            self.gate_logits[g, s:] = -self.gate_logits[g, s:].abs().clamp_min(_TINY_LOGIT)
+        self.bits = bits
+
+    @torch.no_grad()
     def fit(self, x: Tensor, bits: tuple[int, ...] | int, *, uniform: bool = False) -> None:
         """Set bits and gates, and fit grid and levels to x.
 
@@ -171,9 +182,17 @@ class DDQuantizer(nn.Module):
                 self._fit_levels(g, Histogram.of(values), s, uniform)
             else:
                 self._fit_clip(g, Histogram.of(values), s)
-            self.gate_logits[g, :s].abs_()
-            self.gate_logits[g, s:] = -self.gate_logits[g, s:].abs().clamp_min(_TINY_LOGIT)
-        self.bits = bits
+        self.set_bits(bits)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.precomputed_output is not None and self.precomputed_output[0] is x:
+            return self.precomputed_output[1]
+        tables = self.precomputed_tables
+        if tables is None:
+            tables = make_lookup_tables(*self.grid(), self.gates(), self.bits)
+        return fake_quantize(
+            x, tables, axis=self.axis, correction=self.correction, use_compiled=self.use_compiled
+        )
 
     def _learned_grid(self) -> tuple[Tensor, Tensor, Tensor]:
         if LEVEL_BITS not in self.bits:

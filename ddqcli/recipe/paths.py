@@ -6,7 +6,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-_PATH_FIELDS = (("model", "checkpoint"), ("model", "arch"), ("data", "source"))
+_PATH_FIELDS = (
+    "model.checkpoint",
+    "model.arch",
+    "data.source",
+    "train.teacher.checkpoint",
+    "train.teacher.arch",
+)
 
 
 def move_paths(
@@ -17,10 +23,13 @@ def move_paths(
     `nets.py:factory` holds a path. ROOT in `DATASET:ROOT` is one if it `exists`; otherwise the
     text may be `package.module:factory`.
     """
-    for section, field in _PATH_FIELDS:
-        values = raw.get(section)
+    for name in _PATH_FIELDS:
+        *sections, field = name.split(".")
+        values: Any = raw
+        for section in sections:
+            values = values.get(section) if isinstance(values, dict) else None
         text = values.get(field) if isinstance(values, dict) else None
-        if not isinstance(values, dict) or not isinstance(text, str):
+        if not isinstance(text, str):
             continue
         head, colon, tail = text.partition(":")
         if head.endswith(".py") or (not colon and field != "arch"):

@@ -199,18 +199,18 @@ class Budget(_Section):
 
 
 class GatesSection(_Section):
-    """The rule by which gates change the bit-widths.
+    """The rule by which gates change the bit-widths, and when bit-widths freeze.
 
     `fisher`: this project's rule (see README). `paper`: the rule of Sec. 4.2, as printed.
-    `fixed`: one allocation before training.
+    `fixed`: one allocation before training. `method: sdq` samples bit-widths instead.
     """
 
     rule: Literal["fisher", "paper", "fixed"] = "fisher"
     # fisher: about how many times bit-widths are reconsidered before the gates freeze.
     looks: PositiveCount = 20
-    # fisher: fraction of the run in which the budget falls from max_bits to the target.
+    # fisher, sdq: fraction of the run in which the budget falls from max_bits to the target.
     descent: Fraction = 0.0
-    freeze: Fraction = 0.5  # fraction of the run after which the gates freeze
+    freeze: Fraction = 0.5  # fraction of the run after which the bit-widths freeze
     lr: Positive = 1e-8  # paper: step size of the gate logits
     init: Positive = 1e-8  # paper: initial value of the gate logits
     # paper: exponent of Eqn 7 while the budget is exceeded.
@@ -218,11 +218,25 @@ class GatesSection(_Section):
 
 
 class DistillSection(_Section):
-    """Distillation from the float model's scores [B, K] (Hinton et al. 2015)."""
+    """Distillation from the teacher's scores [B, K] (Hinton et al. 2015)."""
 
     # Weight in the loss; 1 needs no labels. None: 0.9, or 0 if the data bring their own loss.
     weight: Fraction | None = None
     temperature: Positive = 4.0
+
+
+class TeacherSection(_Section):
+    """Another network to distill from; without a checkpoint, the float model is the teacher."""
+
+    checkpoint: str | None = None  # file with the teacher's trained weights
+    arch: str | None = None  # as model.arch
+    kwargs: Keywords = {}  # keyword arguments of the factory
+
+    @model_validator(mode="after")
+    def _check_checkpoint(self) -> TeacherSection:
+        if self.checkpoint is None and (self.arch is not None or self.kwargs):
+            raise ValueError("arch or kwargs are given without a checkpoint of the teacher")
+        return self
 
 
 class TrainSection(_Section):
@@ -237,10 +251,15 @@ class TrainSection(_Section):
     lr: Positive | None = None  # of weights; falls to 0 along a cosine. None: sgd 0.01, adamw 1e-4
     momentum: Fraction = 0.9  # sgd
     weight_decay: NonNegative = 1e-4
-    levels_lr: Positive = 0.1  # of levels (Adam), in steps of the level grid: 1/255 of the range
+    # Of levels (Adam), in steps of the level grid: 1/255 of the range. None: sgd 0.1, adamw 0.01.
+    levels_lr: Positive | None = None
     # Gradient correction (Eqn 9) as a multiple of the layer's Fisher information; 0 turns it off.
     correction: NonNegative = 1.0
     distill: DistillSection = DistillSection()
+    teacher: TeacherSection = TeacherSection()
+    # Entropy-aware bin regularization (SDQ) once the bit-widths are frozen: its weight in the loss.
+    # None: 0.1 with method sdq, else 0.
+    bin_regularization: NonNegative | None = None
     # BatchNorm while training. held: the float model's statistics stay. batch: those of each batch.
     # auto: batch if the run sees 200,000 training samples or more in batches of 32 or more.
     batch_norm: Literal["auto", "held", "batch"] = "auto"
@@ -258,6 +277,8 @@ class Recipe(_Section):
     """A complete recipe."""
 
     name: str | None = None  # names the run folder; by default the checkpoint's name
+    # ddq: gates decide bit-widths. sdq: bit-widths are sampled (Huang et al., ICML 2022).
+    method: Literal["ddq", "sdq"] = "ddq"
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     weights: WeightsSection = WeightsSection()
@@ -266,6 +287,19 @@ class Recipe(_Section):
     budget: Budget = Budget()
     gates: GatesSection = GatesSection()
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Recipe:
+        if self.method == "sdq" and self.gates.rule != "fisher":
+            raise ValueError(
+                f"gates.rule={self.gates.rule} is a rule of method ddq, and method is sdq; give one"
+            )
+        return self
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule that decides bit-widths, in ddqcli.qat.rules.registry."""
+        return "sdq" if self.method == "sdq" else self.gates.rule
 
     def with_checkpoint(self, checkpoint: Path) -> Recipe:
         """Return this recipe for the weights in the file `checkpoint`."""

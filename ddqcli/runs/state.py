@@ -37,8 +37,9 @@ def load_torch(path: Path) -> dict[str, Any]:
 def check_resumable(state: dict[str, Any], expected: dict[str, Any], recipe_path: Path) -> None:
     """Raise UsageError, naming the difference, if a state was saved under other conditions.
 
-    `expected` is compared key by key: the `format` of the state, the checkpoint's `sha256`, the
-    text of the `recipe`, the number of `steps`, and the fingerprint of the `data`.
+    `expected` is compared key by key: the `format` of the state, the checkpoint's `sha256`, that of
+    the `teacher`, the text of the `recipe`, the number of `steps`, and the fingerprint of the
+    `data`.
     """
     for key, now in expected.items():
         then = state.get(key)
@@ -54,8 +55,9 @@ def _describe_difference(key: str, now: Any, then: Any, recipe_path: Path) -> st
     if key == "format":
         formats = f"training states of format {now}, then {then}"
         return f"This version of ddq is not the one ({formats})"
-    if key == "sha256":
-        return f"The checkpoint is not the one (SHA-256 {now:.12}…, then {then!s:.12}…)"
+    if key in ("sha256", "teacher"):
+        what = "checkpoint" if key == "sha256" else "teacher's checkpoint"
+        return f"The {what} is not the one (SHA-256 {now!s:.12}…, then {then!s:.12}…)"
     if key == "steps":
         return f"The data are not the ones ({now} steps, then {then})"
     if key == "data":

@@ -1,4 +1,4 @@
-"""Defaults of training settings that depend on how much data a run sees."""
+"""Defaults of training settings that depend on the method, and on how much data a run sees."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from ddqcli.recipe.schema import Recipe
 
 MANY_SAMPLES = 200_000  # training samples that a run sees, repeats included
 LARGE_BATCH = 32
+SDQ_BIN_REGULARIZATION = 0.1  # the best in SDQ's Table 4
 LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-4}
+LEVELS_LEARNING_RATES = {"sgd": 0.1, "adamw": 0.01}
 
 
 def with_defaults(recipe: Recipe, steps: int, batch_size: int) -> Recipe:
-    """Return the recipe with optimizer, learning rate and BatchNorm mode filled in.
+    """Return the recipe with the training settings filled in that depend on the run.
 
     A long run recovers from noisy gradients and batch statistics, and ends better with them. Short
     runs of SGD ended below their start on most networks that others trained, and batch statistics
@@ -25,5 +27,17 @@ def with_defaults(recipe: Recipe, steps: int, batch_size: int) -> Recipe:
     if batch_norm == "auto":
         batch_norm = "batch" if long_run and batch_size >= LARGE_BATCH else "held"
     lr = LEARNING_RATES[optimizer] if train.lr is None else train.lr
-    filled = train.model_copy(update={"optimizer": optimizer, "batch_norm": batch_norm, "lr": lr})
+    levels_lr = LEVELS_LEARNING_RATES[optimizer] if train.levels_lr is None else train.levels_lr
+    bin_regularization = train.bin_regularization
+    if bin_regularization is None:
+        bin_regularization = SDQ_BIN_REGULARIZATION if recipe.method == "sdq" else 0.0
+    filled = train.model_copy(
+        update={
+            "optimizer": optimizer,
+            "batch_norm": batch_norm,
+            "lr": lr,
+            "levels_lr": levels_lr,
+            "bin_regularization": bin_regularization,
+        }
+    )
     return recipe.model_copy(update={"train": filled})

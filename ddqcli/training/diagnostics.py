@@ -18,6 +18,7 @@ _LARGE_FLOAT_SHARE = 0.5  # of the file's bytes
 _SMALL_BATCH = 8  # samples, up to which batch statistics are too noisy to normalize by
 
 _UNUSED_SHARE = 0.25  # of a tensor's levels, from which on they are worth a warning
+_IDLE_SPREAD = 0.05  # of a probability
 _NAMED = 3  # tensors in a warning
 _VALUES_PER_LEVEL = 4  # a tensor with fewer cannot be expected to use every level
 
@@ -41,6 +42,7 @@ def find_warnings(
         _zero_inputs(trainer),
         _unused_levels(trainer),
         _idle_gates(trainer, metrics),
+        _idle_dbps(trainer, metrics),
     ]
     return [warning for warning in warnings if warning]
 
@@ -218,6 +220,28 @@ def _idle_gates(trainer: Trainer, metrics: list[dict[str, Any]]) -> str | None:
         f"met by closing gates at once; raise gates.lr (now {recipe.gates.lr:g}), or take "
         "gates.rule=fisher, which needs no tuning"
     )
+
+
+def _idle_dbps(trainer: Trainer, metrics: list[dict[str, Any]]) -> str | None:
+    """Name the tensors whose DBP stayed near its first value until the freeze (SDQ)."""
+    sampled = [line for line in metrics if line.get("probabilities")]
+    names = [
+        name
+        for name in (sampled[0]["probabilities"] if sampled else {})
+        if len({line["bits"][name] for line in sampled}) == 1
+        and _spread([line["probabilities"][name] for line in sampled]) < _IDLE_SPREAD
+    ]
+    if not names:
+        return None
+    return (
+        f"the DBP of {_join(names)} hardly moved in the {trainer.gates.frozen_from} steps in which "
+        "bit-widths were sampled, so chance decided there; take more train.epochs, or a larger "
+        f"gates.freeze (now {trainer.recipe.gates.freeze:g})"
+    )
+
+
+def _spread(values: list[float]) -> float:
+    return max(values) - min(values)
 
 
 def _is_constant(values: Tensor) -> bool:

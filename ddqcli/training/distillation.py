@@ -1,10 +1,10 @@
-"""Distillation from the float model (Hinton et al. 2015), for outputs that are any tree of tensors.
+"""Distillation from the float model or another teacher, whose outputs are any tree of tensors.
 
-Tensors of class scores are compared by the Kullback-Leibler divergence of their classes. These are
-scores [B, K], unless a target is a floating-point tensor of this shape, and tensors that are the
-shape of an integer target but for one axis: [B, K, H, W] beside classes [B, H, W]. Other
-floating-point tensors are compared by the mean squared error over the variance of the float
-model's. The losses of all tensors add up.
+Tensors of class scores are compared by the Kullback-Leibler divergence of their classes (Hinton et
+al. 2015). These are scores [B, K], unless a target is a floating-point tensor of this shape, and
+tensors that are the shape of an integer target but for one axis: [B, K, H, W] beside classes
+[B, H, W]. Other floating-point tensors are compared by the mean squared error over the variance of
+the teacher's. The losses of all tensors add up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ddqcli.data.load import Data
 from ddqcli.data.trees import Tree, all_finite, tensors
-from ddqcli.errors import DataError
+from ddqcli.errors import DataError, UsageError
 from ddqcli.recipe.schema import DistillSection
 
 _DEFAULT_WEIGHT = 0.9
@@ -59,12 +59,26 @@ def check_distillable(output: Tree) -> None:
     )
 
 
+def check_same_outputs(output: Tree, teacher_output: Tree, name: str) -> None:
+    """Raise UsageError unless the teacher's outputs are as the model's: finite, of these shapes.
+
+    `name` is the teacher's.
+    """
+    expected, actual = ([list(x.shape) for x in tensors(t)] for t in (output, teacher_output))
+    if actual != expected:
+        raise UsageError(
+            f"The teacher {name} returns outputs of shape {_join(actual)}, and the model of "
+            f"{_join(expected)}; a teacher needs the same classes."
+        )
+    check_distillable(teacher_output)
+
+
 def distillation(output: Tree, target: Tree, temperature: float, labels: Tree = None) -> Tensor:
-    """Return the distance of the quantized model's output from the float model's.
+    """Return the distance of the quantized model's output from the teacher's.
 
     Args:
         output: of the quantized model.
-        target: of the float model.
+        target: of the teacher.
         temperature: T of class scores; their loss is T^2 * KL(softened target || softened output),
             mean over samples and places.
         labels: the targets of the samples, by whose shapes class scores are told from values.
@@ -132,6 +146,10 @@ def _divergence(output: Tensor, target: Tensor, temperature: float, axis: int) -
 
 def _squared_error(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output, target) / scale_of(target)
+
+
+def _join(shapes: list[list[int]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _floating(tree: Tree) -> list[Tensor]:

@@ -27,7 +27,7 @@ class HeldOut:
 
     Args:
         data: of its splits, only `held_out` is read.
-        teacher: the float model, for distillation.
+        teacher: the float model or another network, for distillation.
         recipe: the share of distillation and its temperature.
     """
 
@@ -61,14 +61,14 @@ class HeldOut:
     def _loss(self, output: Tree, y: Tree, number: int) -> Tensor:
         if not self.weight:
             return self.data.loss(output, y)
-        target = self._float_outputs()[number]
+        target = self._teacher_outputs()[number]
         divergence = distillation(output, target, self.distill.temperature, y)
         if self.weight == 1:
             return divergence
         return self.weight * divergence + (1 - self.weight) * self.data.loss(output, y)
 
-    def _float_outputs(self) -> list[Tree]:
-        """Return the float model's outputs for each batch, computed once."""
+    def _teacher_outputs(self) -> list[Tree]:
+        """Return the teacher's outputs for each batch, computed once."""
         if self._targets is None:
             assert self.teacher is not None
             self._targets = [

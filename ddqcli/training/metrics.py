@@ -21,6 +21,7 @@ class StepMetrics:
         average_bits: stored bits per quantized value, levels and gates included.
         seconds: time of all steps so far at this process's pace.
         bits: bit-width by tensor, mean over its groups.
+        probabilities: of the larger of two bit-widths by tensor, while bits are sampled (SDQ).
     """
 
     step: int
@@ -32,6 +33,7 @@ class StepMetrics:
     average_bits: float
     seconds: float
     bits: dict[str, float]
+    probabilities: dict[str, float]
 
     @property
     def remaining(self) -> float:

@@ -66,12 +66,12 @@ def refuse_batch_of_one(model: nn.Module, data: Data) -> None:
         ) from error
 
 
-def is_reentrant(teacher: nn.Module, data: Data) -> bool:
+def is_reentrant(model: nn.Module, data: Data) -> bool:
     """True if the network recomputes parts in its backward pass by torch's reentrant checkpoint.
 
     Each recomputation is a backward pass of its own, so nothing can be quantized ahead for all.
     """
-    trial = copy.deepcopy(teacher).train().requires_grad_(True)
+    trial = copy.deepcopy(model).train()
     with suppress(Exception):
         output = call(trial, _few_inputs(data))
         return any(type(node).__name__ == _REENTRANT for node in _graph(output))

@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from ddqcli.qat.model import QuantizedModel, quantizers
 from ddqcli.recipe.schema import TrainSection
-from ddqcli.training.defaults import LEARNING_RATES
 
 _STEP_SIZE_LR = 0.05  # of levels_lr, for the log2 of a learned step size or clip
 
@@ -19,6 +18,7 @@ def make_optimizers(
 ) -> tuple[Optimizer, Optimizer | None]:
     """Return the optimizers of the network's own parameters and of the quantizers.
 
+    The learning rates must be set, by the recipe or by `training.defaults`.
     The second is None if the quantizers learn nothing. Gates are in neither: their rule moves them.
     Each parameter group keeps its first learning rate as "initial_lr".
     """
@@ -62,14 +62,15 @@ def level_groups(quantized: QuantizedModel, levels_lr: float) -> list[dict[str, 
 
 def _network_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer:
     groups = network_groups(quantized, train.weight_decay)
-    lr = LEARNING_RATES[train.optimizer] if train.lr is None else train.lr
+    assert train.lr is not None
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=train.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=train.lr, fused=True)
 
 
 def _levels_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer | None:
     """Adam, so that the learning rate is the size of a step, in units of the level grid."""
+    assert train.levels_lr is not None
     groups = level_groups(quantized, train.levels_lr)
     return torch.optim.Adam(groups, fused=True) if groups else None
 

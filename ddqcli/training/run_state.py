@@ -21,6 +21,7 @@ class RunIdentity:
     Attributes:
         format: version of the state's contents.
         sha256: hash of the float checkpoint.
+        teacher: hash of the teacher's checkpoint; None if the float model is the teacher.
         recipe: text of recipe.yaml.
         steps: training steps in all.
         data: fingerprint of the data.
@@ -28,6 +29,7 @@ class RunIdentity:
 
     format: int = _STATE_FORMAT
     sha256: str
+    teacher: str | None = None
     recipe: str
     steps: int
     data: str

@@ -43,36 +43,43 @@ def total_steps(recipe: Recipe, data: Data) -> int:
 
 def build_trainer(
     quantized: QuantizedModel,
-    teacher: nn.Module | None,
+    float_model: nn.Module | None,
     data: Data,
     budget: ResolvedBudget,
     recipe: Recipe,
     steps: int,
     saved: dict[str, Any] | None = None,
     on_progress: OnProgress | None = None,
+    teacher: nn.Module | None = None,
 ) -> Trainer:
     """Calibrate the model, choose its first bits and its start, and return a trainer.
 
-    The trainer stands at its first step, or at that of the `saved` state. Raises BudgetError if the
-    first forward pass shows that the budget cannot be met.
+    It distills from the `teacher`, by default the float model. The trainer stands at its first
+    step, or at that of the `saved` state. Raises BudgetError if the first forward pass shows that
+    the budget cannot be met.
     """
     batch_size = round(data.train.samples / len(data.train))  # data from a factory have their own
     recipe = with_defaults(recipe, steps, batch_size)
-    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, steps, batch_size)
+    gates = make_rule(recipe.rule, quantized, recipe, budget, steps, batch_size)
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
-    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, None if needs_labels else teacher)
+    labeler = None if needs_labels else float_model
+    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler)
     gates.recount()
     gates.start()
     _compile_if_worthwhile(quantized, steps, recipe.train.device)
-    trainer = Trainer(quantized, teacher, data, gates, recipe, steps)
-    if trainer.uses_batch_statistics and teacher is not None:
-        refuse_batch_of_one(teacher, data)
+    trainer = Trainer(
+        quantized, float_model if teacher is None else teacher, data, gates, recipe, steps
+    )
+    if trainer.uses_batch_statistics and float_model is not None:
+        refuse_batch_of_one(float_model, data)
     if saved:
         trainer.load(saved)
         return trainer
     if distributed.shard().count > 1:  # each rank has calibrated on its own shard
         trainer.load(distributed.broadcast(trainer.state()))
-    choose_start(trainer, teacher, lambda: evaluate(trainer.model, data, on_progress=on_progress))
+    choose_start(
+        trainer, float_model, lambda: evaluate(trainer.model, data, on_progress=on_progress)
+    )
     return trainer
 
 

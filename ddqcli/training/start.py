@@ -22,7 +22,7 @@ _PARTS = ((True, True), (False, False))  # means and variances of channels corre
 
 @torch.no_grad()
 def choose_start(
-    trainer: Trainer, teacher: nn.Module | None, evaluate: Callable[[], float]
+    trainer: Trainer, float_model: nn.Module | None, evaluate: Callable[[], float]
 ) -> None:
     """Set the trainer's model to the best start, and add the first of the trainer's looks.
 
@@ -32,15 +32,20 @@ def choose_start(
 
     Args:
         trainer: at its first step; `trainer.stages` gets the metric of the starts.
-        teacher: the float model; without it there is nothing to compensate for.
+        float_model: without it there is nothing to compensate for.
         evaluate: returns the model's metric on the evaluation data.
     """
     model, gates = trainer.model, trainer.gates
     plain = trainer.held_out.look(model, 0)
     trainer.stages = {"quantized": evaluate()}
-    if trainer.recipe.train.compensate and teacher is not None:
+    if trainer.recipe.train.compensate and float_model is not None:
         plain_model, plain_gates = copy.deepcopy(model.state_dict()), gates.state()
-        compensation = Compensation(trainer.quantized, teacher, _samples(trainer.data))
+        # Near the border of its cell, a weight changes its level with the first step: AdamW's short
+        # runs would undo the rounding. SGD's long ones need what the float weights know.
+        on_levels = trainer.recipe.train.optimizer != "sgd"
+        compensation = Compensation(
+            trainer.quantized, float_model, _samples(trainer.data), on_levels=on_levels
+        )
         # Each rank compensates on its own shard; the first one's results count.
         gates.fisher.error_share = distributed.broadcast(compensation.error_shares())
         gates.start()

@@ -29,6 +29,7 @@ from ddqcli.qat.rules.base import Rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training import distributed
 from ddqcli.training.batch_norm import batch_norms, reestimate_batch_norm
+from ddqcli.training.bins import regularize_bins
 from ddqcli.training.distillation import distillation, distillation_weight, flips_at_random
 from ddqcli.training.divergence import Diverged, explain_loss, require_finite
 from ddqcli.training.held_out import HeldOut, is_better, is_ruined
@@ -45,7 +46,7 @@ class Trainer:
 
     Args:
         quantized: the model to train, with its gates at their first bits.
-        teacher: the float model, for distillation.
+        teacher: the float model or another network, for distillation.
         data: training batches and loss.
         gates: the rule that decides bit-widths.
         recipe: optimizers, schedules and precision.
@@ -67,13 +68,14 @@ class Trainer:
         self.gave_up = False  # training diverged twice: the best state is delivered
         self.distill_weight = distillation_weight(recipe.train.distill, data)
         self.teacher = teacher if self.distill_weight or not data.labelled else None
+        self.bin_regularization = recipe.train.bin_regularization or 0.0
         self.held_out = HeldOut(data, teacher, recipe)
         self.looks: list[Look] = []  # the first is from before training
         self.start: Look | None = None  # the first look at a state within the budget
         self.best: Look | None = None  # of the state that is delivered if training ended now
         self._best_state: dict[str, Any] | None = None
         self.stages: dict[str, float] = {}  # metric on the evaluation data before training
-        self.reentrant = teacher is not None and is_reentrant(teacher, data)
+        self.reentrant = is_reentrant(self.model, data)
         self.device = next(self.model.parameters()).device
         self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0, steps}
         self.model.train()
@@ -215,6 +217,9 @@ class Trainer:
                 t.name: sum(t.quantizer.bits) / len(t.quantizer.bits)
                 for t in self.quantized.tensors
             },
+            probabilities={
+                name: round(share, 4) for name, share in self.gates.probabilities().items()
+            },
         )
 
     def _at(self, step: int) -> str:
@@ -265,7 +270,7 @@ class Trainer:
 
     @torch.no_grad()
     def _target(self, x: Tree) -> Tree | None:
-        """Return the float model's output for x, or None if labels alone are the target.
+        """Return the teacher's output for x, or None if labels alone are the target.
 
         Where training flips images at random, it is the mean of the outputs for x and for its flip.
         """
@@ -298,6 +303,8 @@ class Trainer:
             raise explain_loss(self.model, x, loss_value, at)
         penalty = self.gates.penalty()  # Eqn 7
         torch.autograd.backward(loss * penalty if penalty != 1 else loss)
+        if self.bin_regularization and self.step >= self.gates.frozen_from:
+            regularize_bins(self.quantized, self.bin_regularization)
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         require_finite(gradients, "The gradient", at)
 

@@ -41,6 +41,17 @@ UNIFORM = {
 # The comparison trains on labels alone and estimates BatchNorm's statistics at the end of the run.
 LABELS_ALONE = ["--set", "train.distill.weight=0", "--set", "train.bn_freeze=1"]
 LSQ = ["--set", "weights.levels=uniform", "--set", "activations.levels=uniform"]
+SDQ = ["--method", "sdq"]
+# Each part of SDQ at 2/4, beside its rows and the gates' in the comparison at equal bytes.
+ABLATION = {
+    "SDQ, uniform levels, no bin regularization": [
+        *SDQ, *LSQ, *LABELS_ALONE, "--set", "train.bin_regularization=0"
+    ],
+    "SDQ, uniform levels, distilled": [*SDQ, *LSQ],
+    "gates, bin regularization": [*LABELS_ALONE, "--set", "train.bin_regularization=0.1"],
+    "gates, distilled": [],
+}  # fmt: skip
+SDQ_GOAL = 0.0  # accuracy drop at SDQ's own setting, 1.93 bits with float inputs; published: 0.3
 GOALS = {"4/8": 0.0, "4/4": 0.2, "3/3": 0.6, "2/4": 1.0, "2/2": 1.9}  # accuracy drop, points
 
 
@@ -67,7 +78,7 @@ class Row:
 
 
 def all_rows() -> list[Row]:
-    """Return the runs of both tables, most valuable first."""
+    """Return the runs of all tables, most valuable first."""
     rows = []
     for seed in SEEDS:
         for setting, (uniform, size) in reversed(UNIFORM.items()):
@@ -77,11 +88,21 @@ def all_rows() -> list[Row]:
                 "static allocation": ["--set", "gates.rule=fixed"],
                 "uniform bits, learned levels": uniform,
                 "uniform bits, LSQ": [*uniform, *LSQ],
+                "SDQ, uniform levels": [*SDQ, *LSQ],
+                "SDQ, learned levels": SDQ,
             }
             rows += [
                 Row("equal bytes", setting, method, seed, (*budget, *LABELS_ALONE, *options))
                 for method, options in methods.items()
             ]
+        size = ("--epochs", "5", "--target-size", UNIFORM["2/4"][1], "--act-bits", "4")
+        rows += [
+            Row("ablation", "2/4", method, seed, (*size, *options))
+            for method, options in ABLATION.items()
+        ]
+    for method, options in {"uniform levels": [*SDQ, *LSQ], "learned levels": SDQ}.items():
+        budget = ("--epochs", "15", "--target-bits", "1.93", "--set", "activations.bits=null")
+        rows.append(Row("SDQ's setting", "1.93/32", method, 0, (*budget, *options)))
     for setting in reversed(GOALS):
         weights, inputs = setting.split("/")
         options = ("--epochs", "15", "--target-bits", weights, "--act-bits", inputs)
@@ -143,25 +164,32 @@ def read_results(file: Path) -> list[dict[str, Any]]:
 
 
 def print_tables(results: list[dict[str, Any]]) -> None:
-    """Print the rows of both tables in Markdown."""
-    for setting in UNIFORM:
+    """Print the rows of all tables in Markdown."""
+    comparisons = [("equal bytes", setting) for setting in UNIFORM] + [("ablation", "2/4")]
+    for table, setting in comparisons:
         print(
-            f"\n{setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds; "
+            f"\n{table}, {setting}, 5 epochs: accuracy in %, mean and spread (s.d.) of the seeds; "
             "training losses"
         )
-        for method in dict.fromkeys(r.method for r in all_rows() if r.table == "equal bytes"):
-            key = {"table": "equal bytes", "setting": setting, "method": method}
+        for method in dict.fromkeys(r.method for r in all_rows() if r.table == table):
+            key = {"table": table, "setting": setting, "method": method}
             if seeds := [r for r in results if key.items() <= r.items()]:
                 print(comparison_line(method, seeds))
-    print("\ndefault recipe, 15 epochs")
-    for r in results:
-        if r["table"] == "default recipe":
-            accuracy, totals = r["accuracy"], r["totals"]
-            print(
-                f"| {r['setting']} | {r['method']} | {r['commit']} "
-                f"| {totals['bytes']:,} | {totals['average_bits']:.3f} "
-                f"| {accuracy['quantized']:.2f} | {accuracy['drop']:.2f} | {GOALS[r['setting']]} |"
-            )
+    for table in ("SDQ's setting", "default recipe"):
+        print(f"\n{table}, 15 epochs")
+        for r in results:
+            if r["table"] == table:
+                print(single_line(r, GOALS.get(r["setting"], SDQ_GOAL)))
+
+
+def single_line(r: dict[str, Any], goal: float) -> str:
+    """Return one line of a table of single runs."""
+    accuracy, totals = r["accuracy"], r["totals"]
+    return (
+        f"| {r['setting']} | {r['method']} | {r['commit']} "
+        f"| {totals['bytes']:,} | {totals['average_bits']:.3f} "
+        f"| {accuracy['quantized']:.2f} | {accuracy['drop']:.2f} | {goal} |"
+    )
 
 
 def comparison_line(method: str, seeds: list[dict[str, Any]]) -> str:

@@ -14,7 +14,8 @@ The samples have no labels; the float network's outputs are the targets. A netwo
 percentage of test samples on which the exported file agrees with the float network. The metric of
 each network is in real_networks/.
 
-`run` trains each network with the default recipe, prints a row and appends it to DIR/results.jsonl.
+`run` trains each network with the default recipe, prints a row and appends it to DIR/results.jsonl:
+accuracy quantized as it is, compensated if that start was taken, and as delivered and exported.
 Networks marked slow need --only. --start also measures the network before training (`--epochs 0`).
 `table` prints all rows and compares them sample by sample with those of another label, which needs
 the same prepared DIR. Standard errors are those of the mean over the test samples.
@@ -210,6 +211,7 @@ def measure(folder: Path, name: str, options: list[str], keep: bool) -> dict[str
         return row | {"error": envelope["errors"]}
     report = envelope["data"]
     row |= {"run": run_dir.name, "accuracy": report["accuracy"], "warnings": report["warnings"]}
+    row |= {"stages": {stage["name"]: stage["accuracy"] for stage in report["course"]["stages"]}}
     row |= {key: report["totals"][key] for key in ("bytes", "budget_bytes", "average_bits")}
     file = run_dir / "model.safetensors"
     code, envelope = ddq(own_folder, ["export", str(run_dir), "-o", str(file)])
@@ -271,7 +273,7 @@ def scores_from_text(text: str) -> Tensor:
 # -------------------------------------------------------------------------------------- table
 
 HEAD = (
-    f"{'network':<20}{'bits':>5}{'float':>7}{'start':>8}{'trained':>9}{'s.e.':>6}"
+    f"{'network':<20}{'bits':>5}{'plain':>7}{'start':>8}{'trained':>9}{'s.e.':>6}"
     f"{'gain':>8}{'s.e.':>6}{'bytes':>12}{'s':>8}{'exit':>5}"
 )
 
@@ -283,13 +285,16 @@ def table_line(row: dict[str, Any], baseline: str | None) -> str:
     if row["exit"]:
         return f"{begin}  exit {row['exit']}: {str(row.get('error'))[:140]}"
     scores = scores_from_text(row["scores"])
-    start = f"{row['start']:.2f}" if row.get("start") is not None else "-"
+    stages = row.get("stages", {})
+    nearest, start = (
+        f"{stages[s]:.2f}" if s in stages else "-" for s in ("quantized", "compensated")
+    )
     gain, gain_error = "-", "-"
     if baseline:
         difference = scores - scores_from_text(baseline)
         gain, gain_error = f"{percent(difference):+.2f}", f"{standard_error(difference):.2f}"
     return (
-        f"{begin}{100:>7}{start:>8}{row['trained']:>9.2f}{standard_error(scores):>6.2f}"
+        f"{begin}{nearest:>7}{start:>8}{row['trained']:>9.2f}{standard_error(scores):>6.2f}"
         f"{gain:>8}{gain_error:>6}{row['bytes']:>12,}{row['seconds']:>8.0f}{row['exit']:>5}"
     )
 

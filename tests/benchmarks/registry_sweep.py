@@ -33,6 +33,7 @@ from ddqcli.qat.rules.base import Rule
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training.calibrate import calibrate
+from ddqcli.training.defaults import with_defaults
 from ddqcli.training.evaluate import evaluate
 from ddqcli.training.metrics import StepMetrics
 from ddqcli.training.trainer import Trainer
@@ -100,7 +101,8 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
     """Check one architecture with these sections of the recipe; any exception is a failure."""
     began = time.monotonic()
     torch.manual_seed(0)
-    recipe, noise = Recipe.model_validate({**RECIPE, **sections}), Noise(size)
+    recipe = with_defaults(Recipe.model_validate({**RECIPE, **sections}), 1, BATCH)
+    noise = Noise(size)
     data = Data(
         *(noise, noise, noise),
         F.cross_entropy,
@@ -112,7 +114,7 @@ def check(arch: str, build: Callable[[], nn.Module], size: int, **sections: Any)
     float_signature = signature(model.state_dict())
     quantized = convert(model, recipe)
     budget = make_budget(quantized, recipe)
-    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, 1, BATCH)
+    gates = make_rule(recipe.rule, quantized, recipe, budget, 1, BATCH)
     order = execution_order(quantized)
     calibrate(quantized, data, 1, gates.watch)
     inputs = list(quantized.activations)

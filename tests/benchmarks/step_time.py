@@ -31,6 +31,7 @@ from ddqcli.qat.model import quantizers
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
+from ddqcli.training.defaults import with_defaults
 from ddqcli.training.distillation import distillation
 from ddqcli.training.optimizers import make_optimizers
 
@@ -107,12 +108,12 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
     the image's and its mirror image's. `sections` are added to the recipe.
     """
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if views else nn.Identity()
-    base = {"budget": {"target_bits": 4}, "train": {"optimizer": "sgd"}}
-    recipe = Recipe.model_validate({**base, **sections})
+    recipe = Recipe.model_validate({"budget": {"target_bits": 4}, **sections})
+    recipe = with_defaults(recipe, 10**9, len(x))
     quantized = convert(model, recipe)
     size = sum(t.parameter.numel() for t in quantized.tensors)
     budget = ResolvedBudget(size // 2, 0, 4 * size, size)
-    gates = make_rule(recipe.gates.rule, quantized, recipe, budget, 10**9, len(x))
+    gates = make_rule(recipe.rule, quantized, recipe, budget, 10**9, len(x))
     for activation in quantized.activations.values():
         activation.observing = True
     F.cross_entropy(model.eval()(x), y).backward()

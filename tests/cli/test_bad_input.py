@@ -272,6 +272,25 @@ RECIPES: dict[str, tuple[bytes | str, str]] = {
         RECIPE.replace("arch:", "pickle: true, arch:"),
         "ddq.yaml has model.pickle: true",
     ),
+    "a rule of the other method": (
+        RECIPE + "method: sdq\ngates: {rule: paper}",
+        "gates.rule=paper is a rule of method ddq, and method is sdq",
+    ),
+    "an unknown method": (RECIPE + "method: hawq", "method = 'hawq': "),
+    "a teacher without a checkpoint": (
+        RECIPE.replace("epochs: 3", "epochs: 3, teacher: {arch: 'net.py:build'}"),
+        "train.teacher: arch or kwargs are given without a checkpoint of the teacher",
+    ),
+    "a teacher that nobody hears": (
+        RECIPE.replace(
+            "epochs: 3", "epochs: 3, teacher: {checkpoint: model.pt}, distill: {weight: 0}"
+        ),
+        "train.teacher is given, and train.distill.weight=0 trains without it",
+    ),
+    "a teacher that is not there": (
+        RECIPE.replace("epochs: 3", "epochs: 3, teacher: {checkpoint: big.pt}"),
+        "big.pt",
+    ),
     "no model": ("train: {epochs: 1}", "say how to build it with --arch"),
 }
 

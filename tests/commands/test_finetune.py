@@ -549,6 +549,93 @@ def test_outputs_that_are_no_scores_of_classes_are_not_distilled(project: Path) 
     assert not Path("none").exists()
 
 
+# ---- SDQ, and other teachers
+
+
+@pytest.mark.parametrize("levels", ["learned", "uniform"])
+def test_sdq_meets_the_budget_and_a_resumed_run_ends_with_the_same_bytes(
+    project: Path, levels: str
+) -> None:
+    command = "finetune model.pt --method sdq --target-bits 3 -q --run-dir"
+    command = f"{command} {{}} --set weights.levels={levels}"
+    assert exit_code(in_child(command.format("a"), "export a")) == 0
+    for write in (9, 16):  # before and after the freeze
+        shutil.rmtree("b", ignore_errors=True)
+        child = in_child(command.format("b"), before=dying_at(write))
+        assert exit_code(child) == -signal.SIGKILL
+        assert exit_code(in_child("finetune --resume --run-dir b -q", "export b")) == 0
+        assert artifact("a") == artifact("b")
+    report = json.loads(Path("a/report.json").read_text())
+    assert report["totals"]["bytes"] <= report["totals"]["budget_bytes"]
+    assert report["totals"]["average_bits"] <= 3
+    shown = ddq("report", "a", "--html", "report.html")
+    assert shown.code == 0, shown.err
+    assert all(entry["probabilities"] == {} for entry in metrics("a") if "loss" in entry)
+
+
+def test_sdq_reports_its_dbps_and_draws_them(project: Path) -> None:
+    command = ["finetune", "model.pt", "--method", "sdq", "--target-bits", "3", "--epochs", "8"]
+    assert ddq(*command, "--run-dir", "a", "-q").code == 0
+    first = next(entry for entry in metrics("a") if "loss" in entry)
+    assert first["step"] == 10
+    assert set(first["probabilities"]) == {"0.weight", "3.weight", "8.weight"}
+    assert all(0 < share < 1 for share in first["probabilities"].values())
+    assert ddq("report", "a", "--html", "report.html").code == 0
+    assert "DBPs over time" in Path("report.html").read_text()
+
+
+def test_another_network_with_the_same_outputs_can_teach(project: Path) -> None:
+    torch.manual_seed(5)
+    wide = [torch.randn(20, 1, 3, 3), *[torch.ones(20)] * 2, torch.zeros(20), torch.ones(20)]
+    names = ["0.weight", "1.weight", "1.running_var", "1.running_mean", "1.bias"]
+    state = dict(zip(names, wide, strict=True))
+    state |= {"3.weight": torch.randn(16, 20, 3, 3), "3.bias": torch.zeros(16)}
+    rest = torch.load("model.pt")
+    torch.save({k: state.get(k, v) for k, v in rest.items()}, "big.pt")
+    command = ["finetune", "model.pt", "--max-steps", "5", "--seed", "1"]
+    teacher = [
+        "--set",
+        "train.teacher.checkpoint=big.pt",
+        "--set",
+        "train.teacher.arch=net.py:build",
+    ]
+    losses = []
+    for options in ([], [*teacher, "--set", "train.teacher.kwargs.width=20"]):
+        answer = ddq(*command, *options, "--run-dir", f"run{len(losses)}")
+        assert answer.code == 0, answer.err
+        losses.append(
+            [e["held_out_loss"] for e in metrics(f"run{len(losses)}") if "held_out_loss" in e]
+        )
+    assert "distillation from big.pt" in answer.err
+    assert min(losses[1]) > max(losses[0])  # random outputs cannot be learned in five steps
+    torch.save({k: v + 1 for k, v in torch.load("big.pt").items()}, "big.pt")
+    Path("run1/report.json").unlink()
+    answer = ddq("finetune", "--resume", "--run-dir", "run1")
+    assert answer.code == 2
+    assert "The teacher's checkpoint is not the one (SHA-256 " in answer.err
+
+
+def test_a_teacher_of_other_classes_is_refused(project: Path) -> None:
+    Path("net.py").write_text(
+        Path("net.py").read_text()
+        + """
+def five():
+    net = build()
+    net[8] = nn.Linear(16, 5)
+    return net
+"""
+    )
+    state = torch.load("model.pt")
+    state |= {"8.weight": torch.zeros(5, 16), "8.bias": torch.zeros(5)}
+    torch.save(state, "five.pt")
+    teacher = "{checkpoint: five.pt, arch: 'net.py:five'}"
+    answer = ddq("finetune", "model.pt", "--set", f"train.teacher={teacher}", "--run-dir", "none")
+    assert answer.code == 2
+    message = "The teacher five.pt returns outputs of shape [8, 5], and the model of [8, 4]"
+    assert message in answer.err
+    assert not Path("none").exists()
+
+
 def test_training_that_diverges_again_delivers_the_best_state(project: Path) -> None:
     # The second try begins with the sixth call.
     answer = finetune_with_bad_loss([5, 6], "loss", "--json")

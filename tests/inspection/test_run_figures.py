@@ -19,6 +19,7 @@ from ddqcli.runs.run import Run
 
 FIGURES = (
     "bits_over_time_figure",
+    "probabilities_over_time_figure",
     "loss_over_time_figure",
     "error_over_time_figure",
     "levels_over_time_figure",
@@ -70,6 +71,27 @@ def test_looks_and_the_delivered_step_are_drawn_over_the_loss(
     assert [step for step, _, _ in looks] == [0, 20, 40, 60, 80, 100]
     assert looks[0] == (0, 0.12, 5)
     assert (delivered, metric) == (80, "accuracy, %")
+
+
+def test_the_dbps_of_a_run_of_sdq_are_drawn_until_they_freeze(
+    tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+) -> None:
+    run = make_run(tmp_path / "run", 3)
+    names = ["block1.conv.weight", "block3.conv.weight"]
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "loss" in line:
+            sampled = names if line["step"] <= 30 else names[1:] if line["step"] <= 50 else []
+            line["probabilities"] = dict.fromkeys(sampled, line["step"] / 100)
+    (run.path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert "DBPs over time" in [group.title for group in draw(run)]
+    steps, shown, table, bits = drawn["probabilities_over_time_figure"]
+    assert steps == [10, 20, 30, 40, 50]
+    assert shown == names
+    assert [row[1] for row in table] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert [row[0] for row in table[:3]] == [0.1, 0.2, 0.3]
+    assert all(row[0] != row[0] for row in table[3:])  # NaN
+    assert bits[0] == [max(7.5, entry) for entry in (2, 4)]
 
 
 @pytest.mark.parametrize(("count", "target"), [("bytes", 3.0), ("eqn6", None)])

@@ -55,6 +55,11 @@ def make(kind: str, n: int) -> list[Figure]:
         "bits over time": lambda: [
             plots.bits_over_time_figure(steps, names, bits, bits.mean(1), 4.0)
         ],
+        "DBPs over time": lambda: [
+            plots.probabilities_over_time_figure(
+                steps, names, np.where(bits > 7, np.nan, bits / 8), bits
+            )
+        ],
         "error": lambda: [
             plots.error_over_time_figure(steps, dict(zip(names, errors, strict=True)))
         ],
@@ -256,6 +261,16 @@ def test_bits_over_time_are_drawn_as_given():
     np.testing.assert_array_equal(figure.axes[1].collections[0].get_array().reshape(7, 30), bits.T)
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), bits.mean(1))
     assert figure.axes[0].get_ylim()[1] > 8
+
+
+def test_dbps_over_time_are_drawn_as_given_with_the_bits_where_they_change():
+    names, steps, bits = time_series(7)
+    table = np.where(bits > 7, np.nan, bits / 8)
+    axes = plots.probabilities_over_time_figure(steps, names, table, bits).axes[0]
+    drawn = axes.collections[0].get_array().reshape(7, 30)
+    np.testing.assert_array_equal(np.ma.filled(drawn, np.nan), table.T)
+    changes = sum(1 + int((np.diff(series) != 0).sum()) for series in bits.T)
+    assert len(axes.texts) == changes
 
 
 def test_the_axes_include_stored_bits_and_targets_above_eight():

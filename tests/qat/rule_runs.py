@@ -35,9 +35,10 @@ def network() -> nn.Sequential:
 
 
 def rule_recipe(rule: str, budget: dict[str, Any] | None, **sections: Any) -> Recipe:
-    gates = {"rule": rule, "looks": 2, **sections.pop("gates", {})}
+    chosen = {"method": "sdq"} if rule == "sdq" else {}
+    gates = {"rule": "fisher" if chosen else rule, "looks": 2, **sections.pop("gates", {})}
     return Recipe.model_validate(
-        {"gates": gates, "budget": budget or {}, "data": {"batch_size": 8}, **sections}
+        {"gates": gates, "budget": budget or {}, "data": {"batch_size": 8}, **chosen, **sections}
     )
 
 
@@ -52,7 +53,7 @@ def rule_of(
     if not isinstance(model, QuantizedModel):
         model = convert(model or network(), recipe)
     budget = make_budget(model, recipe)
-    return make_rule(recipe.gates.rule, model, recipe, budget, steps, batch_size)
+    return make_rule(recipe.rule, model, recipe, budget, steps, batch_size)
 
 
 def finished_run(

@@ -60,17 +60,17 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "many looks": {"budget": {"target_bits": 3}, "gates": {"looks": 200}},
     "a single look": {"budget": {"target_bits": 3}, "gates": {"looks": 1}},
 }
-CASES = [(name, rule, 8) for name in BUDGETS for rule in ("fisher", "paper")]
+CASES = [(name, rule, 8) for name in BUDGETS for rule in ("fisher", "paper", "sdq")]
 CASES += [(name, "fixed", 8) for name in ("2.5 bits", "20 % with 4-bit inputs", "fixed bits")]
 CASES += [("2.5 bits", rule, steps) for rule in RULES for steps in (0, 1, 3)]
 CASES += [("20 % with 4-bit inputs", rule, 1) for rule in RULES]
 CASES += [
     (name, rule, steps)
     for name in ("falling beyond the freeze", "freezing at the end")
-    for rule in ("fisher", "paper")
+    for rule in ("fisher", "paper", "sdq")
     for steps in (1, 3)
 ]
-CASES += [("2.5 bits", rule, 20) for rule in ("fisher", "paper")]
+CASES += [("2.5 bits", rule, 20) for rule in ("fisher", "paper", "sdq")]
 
 
 @pytest.mark.parametrize(("name", "rule", "steps"), CASES)

@@ -14,13 +14,16 @@ from ddqcli.recipe.file import dump_recipes
 def test_paths_in_a_recipe_are_relative_to_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "model: {checkpoint: m.pt, arch: 'nets/net.py:build'}\ndata: {source: images}"
+    text = "model: {checkpoint: m.pt, arch: 'nets/net.py:build'}\ndata: {source: images}\n"
+    text += "train: {teacher: {checkpoint: big.pt, arch: 'nets/net.py:big'}}"
     path = written(tmp_path / "a b", text)
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(Path("a b/ddq.yaml"))
     assert recipe.model.checkpoint == "a b/m.pt"
     assert recipe.model.arch == "a b/nets/net.py:build"
     assert recipe.data.source == "a b/images"
+    assert recipe.train.teacher.checkpoint == "a b/big.pt"
+    assert recipe.train.teacher.arch == "a b/nets/net.py:big"
     monkeypatch.chdir(path.parent)
     assert load_recipe(Path("ddq.yaml")).model.checkpoint == "m.pt"
 

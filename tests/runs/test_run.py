@@ -86,6 +86,10 @@ def test_a_state_of_other_conditions_is_refused_and_they_are_named(run: Run) -> 
             {"format": 3},
             "This version of ddq is not the one .training states of format 3, then 2. that",
         ),
+        (
+            {"teacher": "c" * 64},
+            "The teacher's checkpoint is not the one .SHA-256 cccccccccccc…, then None…. that",
+        ),
         ({"steps": 9}, "The data are not the ones .9 steps, then 10. that"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -188,7 +188,7 @@ def test_levels_that_no_weight_takes_are_named_and_counted() -> None:
     (warning,) = find_warnings(running, [])
     unused = f"levels that no weight takes cost bytes for nothing in 3.weight ({16 - used} of 16)"
     assert unused in warning
-    assert "take a smaller train.levels_lr (now 0.1)" in warning
+    assert "take a smaller train.levels_lr (now 0.01)" in warning
 
 
 def test_a_tensor_of_few_values_is_not_warned_of_unused_levels() -> None:
@@ -250,6 +250,20 @@ def test_gates_that_moved_are_not_reported(bits: tuple[int, ...]) -> None:
     """Bits below the maximum from the first report on moved before it."""
     running = begin_paper()
     assert find_warnings(running, metrics(running, *bits)) == []
+
+
+def test_dbps_that_never_move_are_reported_with_the_remedy() -> None:
+    running = begin(budget={"target_bits": 3})
+    names = [t.name for t in running.quantized.tensors if not t.fixed]
+    lines = metrics(running, 4, 4, 4, 3)
+    for line, moving, still in zip(lines[:3], (0.5, 0.2, 0.9), (0.5, 0.52, 0.51), strict=False):
+        line["probabilities"] = {names[0]: moving, names[1]: still}
+    assert "probabilities" not in lines[3]  # the freeze
+    (warning,) = find_warnings(running, lines)
+    assert f"the DBP of {names[1]} hardly moved in the " in warning
+    assert "take more train.epochs, or a larger gates.freeze (now 0.5)" in warning
+    lines[2]["bits"][names[1]] = 3.0  # it has committed, and begun again
+    assert find_warnings(running, lines) == []
 
 
 @pytest.mark.parametrize(("lr", "idle"), [(1e-12, True), (1.0, False)])

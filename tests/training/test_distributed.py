@@ -73,8 +73,13 @@ def errors() -> str:
     return "\n".join(path.read_text() for path in Path().glob("*.err"))
 
 
-def test_two_processes_train_one_model_and_one_process_resumes_it(project: Path) -> None:
-    assert torchrun("finetune", "--run-dir", "run", "--max-steps", "7", "--json"), errors()
+@pytest.mark.parametrize("method", ["ddq", "sdq"])
+def test_two_processes_train_one_model_and_one_process_resumes_it(
+    project: Path, method: str
+) -> None:
+    """They draw alike: otherwise their levels would differ at a checkpoint, which is an error."""
+    options = ("--max-steps", "7", "--method", method, "--json")
+    assert torchrun("finetune", "--run-dir", "run", *options), errors()
     report = json.loads(Path("0.out").read_text())["data"]
     assert Path("1.out").read_text() == ""
     assert report["totals"]["bytes"] <= report["totals"]["budget_bytes"]

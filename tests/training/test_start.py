@@ -172,7 +172,7 @@ def test_the_first_candidate_with_lower_loss_and_no_lower_accuracy_is_taken(
     marker.running_mean[0] = 0
 
     class MarksItsParts:
-        def __init__(self, *_: Any) -> None:
+        def __init__(self, *_: Any, **__: Any) -> None:
             pass
 
         def error_shares(self) -> dict[str, float]:

@@ -36,6 +36,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "falling budget": {"gates": {"descent": 0.5}},
     "paper": {"gates": {"rule": "paper", "lr": 1e-2, "init": 1e-3, "alpha": -1.0}},
     "fixed": {"gates": {"rule": "fixed"}},
+    "sdq": {"method": "sdq"},
+    "sdq, uniform levels": {
+        "method": "sdq",
+        "weights": {"levels": "uniform"},
+        "gates": {"descent": 0.5},
+    },
+    "sdq by channel": {"method": "sdq", "weights": {"granularity": "channel"}},
     "no budget": {"budget": {}},
     "inputs at 8 bits": {"activations": {"bits": 8}},
     "inputs with learned levels": {"activations": {"bits": 3}},
@@ -71,7 +78,7 @@ def states_at(running: Trainer, steps: tuple[int, ...]) -> dict[int, dict[str, A
 def test_a_resumed_run_ends_as_an_undisturbed_one_bit_for_bit(name: str) -> None:
     settings = recipe(**copy.deepcopy(RUNS[name]))
     whole = begin(settings)
-    for step, state in states_at(whole, STOPS if name == "fisher" else (6,)).items():
+    for step, state in states_at(whole, STOPS if name in ("fisher", "sdq") else (6,)).items():
         assert state["step"] == step
         torch.manual_seed(4711)  # another process has other random numbers
         resumed = begin(settings)
@@ -128,7 +135,7 @@ def test_a_resumed_run_leaves_the_inputs_in_float_that_calibration_did_not_reach
     assert not differences(resumed.state(), whole.state())
 
 
-@pytest.mark.parametrize("name", ["fisher", "paper", "inputs with learned levels"])
+@pytest.mark.parametrize("name", ["fisher", "paper", "sdq", "inputs with learned levels"])
 def test_the_same_seed_gives_the_same_result_and_another_seed_another(name: str) -> None:
     states, losses = [], []
     for seed in (0, 0, 1):

@@ -32,7 +32,7 @@ class Rule(ABC):
     `limit`. It may use `allocate_start`, `close_excess`, `open_fitting` and `set_corrections`.
 
     Attributes:
-        name: value of the recipe's gates.rule.
+        name: value of the recipe's gates.rule; sdq for its method sdq.
         budget: of the model as it was at the last `recount`.
         fisher: estimated Fisher of every tensor.
     """
@@ -86,6 +86,10 @@ class Rule(ABC):
         if step % _FISHER_EVERY == 0 and step <= self.frozen_from:
             self.watch()
 
+    def probabilities(self) -> dict[str, float]:
+        """Return the probability of the larger of two bit-widths by tensor, if bits are sampled."""
+        return {}
+
     def finish(self) -> None:
         """Make the result fit the budget. Raises DDQError for a network that grew beyond it."""
         self._recount_trained()
@@ -133,6 +137,20 @@ class Rule(ABC):
         """Return the cost allowed at a step. Needs a budget."""
         assert self.budget.limit is not None
         return self.budget.limit
+
+    def falling_limit(self, step: int) -> int:
+        """Return a limit that falls along a cubic to the budget, until the freeze at the latest.
+
+        It begins with all tensors at their most bits, and falls for gates.descent of the run. Needs
+        a budget.
+        """
+        assert self.budget.limit is not None
+        if step >= self.frozen_from:
+            return self.budget.limit
+        span = self.recipe.gates.descent * self.steps
+        remaining = max(0.0, 1 - step / span) ** 3 if span else 0.0
+        most = sum(costs_of(t, self.budget.eqn6)[t.max_bits] for t in self.model.tensors)
+        return int(self.budget.limit + remaining * max(0, most - self.budget.limit))
 
     def penalty(self) -> float:
         """Eqn (7)'s factor of the loss, (desired / practical memory)^alpha; 1 within the budget."""

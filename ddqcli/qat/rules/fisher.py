@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from ddqcli.qat.budget import costs_of
 from ddqcli.qat.rules.base import Rule
 from ddqcli.quant.knapsack import allocate
 
@@ -44,17 +43,8 @@ class FisherRule(Rule):
             self.set_corrections()
 
     def limit(self, step: int) -> int:
-        """Return the cost allowed at a step: falls along a cubic to the budget until the freeze.
-
-        It begins with all tensors at their most bits, and falls for gates.descent of the run.
-        """
-        limit = super().limit(step)
-        if step >= self.frozen_from:
-            return limit
-        span = self.recipe.gates.descent * self.steps
-        remaining = max(0.0, 1 - step / span) ** 3 if span else 0.0
-        most = sum(costs_of(t, self.budget.eqn6)[t.max_bits] for t in self.model.tensors)
-        return int(limit + remaining * max(0, most - limit))
+        """Return the cost allowed at a step, which may fall to the budget (gates.descent)."""
+        return self.falling_limit(step)
 
     def _reallocate(self, limit: int) -> None:
         """Take the bits of least loss increase if those in force do not fit, or cost much more."""

@@ -1,6 +1,7 @@
 """The rules by the names that recipes give them.
 
-A new rule is one module here, an entry in `RULES`, and its name in `GatesSection.rule`.
+A new rule is one module here, an entry in `RULES`, and its name in `GatesSection.rule`; SDQ's is
+chosen by the recipe's `method`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from ddqcli.qat.rules.base import Rule
 from ddqcli.qat.rules.fisher import FisherRule
 from ddqcli.qat.rules.fixed import FixedRule
 from ddqcli.qat.rules.paper import PaperRule
+from ddqcli.qat.rules.sdq import SDQRule
 from ddqcli.recipe.schema import Recipe
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (FisherRule, PaperRule, FixedRule)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (FisherRule, PaperRule, FixedRule, SDQRule)
+}
 
 
 def make_rule(
