@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from ddqcli.data.source import Source, list_names
 from ddqcli.errors import DataError
@@ -44,7 +46,7 @@ def open_folder(root: Path) -> Source:
 
 
 def _class_names(split: Path) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in split.iterdir() if entry.is_dir()))
+    names = tuple(sorted(e.name for e in split.iterdir() if e.is_dir() and not _is_hidden(e.name)))
     if not names:
         raise DataError(f"{split} holds no class folders; give each class a folder of its images.")
     return names
@@ -52,7 +54,7 @@ def _class_names(split: Path) -> tuple[str, ...]:
 
 def _open_split(split: Path) -> ImageFolder:
     """Return the images of a split, in their own color mode; classes are sorted by name."""
-    images = ImageFolder(str(split), loader=_open_image, allow_empty=True)
+    images = _Images(str(split), loader=_open_image, allow_empty=True)
     labels = {label for _, label in images.samples}
     empty = [name for name, label in images.class_to_idx.items() if label not in labels]
     if empty:
@@ -62,7 +64,55 @@ def _open_split(split: Path) -> ImageFolder:
     return images
 
 
+class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
+    """An ImageFolder without hidden files and folders, which follows no link in a circle."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = list(_class_names(Path(directory)))
+        return names, {name: label for label, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(
+        directory: str | Path,
+        class_to_idx: dict[str, int],
+        extensions: tuple[str, ...] | None = None,
+        is_valid_file: Callable[[str], bool] | None = None,
+        allow_empty: bool = False,
+    ) -> list[tuple[str, int]]:
+        split = Path(directory).resolve()
+        above = (split, *split.parents)
+        return [
+            (str(path), label)
+            for name, label in sorted(class_to_idx.items())
+            for path in sorted(_files(Path(directory) / name, above), key=_folder_and_name)
+            if has_file_allowed_extension(str(path), extensions or IMG_EXTENSIONS)
+        ]
+
+
+def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the files in a folder and below it; links to a folder `above` are left out."""
+    resolved = folder.resolve()
+    if resolved in above:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir() and not _is_hidden(entry.name):
+            yield from _files(entry, (*above, resolved))
+        elif entry.is_file() and not _is_hidden(entry.name):
+            yield entry
+
+
+def _folder_and_name(file: Path) -> tuple[str, str]:
+    return str(file.parent), file.name
+
+
+def _is_hidden(name: str) -> bool:
+    """True for what tools leave behind, such as .ipynb_checkpoints and ._photo.jpg."""
+    return name.startswith(".")
+
+
 def _open_image(path: str) -> Image.Image:
+    """Return an image as a viewer shows it: a camera may have stored it turned."""
     with Image.open(path) as image:
         image.load()
-        return image
+        turned = ImageOps.exif_transpose(image)
+    return turned
