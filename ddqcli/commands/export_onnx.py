@@ -98,16 +98,18 @@ def export_onnx(
     out: Path | None = None,
     *,
     timed: bool = False,
+    trust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Write the run's model to `out` (default: model.onnx in the run folder) and run it.
 
-    `timed` compares its latency with the float model's. Raises UsageError for what ONNX cannot
+    The network's code runs under the rule of `ddqcli.runs.trust`, which `trust` overrides. `timed`
+    compares the file's latency with the float model's. Raises UsageError for what ONNX cannot
     express, and VerificationError if onnxruntime unpacks other weights or, with or without its
     optimizations, does not answer as torch does. The file is then not written.
     """
     require_onnx()
-    run = Run.open(run_dir)
+    run = Run.open(run_dir, trust=trust)
     path = out or run.path / ONNX
     expected = _expected(run)
     results: list[OnnxResult] = []
@@ -116,7 +118,8 @@ def export_onnx(
         temporary.write_bytes(expected.model.raw)
         results.append(_verified(run, temporary, path, expected, timed, on_progress))
 
-    write_atomic(path, write)  # a file that does not answer as trained never gets its name
+    # A file that does not answer as trained never gets its name.
+    write_atomic(path, write, inputs=run.inputs())
     return results[0]
 
 
@@ -125,6 +128,7 @@ def check_onnx(
     run_dir: Path | None = None,
     *,
     timed: bool = False,
+    trust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Verify an existing ONNX file against its run.
@@ -138,7 +142,8 @@ def check_onnx(
     if not file.is_file():
         raise UsageError(f"There is no file {file}.")
     opened(file.read_bytes(), str(file))  # before the work of exporting again
-    run = Run.open(run_dir or (file.parent if (file.parent / REPORT).is_file() else None))
+    beside = file.parent if (file.parent / REPORT).is_file() else None
+    run = Run.open(run_dir or beside, trust=trust)
     return _verified(run, file, file, _expected(run), timed, on_progress)
 
 

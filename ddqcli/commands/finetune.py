@@ -32,6 +32,7 @@ from ddqcli.runs.encode_run import encode_run, file_meta
 from ddqcli.runs.evaluation import Course, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
+from ddqcli.runs.trust import remember
 from ddqcli.training import distributed
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
 from ddqcli.training.device import place_model, resolve_device
@@ -104,6 +105,7 @@ def finetune(
         return FinetuneResult(None, _dry_run_report(models, recipe))
     with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
         data = _load_data(recipe, models, introduce)
+        _record_code(run, recipe, introduce)
         listener.judged_by(data.judged_by)
         identity = RunIdentity(
             sha256=models.source.sha256,
@@ -301,6 +303,15 @@ def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
     return with_float_targets(data, models.float_model)
 
 
+def _record_code(run: Run, recipe: Recipe, introduce: _Note) -> None:
+    """Record on this machine that its user made the run, now that all of its code is imported."""
+    if distributed.is_main() and (reason := remember(run, recipe)):
+        introduce(
+            f"this machine keeps no record of the run ({reason}), so `ddq export` checks its "
+            "outputs, and --resume goes on with it, only with --trust"
+        )
+
+
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
     """Return the baseline that a run of the same checkpoint and data has measured, on every rank.
 
@@ -426,6 +437,8 @@ def _run_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterat
     with run.locked():
         try:
             if is_new:
+                if distributed.is_main():
+                    remember(run, recipe)  # first: a run that can be resumed is a known one
                 run.write_recipe(recipe)
             distributed.barrier()
             yield run
