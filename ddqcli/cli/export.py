@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "ddq export",
     "ddq export runs/20260131-142310-model -o small.safetensors --half",
-    "ddq export --format onnx",
+    "ddq export --format onnx --bench",
     "ddq export --check small.safetensors",
 )
 
@@ -52,6 +52,12 @@ def export(
             show_default=False,
         ),
     ] = None,
+    bench: Annotated[
+        bool,
+        typer.Option(
+            "--bench", help="Time an ONNX file beside the float model on this machine, by layer."
+        ),
+    ] = False,
     trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -74,13 +80,17 @@ def export(
             raise UsageError("--check writes nothing; omit --out and --half.")
         if use_onnx and half:
             raise UsageError("--half applies to the ddq format; an ONNX file keeps float32.")
+        if bench and not use_onnx:
+            raise UsageError("--bench times an ONNX file; add --format onnx.")
         with ProgressReporter(quiet=quiet) as reporter:
-            if check is not None:
-                verify = onnx.check_onnx if use_onnx else ddq.check
-                return verify(check, run, trust=trust, on_progress=reporter.progress)
+            progress = reporter.progress
+            if use_onnx and check is not None:
+                return onnx.check_onnx(check, run, timed=bench, trust=trust, on_progress=progress)
             if use_onnx:
-                return onnx.export_onnx(run, out, trust=trust, on_progress=reporter.progress)
-            return ddq.export(run, out, half=half, trust=trust, on_progress=reporter.progress)
+                return onnx.export_onnx(run, out, timed=bench, trust=trust, on_progress=progress)
+            if check is not None:
+                return ddq.check(check, run, trust=trust, on_progress=progress)
+            return ddq.export(run, out, half=half, trust=trust, on_progress=progress)
 
     run_command("export", work, _show, as_json)
 

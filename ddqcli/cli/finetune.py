@@ -65,7 +65,7 @@ def finetune(
         str | None,
         typer.Option(
             metavar="SIZE[,SIZE...]",
-            help="Budget: size of all tensors, e.g. 150kB, 1.8MB or 12%; one run per value.",
+            help="Budget: size of the exported file, e.g. 150kB, 1.8MB or 12%; one run per value.",
         ),
     ] = None,
     max_bits: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,15 +19,19 @@ from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
+from ddqcli.data.source import list_names
 from ddqcli.data.source_files import fingerprint_of_files
 from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
-from ddqcli.qat.frozen import freeze
+from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.encode_run import encode_run, file_meta
+from ddqcli.runs.evaluation import Course, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
 from ddqcli.runs.trust import remember
@@ -43,6 +48,7 @@ from ddqcli.training.distillation import (
 )
 from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
+from ddqcli.training.network_checks import refuse_written_weights
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
@@ -127,6 +133,7 @@ def finetune(
             introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
             _apply_augmentation(data, baseline.augmentation, introduce)
             _check_distillation(models, data, recipe, introduce)
+            refuse_written_weights(models.quantized, models.float_model, data)
             trainer = build_trainer(
                 models.quantized,
                 models.float_model,
@@ -184,6 +191,11 @@ def _load_and_convert(
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
     introduce(f"model: {built.note}; {checkpoint.note}")
     model = place_model(built.model, device).eval()
+    if plain := make_plain(model):
+        introduce(f"weights that the network computes are made plain: {list_names(plain)}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        introduce("all parameters of the network were frozen; they are trained")
+        model.requires_grad_(True)
     trainable = copy.deepcopy(model)
     if start and start.report().is_trained:
         _load_trained_weights(trainable, start)
@@ -191,7 +203,7 @@ def _load_and_convert(
     source = Source(
         path=str(checkpoint_path), sha256=checkpoint.sha256, arch=built.arch, ddq=__version__
     )
-    budget = make_budget(quantized, recipe)
+    budget = make_budget(quantized, recipe, meta=_typical_meta(quantized, recipe, source))
     model.requires_grad_(False)
     teacher = _load_teacher(model, recipe, device, introduce)
     return _Models(model, teacher, quantized, budget, device, source)
@@ -216,6 +228,31 @@ def _load_teacher(
     introduce(f"teacher: {built.note}; {checkpoint.note}")
     model = place_model(built.model, device).eval().requires_grad_(False)
     return _Teacher(model, section.checkpoint, checkpoint.sha256)
+
+
+def _typical_meta(quantized: QuantizedModel, recipe: Recipe, source: Source) -> dict[str, Any]:
+    """Return what the file will say about the run, with typical numbers: as long, or longer."""
+    typical = Course(
+        stages=(
+            Stage(name="float", accuracy=98.7654),
+            Stage(name="quantized", accuracy=95.4321),
+            Stage(name="compensated", accuracy=97.6543),
+            Stage(name="trained", accuracy=98.2345),
+        ),
+        delivered="trained",
+        looks=10,
+        best_step=1234,
+    )
+    report = build_report(
+        quantized,
+        ResolvedBudget(limit=123_456, overhead_bytes=0, float_bytes=1_234_567, weights=0),
+        accuracy=(98.7654, 97.6543),
+        course=typical,
+        source=source,
+        run=RunFacts(steps=12_345, seed=recipe.train.seed),
+    )
+    margin = hashlib.sha256(source.sha256.encode()).hexdigest()  # some bytes more than typical
+    return {**file_meta(report, recipe), "margin": margin}
 
 
 def _load_trained_weights(model: nn.Module, run: Run) -> None:
@@ -259,7 +296,13 @@ def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
 def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
     """Load the data; without labels, the float model's outputs are the targets."""
     seed, shard = recipe.train.seed, distributed.shard()
-    data = load_data(recipe.data, seed=seed, device=models.device, shard=shard)
+    data = load_data(
+        recipe.data,
+        seed=seed,
+        device=models.device,
+        shard=shard,
+        max_steps=recipe.train.max_steps,
+    )
     introduce(f"data: {data.note}")
     if is_labelled(data):
         return data
@@ -399,7 +442,10 @@ def _write_results(
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,
     )
-    run.save(FINAL, freeze(quantized) | {"probe": probe(quantized.model, trainer.data)})
+    frozen = freeze(quantized)
+    _, sizes = encode_run(FrozenModel.from_state(frozen), report, run.recipe(), {})
+    report = report.with_manifest(sizes.manifest + sizes.header)
+    run.save(FINAL, frozen | {"probe": probe(quantized.model, trainer.data)})
     run.write_report(report)
     return report
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
@@ -48,10 +48,14 @@ def open_folder(root: Path) -> Source:
 
 
 class _Images(ImageFolder):  # type: ignore[misc]  # torchvision comes without types
-    """An ImageFolder of regular files that enters no folder of a class twice.
+    """An ImageFolder of regular files that enters no folder of a class twice, and no hidden one.
 
     torchvision follows links, so it counts a folder that links to its parent again and again.
     """
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = _class_names(Path(directory))
+        return list(names), {name: label for label, name in enumerate(names)}
 
     @staticmethod
     def make_dataset(
@@ -70,13 +74,13 @@ class _Images(ImageFolder):  # type: ignore[misc]  # torchvision comes without t
 
 
 def _files(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
-    """Yield the regular files in a folder and then below it, each in the order of their names."""
+    """Yield the regular files in a folder and then below it, in the order of names; none hidden."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in visited:
         return
     visited.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+        entries = sorted((e for e in found if not _is_hidden(e.name)), key=lambda e: e.name)
     yield from (entry.path for entry in entries if entry.is_file())
     for entry in entries:
         if entry.is_dir():
@@ -84,7 +88,7 @@ def _files(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
 
 
 def _class_names(split: Path) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in split.iterdir() if entry.is_dir()))
+    names = tuple(sorted(e.name for e in split.iterdir() if e.is_dir() and not _is_hidden(e.name)))
     if not names:
         raise DataError(f"{split} holds no class folders; give each class a folder of its images.")
     return names
@@ -102,9 +106,16 @@ def _open_split(split: Path) -> ImageFolder:
     return images
 
 
+def _is_hidden(name: str) -> bool:
+    """True for what tools leave behind, such as .ipynb_checkpoints and ._photo.jpg."""
+    return name.startswith(".")
+
+
 def _open_image(path: str) -> Image.Image:
+    """Return an image as a viewer shows it: a camera may have stored it turned."""
     with Image.open(path) as image:
         if image.format == "EPS":
             raise ValueError("it is PostScript, for which PIL would start Ghostscript")
         image.load()
-        return image
+        turned = ImageOps.exif_transpose(image)
+    return turned

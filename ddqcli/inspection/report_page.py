@@ -44,6 +44,7 @@ def _result(source: Path, report: Report) -> html.Section:
     rows = [
         ["bytes", f"{totals.float_bytes:,}", f"{totals.bytes:,}"],
         ["not quantized", "", f"{totals.kept_bytes:,}"],
+        ["manifest and header", "", f"{totals.manifest_bytes:,}"],
         ["stored bits a weight", "", f"{totals.average_bits:.3f}"],
     ]
     if accuracy:

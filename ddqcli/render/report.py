@@ -60,6 +60,11 @@ def total_lines(report: Report) -> list[str]:
         f"size       {totals.float_bytes:,} -> {totals.bytes:,} bytes ({ratio:.1f}x smaller), "
         f"{totals.average_bits:.3f} bits a weight"
     ]
+    if totals.manifest_bytes:
+        lines.append(
+            f"of it      {totals.quantized_bytes:,} bytes quantized, {totals.kept_bytes:,} not "
+            f"quantized, {totals.manifest_bytes:,} manifest and header"
+        )
     if totals.budget_bytes is not None:
         used = 100 * totals.bytes / totals.budget_bytes
         lines.append(f"budget     {totals.budget_bytes:,} bytes, {used:.1f}% used")

@@ -123,8 +123,11 @@ def load_held_out(run: Run) -> Data:
     Without labels, the float model's outputs are the targets: its checkpoint must still be there.
     """
     recipe = run.recipe()
+    train = recipe.train
     with code_of(run):
-        data = load_data(recipe.data, seed=recipe.train.seed, device=_device(run))
+        data = load_data(
+            recipe.data, seed=train.seed, device=_device(run), max_steps=train.max_steps
+        )
         return data if is_labelled(data) else with_float_targets(data, _float_model(run))
 
 
