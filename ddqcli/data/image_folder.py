@@ -65,26 +65,32 @@ class _Images(ImageFolder):  # type: ignore[misc]  # torchvision comes without t
         is_valid_file: Any = None,
         allow_empty: bool = False,
     ) -> list[tuple[str, int]]:
+        split = Path(directory).resolve()
+        above = {_identity(folder) for folder in (split, *split.parents)}
         return [
             (path, class_to_idx[name])
             for name in sorted(class_to_idx)
-            for path in _files(os.path.join(directory, name), set())
+            for path in _files(os.path.join(directory, name), set(above))
             if has_file_allowed_extension(path, IMG_EXTENSIONS)
         ]
 
 
 def _files(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
     """Yield the regular files in a folder and then below it, in the order of names; none hidden."""
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in visited:
+    if _identity(folder) in visited:
         return
-    visited.add((status.st_dev, status.st_ino))
+    visited.add(_identity(folder))
     with os.scandir(folder) as found:
         entries = sorted((e for e in found if not _is_hidden(e.name)), key=lambda e: e.name)
     yield from (entry.path for entry in entries if entry.is_file())
     for entry in entries:
         if entry.is_dir():
             yield from _files(entry.path, visited)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _class_names(split: Path) -> tuple[str, ...]:
