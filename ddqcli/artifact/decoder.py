@@ -93,6 +93,12 @@ def read(
         name: np.frombuffer(data[slice(*e["data_offsets"])], DTYPES[e["dtype"]])
         for name, e in header.items()
     }
+    spans = sorted(e["data_offsets"] for e in header.values())
+    ends = [0, *(last for _, last in spans)]
+    if [first for first, _ in spans] != ends[:-1] or ends[-1] != len(data):
+        raise ValueError("the entries do not follow one another")
+    if wrong := [name for name, e in header.items() if e["shape"] != [entries[name].size]]:
+        raise ValueError(f"{', '.join(wrong)} has another shape than its bytes")
     unpacker = bz2.BZ2Decompressor()  # a few bytes may unpack to gigabytes
     text = unpacker.decompress(entries.pop("manifest").tobytes(), MAX_MANIFEST)
     if not unpacker.eof:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ddqcli import __version__
 from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.sizes import Sizes
 from ddqcli.artifact.tensors import INPUT_SUFFIX
@@ -15,7 +18,7 @@ from ddqcli.artifact.verify import require_same_tensors
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.frozen import Array, FrozenModel
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.encode_run import encode_run
+from ddqcli.runs.encode_run import encode_run, portable_recipe
 from ddqcli.runs.evaluation import Accuracy, Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.report import Report
@@ -128,7 +131,7 @@ def check(
             f"{file} is undamaged, but there is nothing to compare it with: {error}"
         ) from error
     half = bool(artifact.meta.get(_HALF))
-    _require_same_origin(file, artifact.meta.get("report"), run)
+    _require_same_origin(file, artifact.meta, run, half)
     frozen = _frozen_model(run, half=half)
     require_same_tensors(file, frozen.expected(), name=file)
     behavior = check_behavior(file, run, on_progress)
@@ -151,15 +154,24 @@ def _write_verified(
     return sizes
 
 
-def _require_same_origin(file: Path, embedded: Any, run: Run) -> None:
-    """Raise VerificationError if the report embedded in the file is another run's."""
+def _require_same_origin(file: Path, meta: Mapping[str, Any], run: Run, half: bool) -> None:
+    """Raise VerificationError if the report or the recipe embedded in the file is another run's."""
+    embedded = meta.get("report")
     embedded = embedded if isinstance(embedded, dict) else {}
     report = run.report().embedded()
-    del report["accuracy"]  # --half measures its own
+    unknown = embedded.keys() - report.keys()
+    if half:
+        del report["accuracy"]  # it was measured anew
     for key in ("warnings", "course"):  # a file too close to its budget leaves them out
         if not embedded.get(key):
             del report[key]
-    if different := [key for key in sorted(report) if embedded.get(key) != report[key]]:
+    different = [key for key in sorted(report) if embedded.get(key) != report[key]]
+    recipe = meta.get("recipe")
+    # Another version of ddq has other defaults, so its recipes leave out other fields.
+    if recipe and report["source"]["ddq"] == __version__:
+        own = json.loads(json.dumps(portable_recipe(run.recipe())))
+        different += ["recipe"] if recipe != own else []
+    if different := [*different, *sorted(unknown)]:
         raise VerificationError(
             f"{file} does not come from {run.path}: its {', '.join(different)} differ; "
             f"name its own run, `ddq export RUN --check {file}`."

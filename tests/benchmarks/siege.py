@@ -285,9 +285,12 @@ def forged_artifact(raw: bytes, draw: random.Random) -> bytes:
         manifest = json.loads(bz2.decompress(data[first:last]))
         changed(manifest, draw)
         packed = bz2.compress(json.dumps(manifest).encode())
-        header["manifest"] |= {"data_offsets": [len(data), len(data) + len(packed)]}
-        header["manifest"] |= {"shape": [len(packed)]}
-        data += packed
+        data = data[:first] + packed + data[last:]
+        shift = len(packed) - (last - first)
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["data_offsets"][0] >= last:
+                entry["data_offsets"] = [offset + shift for offset in entry["data_offsets"]]
+        header["manifest"] |= {"data_offsets": [first, last + shift], "shape": [len(packed)]}
     elif way == 1:
         metadata = header.pop("__metadata__")
         changed(header, draw)
