@@ -15,7 +15,7 @@ from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.sizes import Sizes
 from ddqcli.artifact.tensors import INPUT_SUFFIX
 from ddqcli.artifact.verify import require_same_tensors
-from ddqcli.errors import UsageError, VerificationError
+from ddqcli.errors import DDQError, UsageError, VerificationError
 from ddqcli.qat.frozen import Array, FrozenModel
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.encode_run import encode_run, portable_recipe
@@ -146,7 +146,12 @@ def _write_verified(
     temporary: Path, frozen: FrozenModel, report: Report, recipe: Recipe, path: Path, half: bool
 ) -> Sizes:
     """Write `temporary`, which becomes `path`. Raises VerificationError if it is not as trained."""
-    raw, sizes = encode_run(frozen, report, recipe, {_HALF: True} if half else {})
+    try:
+        raw, sizes = encode_run(frozen, report, recipe, {_HALF: True} if half else {})
+    except ValueError as error:  # such as an accuracy that is NaN
+        raise DDQError(
+            f"{path} cannot be written: {error}, in the run's report or model."
+        ) from error
     temporary.write_bytes(raw)
     require_same_tensors(
         temporary, frozen.expected(), name=path, consequence="; it was not written"
