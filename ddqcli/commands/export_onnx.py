@@ -107,9 +107,10 @@ def export_onnx(
 ) -> OnnxResult:
     """Write the run's model to `out` (default: model.onnx in the run folder) and run it.
 
-    `timed` compares its latency with the float model's, `openvino` runs it there too. Raises UsageError for what ONNX cannot
-    express, and VerificationError if onnxruntime unpacks other weights or, with or without its
-    optimizations, does not answer as torch does. The file is then not written.
+    `timed` compares its latency with the float model's, `openvino` runs it there too. Raises
+    UsageError for what ONNX cannot express, and VerificationError if onnxruntime unpacks other
+    weights or, with or without its optimizations, does not answer as torch does. The file is then
+    not written.
     """
     require_onnx()
     if openvino:
