@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ddqcli.cli.options import Json, Quiet, examples
+from ddqcli.cli.options import Json, Quiet, Trust, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
@@ -61,13 +61,15 @@ def export(
     openvino: Annotated[
         bool, typer.Option("--openvino", help="Verify an ONNX file in OpenVINO, too.")
     ] = False,
+    trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a run's model as one verified file.
 
     Reads the file back and compares it with the trained model: every bit, the outputs and the
-    accuracy. A mismatch ends with exit code 4.
+    accuracy. A mismatch ends with exit code 4. Outputs need the code of the network: it runs if
+    this machine made the run, or with --trust.
     """
 
     def work() -> ExportResult | OnnxResult:
@@ -87,15 +89,15 @@ def export(
             progress = reporter.progress
             if use_onnx and check is not None:
                 return onnx.check_onnx(
-                    check, run, timed=bench, openvino=openvino, on_progress=progress
+                    check, run, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
             if use_onnx:
                 return onnx.export_onnx(
-                    run, out, timed=bench, openvino=openvino, on_progress=progress
+                    run, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
             if check is not None:
-                return ddq.check(check, run, on_progress=progress)
-            return ddq.export(run, out, half=half, on_progress=reporter.progress)
+                return ddq.check(check, run, trust=trust, on_progress=progress)
+            return ddq.export(run, out, half=half, trust=trust, on_progress=progress)
 
     run_command("export", work, _show, as_json)
 

@@ -65,17 +65,25 @@ def export(
     out: Path | None = None,
     *,
     half: bool = False,
+    trust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ExportResult:
     """Write the run's model to `out` (default: model.safetensors in the run folder) and verify it.
 
-    `half` stores unquantized tensors as float16, and the accuracy that the file then has.
+    `half` stores unquantized tensors as float16, and the accuracy that the file then has. The file
+    is written and read back without the network's code. Outputs need it: see
+    `ddqcli.runs.trust`, which `trust` overrides.
 
     Raises UsageError, and VerificationError if the file, read by the numpy-only decoder in another
     process, differs in any bit from what was trained, or the network rebuilt from it computes
     something else. The file is then not written.
     """
-    run = Run.open(run_dir)
+    run = Run.open(run_dir, trust=trust)
+    with run.held():
+        return _export(run, out, half, on_progress)
+
+
+def _export(run: Run, out: Path | None, half: bool, on_progress: OnProgress | None) -> ExportResult:
     frozen, report = _frozen_model(run, half=half), run.report()
     path = out or run.path / ARTIFACT
     results = []
@@ -92,22 +100,29 @@ def export(
             )
         results.append((sizes, check))
 
-    write_atomic(path, write)  # a file that is not as trained never gets its name
+    write_atomic(
+        path, write, inputs=run.inputs()
+    )  # a file that is not as trained never gets its name
     return _result(run, path, *results[0], frozen, half)
 
 
 def check(
-    file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None
+    file: Path,
+    run_dir: Path | None = None,
+    *,
+    trust: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> ExportResult:
     """Verify an existing file against its run.
 
-    The run is `run_dir`, or else the folder of the file, or else the newest run. Raises UsageError,
+    The run is `run_dir`, or else the folder of the file, or else the newest run. `trust` is as in
+    `export`. Raises UsageError,
     and VerificationError if the file is damaged or not what was trained.
     """
     beside = file.parent if (file.parent / REPORT).is_file() else None
     artifact = read_artifact(file)
     try:
-        run = Run.open(run_dir or beside)
+        run = Run.open(run_dir or beside, trust=trust)
     except UsageError as error:
         raise UsageError(
             f"{file} is undamaged, but there is nothing to compare it with: {error}"

@@ -103,11 +103,13 @@ def export_onnx(
     *,
     timed: bool = False,
     openvino: bool = False,
+    trust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Write the run's model to `out` (default: model.onnx in the run folder) and run it.
 
-    `timed` compares its latency with the float model's, `openvino` runs it there too. Raises
+    The network's code runs under the rule of `ddqcli.runs.trust`, which `trust` overrides. `timed`
+    compares the file's latency with the float model's, `openvino` runs it there too. Raises
     UsageError for what ONNX cannot express, and VerificationError if onnxruntime unpacks other
     weights or, with or without its optimizations, does not answer as torch does. The file is then
     not written.
@@ -115,7 +117,7 @@ def export_onnx(
     require_onnx()
     if openvino:
         require_openvino()
-    run = Run.open(run_dir)
+    run = Run.open(run_dir, trust=trust)
     path = out or run.path / ONNX
     expected = _expected(run)
     results: list[OnnxResult] = []
@@ -124,7 +126,8 @@ def export_onnx(
         temporary.write_bytes(expected.model.raw)
         results.append(_verified(run, temporary, path, expected, timed, openvino, on_progress))
 
-    write_atomic(path, write)  # a file that does not answer as trained never gets its name
+    # A file that does not answer as trained never gets its name.
+    write_atomic(path, write, inputs=run.inputs())
     return results[0]
 
 
@@ -134,6 +137,7 @@ def check_onnx(
     *,
     timed: bool = False,
     openvino: bool = False,
+    trust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Verify an existing ONNX file against its run.
@@ -149,7 +153,8 @@ def check_onnx(
     if not file.is_file():
         raise UsageError(f"There is no file {file}.")
     opened(file.read_bytes(), str(file))  # before the work of exporting again
-    run = Run.open(run_dir or (file.parent if (file.parent / REPORT).is_file() else None))
+    beside = file.parent if (file.parent / REPORT).is_file() else None
+    run = Run.open(run_dir or beside, trust=trust)
     return _verified(run, file, file, _expected(run), timed, openvino, on_progress)
 
 

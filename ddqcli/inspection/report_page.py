@@ -29,8 +29,9 @@ def write_report_page(source: Path, report: Report, path: Path) -> Path:
     else:
         groups = [draw_bits(weights, "name")]
     sections = [_result(source, report), *map(_figures, groups), _layers(report)]
+    title = f"ddq report: {source.resolve().name}"
     with output_folder(page.parent):
-        return html.write_html(page, f"ddq report: {source.resolve().name}", sections)
+        return html.write_html(page, title, sections, [] if source.is_dir() else [source])
 
 
 def _figures(group: FigureGroup) -> html.Section:

@@ -186,7 +186,8 @@ def test_a_dry_run_warns_of_each_target_that_is_not_met_yet(project: Path) -> No
 
 def test_a_sweep_ends_with_a_table_and_a_picture(swept: Path) -> None:
     assert {path.name for path in swept.iterdir()} == {
-        *FOLDERS, "sweep.yaml", "sweep.json", "size-accuracy.png", "size-accuracy.svg", ".lock",
+        *FOLDERS, "sweep.yaml", "sweep.json", "size-accuracy.png", "size-accuracy.svg",
+        ".lock", ".ddq",
     }  # fmt: skip
     answer = ddq("finetune", "--resume", "--run-dir", SWEEP)  # which has nothing left to do
     lines = answer.out.splitlines()
