@@ -14,6 +14,7 @@ five. --act-bits 0 leaves the inputs of layers in float. Takes two minutes.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import statistics
@@ -37,6 +38,8 @@ from torchvision import models as zoo
 import ddqcli
 from ddqcli.onnx import packed
 from ddqcli.onnx.export import make_onnx
+from ddqcli.onnx.openvino import openvino_answers
+from ddqcli.onnx.runtime import onnxruntime_answers
 
 NETWORKS = ("resnet18", "mobilenet_v2", "resnet20")
 FILES = ("float", "plain", "ddq")
@@ -122,6 +125,11 @@ def measure(paths: dict[str, Path], name: str, threads: int, runs: int) -> dict[
         row |= {f"{kind}_best_ms": min(wall), f"{kind}_median_ms": statistics.median(wall)}
         row |= {f"{kind}_cpu_ms": min(cpu)} if threads == 1 else {}
         row |= {f"{kind}_session_ms": opening_ms(paths[kind], threads)}
+    if importlib.util.find_spec("openvino"):
+        feed = {"input": sample}
+        (ours,) = onnxruntime_answers(paths["ddq"], optimized=True)(feed)
+        (theirs,) = openvino_answers(paths["ddq"])(feed)
+        row["openvino_difference"] = float(abs(theirs - ours).max() / abs(ours).max())
     for base in ("float", "plain"):
         pairs = zip(times[FILES.index(base)], times[FILES.index("ddq")], strict=True)
         row[f"ratio_to_{base}"] = statistics.median(a[0] / b[0] for a, b in pairs)
@@ -160,6 +168,8 @@ def main() -> None:
                 parts = [f"{kind} {row[f'{kind}_{what}_ms']:.2f}" for kind in FILES]
                 print(f"  {what}, ms: {', '.join(parts)}")
         ratios = f"{row['ratio_to_float']:.2f} times float, {row['ratio_to_plain']:.2f} times plain"
+        if "openvino_difference" in row:
+            print(f"  OpenVINO: outputs within {row['openvino_difference']:.1e} of onnxruntime's")
         print(f"  speed of ddq: {ratios} (median of pairs)")
 
 
