@@ -58,6 +58,9 @@ def export(
             "--bench", help="Time an ONNX file beside the float model on this machine, by layer."
         ),
     ] = False,
+    openvino: Annotated[
+        bool, typer.Option("--openvino", help="Verify an ONNX file in OpenVINO, too.")
+    ] = False,
     trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -80,14 +83,18 @@ def export(
             raise UsageError("--check writes nothing; omit --out and --half.")
         if use_onnx and half:
             raise UsageError("--half applies to the ddq format; an ONNX file keeps float32.")
-        if bench and not use_onnx:
-            raise UsageError("--bench times an ONNX file; add --format onnx.")
+        if (bench or openvino) and not use_onnx:
+            raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
         with ProgressReporter(quiet=quiet) as reporter:
             progress = reporter.progress
             if use_onnx and check is not None:
-                return onnx.check_onnx(check, run, timed=bench, trust=trust, on_progress=progress)
+                return onnx.check_onnx(
+                    check, run, timed=bench, openvino=openvino, trust=trust, on_progress=progress
+                )
             if use_onnx:
-                return onnx.export_onnx(run, out, timed=bench, trust=trust, on_progress=progress)
+                return onnx.export_onnx(
+                    run, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
+                )
             if check is not None:
                 return ddq.check(check, run, trust=trust, on_progress=progress)
             return ddq.export(run, out, half=half, trust=trust, on_progress=progress)

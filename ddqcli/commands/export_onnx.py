@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from ddqcli.data.load import Data
 from ddqcli.data.trees import Tree, shared_length, sliced, tensor_names, tensors
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.onnx.export import OnnxModel, make_float_onnx, make_onnx, require_onnx
-from ddqcli.onnx.runtime import Comparison, compare
+from ddqcli.onnx.openvino import openvino_answers, require_openvino
+from ddqcli.onnx.runtime import Answers, Comparison, compare, onnxruntime_answers
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
 from ddqcli.runs.evaluation import Metric
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from ddqcli.onnx.bench import Bench
 
 ONNX = "model.onnx"
-_UNOPTIMIZED_SAMPLES = 1000  # onnxruntime is slow without its optimizations
+_FEW_SAMPLES = 1000  # for what is slow: onnxruntime without its optimizations, and OpenVINO
 
 # onnxruntime sums in another order, and the shifts of convolutions are rounded to integers (see
 # onnx.integer_graph). Now and then a value on the edge between two levels of an input takes the
@@ -51,6 +53,7 @@ class OnnxResult:
     metric: Metric  # of the accuracies in both comparisons
     optimized: Comparison
     unoptimized: Comparison
+    openvino: Comparison | None
     bench: Bench | None
     unchecked: tuple[str, ...]  # reasons why something was not compared
 
@@ -66,6 +69,7 @@ class OnnxResult:
             # Scripts read these two keys: their British spelling is frozen.
             "optimised": asdict(self.optimized),
             "unoptimised": asdict(self.unoptimized),
+            "openvino": None if self.openvino is None else asdict(self.openvino),
             "unchecked": list(self.unchecked),
             "bench": None if self.bench is None else asdict(self.bench),
         }
@@ -98,17 +102,21 @@ def export_onnx(
     out: Path | None = None,
     *,
     timed: bool = False,
+    openvino: bool = False,
     trust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Write the run's model to `out` (default: model.onnx in the run folder) and run it.
 
     The network's code runs under the rule of `ddqcli.runs.trust`, which `trust` overrides. `timed`
-    compares the file's latency with the float model's. Raises UsageError for what ONNX cannot
-    express, and VerificationError if onnxruntime unpacks other weights or, with or without its
-    optimizations, does not answer as torch does. The file is then not written.
+    compares the file's latency with the float model's, `openvino` runs it there too. Raises
+    UsageError for what ONNX cannot express, and VerificationError if onnxruntime unpacks other
+    weights or, with or without its optimizations, does not answer as torch does. The file is then
+    not written.
     """
     require_onnx()
+    if openvino:
+        require_openvino()
     run = Run.open(run_dir, trust=trust)
     path = out or run.path / ONNX
     expected = _expected(run)
@@ -116,7 +124,7 @@ def export_onnx(
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(expected.model.raw)
-        results.append(_verified(run, temporary, path, expected, timed, on_progress))
+        results.append(_verified(run, temporary, path, expected, timed, openvino, on_progress))
 
     # A file that does not answer as trained never gets its name.
     write_atomic(path, write, inputs=run.inputs())
@@ -128,6 +136,7 @@ def check_onnx(
     run_dir: Path | None = None,
     *,
     timed: bool = False,
+    openvino: bool = False,
     trust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> OnnxResult:
@@ -137,6 +146,8 @@ def check_onnx(
     `export_onnx`.
     """
     require_onnx()
+    if openvino:
+        require_openvino()
     from ddqcli.onnx.seal import opened
 
     if not file.is_file():
@@ -144,7 +155,7 @@ def check_onnx(
     opened(file.read_bytes(), str(file))  # before the work of exporting again
     beside = file.parent if (file.parent / REPORT).is_file() else None
     run = Run.open(run_dir or beside, trust=trust)
-    return _verified(run, file, file, _expected(run), timed, on_progress)
+    return _verified(run, file, file, _expected(run), timed, openvino, on_progress)
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,7 @@ def _verified(
     name: Path,
     expected: _Expected,
     timed: bool,
+    openvino: bool,
     on_progress: OnProgress | None,
 ) -> OnnxResult:
     """Read the file back bit for bit, run it, and time it. Errors call it `name`."""
@@ -176,7 +188,16 @@ def _verified(
 
     raw, reference = file.read_bytes(), expected.reference
     unchecked = require_same_model(raw, expected.model, name)
-    optimized, unoptimized = _compare_both(file, name, reference, on_progress)
+    compared = partial(_compared, name=name, reference=reference, on_progress=on_progress)
+    optimized = compared(onnxruntime_answers(file, optimized=True), "onnxruntime")
+    unoptimized = compared(
+        onnxruntime_answers(file, optimized=False),
+        "onnxruntime, without its optimizations,",
+        max_samples=_FEW_SAMPLES,
+    )
+    in_openvino = None
+    if openvino:
+        in_openvino = compared(openvino_answers(file), "OpenVINO", max_samples=_FEW_SAMPLES)
     stored = expected.model.unpacked.values()
     return OnnxResult(
         run_dir=run.path,
@@ -188,6 +209,7 @@ def _verified(
         values=sum(array.size for array in stored),
         optimized=optimized,
         unoptimized=unoptimized,
+        openvino=in_openvino,
         bench=_bench(raw, reference) if timed else None,
         unchecked=reference.unchecked + unchecked,
     )
@@ -221,28 +243,28 @@ def _reference(run: Run, frozen: FrozenModel) -> _Reference:
     return _Reference(model, data, example, run.report().metric, bool(tables), unchecked)
 
 
-def _compare_both(
-    file: Path, name: Path, reference: _Reference, on_progress: OnProgress | None
-) -> list[Comparison]:
-    """Compare with and without onnxruntime's optimizations.
+def _compared(
+    answers: Answers,
+    runtime: str,
+    name: Path,
+    reference: _Reference,
+    on_progress: OnProgress | None,
+    max_samples: int | None = None,
+) -> Comparison:
+    """Compare a runtime's answers with torch's.
 
-    Raises VerificationError, which calls the file `name`.
+    Raises VerificationError, which calls the file `name`, if they differ.
     """
-    comparisons = []
-    for optimized, max_samples in ((True, None), (False, _UNOPTIMIZED_SAMPLES)):
-        comparison = compare(
-            file,
-            reference.model,
-            reference.batches(on_progress),
-            reference.data.metric if reference.data else None,
-            scale=reference.metric.scale,
-            optimized=optimized,
-            max_samples=max_samples,
-        )
-        runtime = "onnxruntime" if optimized else "onnxruntime, without its optimizations,"
-        _require_same_answers(comparison, name, reference, runtime)
-        comparisons.append(comparison)
-    return comparisons
+    comparison = compare(
+        answers,
+        reference.model,
+        reference.batches(on_progress),
+        reference.data.metric if reference.data else None,
+        scale=reference.metric.scale,
+        max_samples=max_samples,
+    )
+    _require_same_answers(comparison, name, reference, runtime)
+    return comparison
 
 
 def _require_same_answers(

@@ -1,14 +1,15 @@
-"""onnxruntime beside torch: run an ONNX file on the same samples and compare the answers."""
+"""Runtimes beside torch: run an ONNX file on the same samples and compare the answers."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddqcli.data.batches import Batch, batch_size
@@ -20,10 +21,13 @@ from ddqcli.errors import VerificationError
 if TYPE_CHECKING:
     import onnxruntime
 
+# Outputs in order, of inputs by name.
+Answers = Callable[[Mapping[str, NDArray[Any]]], Sequence[NDArray[Any]]]
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """onnxruntime beside torch on the same samples."""
+    """A runtime beside torch on the same samples."""
 
     samples: int
     outputs: float  # median of `sample_differences`: a typical sample's, as a share of the outputs
@@ -75,32 +79,35 @@ def _saturates_sums() -> bool:
         return True
 
 
+def onnxruntime_answers(path: Path, *, optimized: bool) -> Answers:
+    """Return onnxruntime's answers of a file."""
+    runtime = session(path, optimized=optimized)
+    wanted = [value.name for value in runtime.get_inputs()]
+    return lambda feed: runtime.run(None, {name: feed[name] for name in wanted})
+
+
 @torch.no_grad()
 def compare(
-    path: Path,
+    answers: Answers,
     model: nn.Module,
     batches: Iterable[Batch],
     metric: Score | None,
     *,
     scale: float = 100.0,
-    optimized: bool,
     max_samples: int | None = None,
 ) -> Comparison:
-    """Run the file and the model on `batches` (inputs, targets), up to about `max_samples`.
+    """Compare with the model on `batches` (inputs, targets), up to about `max_samples`.
 
     `scale` is the factor from scores of `metric` to values in its unit.
     """
-    runtime = session(path, optimized=optimized)
-    wanted = {value.name for value in runtime.get_inputs()}
     differences: list[Tensor] = []
-    scores = torch.zeros(2, dtype=torch.float64)  # of onnxruntime and of torch
+    scores = torch.zeros(2, dtype=torch.float64)  # of the runtime and of torch
     samples = count = 0
     for x, y in batches:
         arrays = [value.contiguous().cpu().numpy() for value in tensors(x)]
         feed = dict(zip(tensor_names(x, "input"), arrays, strict=True))
-        results = runtime.run(None, {name: feed[name] for name in wanted})
         ours = call(model, x)
-        theirs = with_tensors(ours, [torch.from_numpy(result) for result in results])
+        theirs = with_tensors(ours, [torch.from_numpy(result) for result in answers(feed)])
         differences.append(sample_differences(theirs, ours).cpu())
         samples += batch_size((x, y))
         if metric is not None and y is not None:

@@ -69,7 +69,10 @@ def _onnx_lines(result: OnnxResult) -> list[str]:
     for comparison, runtime in (
         (result.optimized, "onnxruntime"),
         (result.unoptimized, "without optimizations"),
+        (result.openvino, "OpenVINO"),
     ):
+        if comparison is None:
+            continue
         line = (
             f"{runtime}: outputs {comparison.outputs:.1e} from torch's on "
             f"{comparison.samples:,} samples"

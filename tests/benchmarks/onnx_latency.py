@@ -1,16 +1,20 @@
-"""CPU latency in onnxruntime: the float network against `ddq export --format onnx` at W4/A8.
+"""CPU latency in onnxruntime, and file sizes: float against `ddq export --format onnx`.
 
-    python tests/benchmarks/onnx_latency.py [--only NAME ...] [--threads 1] [--runs 30] [--json]
+    python tests/benchmarks/onnx_latency.py [--only NAME ...] [--bits 4] [--act-bits 8]
+        [--threads 1] [--runs 30] [--json]
 
-torchvision's ResNet-18 and MobileNetV2 at 224 x 224, batch 1. Latency does not depend on the values
-of the weights, so they are random. The two networks alternate within one process. `best` and
-`median` are wall time; `cpu` is the calling thread's processor time, which other processes disturb
-less (for one thread only). Takes two minutes.
+torchvision's ResNet-18 and MobileNetV2 at 224 x 224, and a CIFAR ResNet-20, batch 1. Latency does
+not depend on the values of the weights, so they are random. Three files alternate within one
+process: float, the ONNX file of ddq, and the same with plain int8 weights in place of packed ones.
+`best` and `median` are wall time; `cpu` is the calling thread's processor time, which other
+processes disturb less (for one thread only). `session` is the time to open a file, the best of
+five. --act-bits 0 leaves the inputs of layers in float. Takes two minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import statistics
@@ -21,18 +25,47 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import onnxruntime
 import torch
 from quantized_net import quantize, shake
+from step_time import resnet20
 from torch import nn
 from torchvision import models as zoo
 
 import ddqcli
+from ddqcli.onnx import packed
 from ddqcli.onnx.export import make_onnx
+from ddqcli.onnx.openvino import openvino_answers
+from ddqcli.onnx.runtime import onnxruntime_answers
 
-NETWORKS = ("resnet18", "mobilenet_v2")
+NETWORKS = ("resnet18", "mobilenet_v2", "resnet20")
+FILES = ("float", "plain", "ddq")
+
+
+def network(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """Return a network with random weights, and samples for it."""
+    torch.manual_seed(0)
+    if name == "resnet20":
+        return shake(resnet20()), torch.randn(4, 3, 32, 32)
+    return shake(zoo.get_model(name, weights=None)), torch.randn(4, 3, 224, 224)
+
+
+def write_files(name: str, bits: int, act_bits: int | None, folder: Path) -> dict[str, Path]:
+    """Write the float network, its ddq file, and its ONNX file with packed and plain weights."""
+    model, x = network(name)
+    paths = {kind: folder / f"{name}.{kind}.onnx" for kind in FILES}
+    paths["safetensors"] = folder / f"{name}.safetensors"
+    float_onnx(model, x[:2], paths["float"])
+    made = quantize(model, x, paths["safetensors"], bits=bits, act_bits=act_bits)
+    loaded = ddqcli.load(made.path, model)
+    paths["ddq"].write_bytes(make_onnx(loaded, made.weights, x, {}).raw)
+    node_bytes, packed._NODE_BYTES = packed._NODE_BYTES, 1 << 40  # then packing never pays
+    paths["plain"].write_bytes(make_onnx(loaded, made.weights, x, {}).raw)
+    packed._NODE_BYTES = node_bytes
+    return paths
 
 
 def float_onnx(model: nn.Module, x: torch.Tensor, path: Path) -> None:
@@ -71,29 +104,36 @@ def time_alternating(
     return all_times
 
 
-def measure(name: str, folder: Path, threads: list[int], runs: int) -> list[dict[str, object]]:
-    """Return one row for each number of threads."""
-    torch.manual_seed(0)
-    model, x = shake(zoo.get_model(name, weights=None)), torch.randn(4, 3, 224, 224)
-    plain, ddq = folder / f"{name}.float.onnx", folder / f"{name}.ddq.onnx"
-    float_onnx(model, x[:2], plain)
-    quantized = quantize(model, x, folder / f"{name}.safetensors")
-    ddq.write_bytes(make_onnx(ddqcli.load(quantized.path, model), quantized.weights, x, {}).raw)
-    rows: list[dict[str, object]] = []
-    for count in threads:
-        sessions = [session(path, count) for path in (plain, ddq)]
-        times = time_alternating(sessions, x[:1].numpy(), runs)
-        best = [min(wall for wall, _ in each) for each in times]
-        median = [statistics.median(wall for wall, _ in each) for each in times]
-        cpu = [min(used for _, used in each) for each in times]
-        row: dict[str, object] = {"network": name, "threads": count}
-        for what, (before, after) in (("best", best), ("median", median), ("cpu", cpu)):
-            if what != "cpu" or count == 1:
-                row |= {f"{what}_float_ms": round(before, 2), f"{what}_ddq_ms": round(after, 2)}
-                row |= {f"{what}_ratio": round(before / after, 2)}
-        row |= {"float_bytes": plain.stat().st_size, "ddq_bytes": ddq.stat().st_size}
-        rows.append(row)
-    return rows
+def opening_ms(path: Path, threads: int) -> float:
+    """Return the milliseconds to open a file, the best of five."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        session(path, threads)
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
+
+
+def measure(paths: dict[str, Path], name: str, threads: int, runs: int) -> dict[str, object]:
+    """Return one row of the table."""
+    sample = network(name)[1][:1].numpy()
+    times = time_alternating([session(paths[kind], threads) for kind in FILES], sample, runs)
+    row: dict[str, object] = {"network": name, "threads": threads}
+    row |= {f"{kind}_bytes": path.stat().st_size for kind, path in paths.items()}
+    for kind, of_kind in zip(FILES, times, strict=True):
+        wall, cpu = zip(*of_kind, strict=True)
+        row |= {f"{kind}_best_ms": min(wall), f"{kind}_median_ms": statistics.median(wall)}
+        row |= {f"{kind}_cpu_ms": min(cpu)} if threads == 1 else {}
+        row |= {f"{kind}_session_ms": opening_ms(paths[kind], threads)}
+    if importlib.util.find_spec("openvino"):
+        feed = {"input": sample}
+        (ours,) = onnxruntime_answers(paths["ddq"], optimized=True)(feed)
+        (theirs,) = openvino_answers(paths["ddq"])(feed)
+        row["openvino_difference"] = float(abs(theirs - ours).max() / abs(ours).max())
+    for base in ("float", "plain"):
+        pairs = zip(times[FILES.index(base)], times[FILES.index("ddq")], strict=True)
+        row[f"ratio_to_{base}"] = statistics.median(a[0] / b[0] for a, b in pairs)
+    return row
 
 
 def main() -> None:
@@ -104,27 +144,33 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1], help="numbers of threads to measure"
     )
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--act-bits", type=int, default=8)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            row
-            for name in arguments.only
-            for row in measure(name, Path(folder), arguments.threads, arguments.runs)
-        ]
+        for name in arguments.only:
+            paths = write_files(name, arguments.bits, arguments.act_bits or None, Path(folder))
+            rows += [measure(paths, name, count, arguments.runs) for count in arguments.threads]
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"onnxruntime {onnxruntime.__version__}, milliseconds, batch 1")
+    print(f"onnxruntime {onnxruntime.__version__}, batch 1")
     for row in rows:
-        parts = [
-            f"{what} {row[f'{what}_float_ms']} -> {row[f'{what}_ddq_ms']} ({row[f'{what}_ratio']}x)"
-            for what in ("best", "median", "cpu")
-            if f"{what}_ratio" in row
-        ]
-        print(f"{row['network']:13} {row['threads']} threads: {'; '.join(parts)}")
+        print(f"{row['network']}, {row['threads']} threads")
+        sizes = [f"{kind} {row[f'{kind}_bytes']:,}" for kind in (*FILES, "safetensors")]
+        print(f"  bytes: {', '.join(sizes)}")
+        for what in ("best", "median", "cpu", "session"):
+            if f"float_{what}_ms" in row:
+                parts = [f"{kind} {row[f'{kind}_{what}_ms']:.2f}" for kind in FILES]
+                print(f"  {what}, ms: {', '.join(parts)}")
+        ratios = f"{row['ratio_to_float']:.2f} times float, {row['ratio_to_plain']:.2f} times plain"
+        if "openvino_difference" in row:
+            print(f"  OpenVINO: outputs within {row['openvino_difference']:.1e} of onnxruntime's")
+        print(f"  speed of ddq: {ratios} (median of pairs)")
 
 
 if __name__ == "__main__":

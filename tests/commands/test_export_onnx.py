@@ -114,3 +114,16 @@ def test_bench_times_float_and_quantized_and_names_slow_layers(exported: Path) -
     answer = ddq("export", "--format", "onnx", "--bench")
     assert "ms a sample in float" in answer.out
     assert ddq("export", "--bench").code == 2
+
+
+def test_openvino_verifies_too_when_asked(exported: Path) -> None:
+    pytest.importorskip("openvino")
+    data = ddq("export", "--check", FILE, "--openvino", "--json").data["openvino"]
+    assert data["outputs"] < 0.1
+    assert data["accuracy"] == pytest.approx(data["torch_accuracy"], abs=7)
+    assert "OpenVINO: outputs" in ddq("export", "--check", FILE, "--openvino").out
+
+
+def test_openvino_applies_to_onnx_files_alone(exported: Path) -> None:
+    assert ddq("export", "--openvino").code == 2
+    assert ddq("export", "--check", FILE, "--json").data["openvino"] is None

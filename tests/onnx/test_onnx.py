@@ -22,7 +22,7 @@ import ddqcli
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.onnx import kernel, packed
 from ddqcli.onnx.export import make_onnx, require_onnx
-from ddqcli.onnx.runtime import compare, session
+from ddqcli.onnx.runtime import compare, onnxruntime_answers, session
 
 EXACT = 2e-6  # float32 sums in another order
 
@@ -451,20 +451,21 @@ def test_a_comparison_sees_a_wrong_layer_and_a_damaged_file(
     )
     path, loaded, _ = written(model, x, tmp_path)
     batches = [(x[:20], torch.zeros(20)), (x[20:], torch.zeros(20))]
-    right = compare(
-        path, loaded, batches, lambda out, y: (out.argmax(1) == y).float(), optimized=True
-    )
+    optimized = onnxruntime_answers(path, optimized=True)
+    right = compare(optimized, loaded, batches, lambda out, y: (out.argmax(1) == y).float())
     assert right.samples == 40
     assert right.outputs < EXACT
     hits = float((torch_answer(loaded, x).argmax(1) == 0).float().mean())
     assert right.accuracy == right.torch_accuracy == pytest.approx(100 * hits)
-    assert compare(path, loaded, batches, None, optimized=False, max_samples=20).samples == 20
+    plain = onnxruntime_answers(path, optimized=False)
+    assert compare(plain, loaded, batches, None, max_samples=20).samples == 20
     to_int8 = kernel.to_int8
     monkeypatch.setattr(
         kernel, "to_int8", lambda tensor: (to_int8(tensor)[0] // 2, to_int8(tensor)[1])
     )
     path, loaded, _ = written(model, x, tmp_path)
-    assert compare(path, loaded, batches, None, optimized=True).outputs > 0.1
+    wrong = onnxruntime_answers(path, optimized=True)
+    assert compare(wrong, loaded, batches, None).outputs > 0.1
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(VerificationError, match="onnxruntime cannot load"):
         session(path, optimized=True)
