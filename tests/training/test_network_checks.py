@@ -20,6 +20,7 @@ from ddqcli.qat.convert import convert
 from ddqcli.training.network_checks import (
     is_reentrant,
     refuse_batch_of_one,
+    refuse_scripted_parts,
     refuse_written_weights,
 )
 
@@ -111,3 +112,14 @@ def test_a_last_batch_of_one_sample_is_refused_where_batch_norm_needs_more(
             refuse_batch_of_one(flat, data)
     else:
         refuse_batch_of_one(flat, data)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_part_that_torch_jit_has_compiled_is_refused_by_name() -> None:
+    net = network()
+    refuse_scripted_parts(net)
+    net[1] = torch.jit.script(nn.ReLU())  # without weights
+    refuse_scripted_parts(net)
+    net[0] = torch.jit.script(nn.Conv2d(3, 8, 3))
+    with pytest.raises(UsageError, match="^0 is compiled by torch.jit, .* as a plain module"):
+        refuse_scripted_parts(net)
