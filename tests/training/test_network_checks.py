@@ -121,5 +121,5 @@ def test_a_part_that_torch_jit_has_compiled_is_refused_by_name() -> None:
     net[1] = torch.jit.script(nn.ReLU())  # without weights
     refuse_scripted_parts(net)
     net[0] = torch.jit.script(nn.Conv2d(3, 8, 3))
-    with pytest.raises(UsageError, match="^0 is compiled by torch.jit, .* as a plain module"):
+    with pytest.raises(UsageError, match=r"^0 is compiled by torch.jit, .* as a plain module"):
         refuse_scripted_parts(net)
