@@ -22,7 +22,7 @@ def build_model(checkpoint: Checkpoint, arch: str | None, kwargs: dict[str, Any]
     `arch` names a torchvision classifier, a network of timm (`timm:NAME`), or a factory
     (`package.module:factory`); factories are called with `kwargs`. If it is None, the network is
     the module pickled in the checkpoint, or the torchvision classifier with the same keys and
-    shapes. What shapes do not show, such as strides and activation functions, is then torchvision's.
+    shapes. What shapes do not show, such as strides, is then torchvision's.
 
     Raises UsageError if no network can be built, CheckpointError if the weights do not fit it.
     """
