@@ -78,6 +78,8 @@ def open_tensors(path: Path, *, pickle: bool = False) -> tuple[list[CheckpointTe
 def is_artifact(path: Path) -> bool:
     """True if `path` is a file of `ddq export`, which holds no float weights."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             return file.read(8 + len(HEAD))[8:] == HEAD
     except OSError:
@@ -105,6 +107,8 @@ def tensors_at(path: Path, locations: Mapping[str, TensorLocation]) -> list[Chec
 
 
 def _head(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"Cannot read {path}: it is no regular file.")
     try:
         with path.open("rb") as file:
             return file.read(9)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
@@ -11,6 +13,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 
 from ddqcli.data.source import Source, list_names
 from ddqcli.errors import DataError
+
+# PIL would start another program for some others, such as Ghostscript.
+_FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 def open_folder(root: Path) -> Source:
@@ -45,6 +50,46 @@ def open_folder(root: Path) -> Source:
     )
 
 
+class _Images(ImageFolder):  # type: ignore[misc]  # torchvision comes without types
+    """An ImageFolder of regular files that enters no folder of a class twice, and no hidden one.
+
+    torchvision follows links, so it counts a folder that links to its parent again and again.
+    """
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = _class_names(Path(directory))
+        return list(names), {name: label for label, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(
+        directory: str | Path,
+        class_to_idx: dict[str, int],
+        extensions: tuple[str, ...] | None = None,
+        is_valid_file: Any = None,
+        allow_empty: bool = False,
+    ) -> list[tuple[str, int]]:
+        return [
+            (path, class_to_idx[name])
+            for name in sorted(class_to_idx)
+            for path in _files(os.path.join(directory, name), set())
+            if has_file_allowed_extension(path, IMG_EXTENSIONS)
+        ]
+
+
+def _files(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
+    """Yield the regular files in a folder and then below it, in the order of names; none hidden."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as found:
+        entries = sorted((e for e in found if not _is_hidden(e.name)), key=lambda e: e.name)
+    yield from (entry.path for entry in entries if entry.is_file())
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files(entry.path, visited)
+
+
 def _class_names(split: Path) -> tuple[str, ...]:
     names = tuple(sorted(e.name for e in split.iterdir() if e.is_dir() and not _is_hidden(e.name)))
     if not names:
@@ -64,47 +109,6 @@ def _open_split(split: Path) -> ImageFolder:
     return images
 
 
-class _Images(ImageFolder):  # type: ignore[misc]  # torchvision has no types
-    """An ImageFolder without hidden files and folders, which follows no link in a circle."""
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        names = list(_class_names(Path(directory)))
-        return names, {name: label for label, name in enumerate(names)}
-
-    @staticmethod
-    def make_dataset(
-        directory: str | Path,
-        class_to_idx: dict[str, int],
-        extensions: tuple[str, ...] | None = None,
-        is_valid_file: Callable[[str], bool] | None = None,
-        allow_empty: bool = False,
-    ) -> list[tuple[str, int]]:
-        split = Path(directory).resolve()
-        above = (split, *split.parents)
-        return [
-            (str(path), label)
-            for name, label in sorted(class_to_idx.items())
-            for path in sorted(_files(Path(directory) / name, above), key=_folder_and_name)
-            if has_file_allowed_extension(str(path), extensions or IMG_EXTENSIONS)
-        ]
-
-
-def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Yield the files in a folder and below it; links to a folder `above` are left out."""
-    resolved = folder.resolve()
-    if resolved in above:
-        return
-    for entry in folder.iterdir():
-        if entry.is_dir() and not _is_hidden(entry.name):
-            yield from _files(entry, (*above, resolved))
-        elif entry.is_file() and not _is_hidden(entry.name):
-            yield entry
-
-
-def _folder_and_name(file: Path) -> tuple[str, str]:
-    return str(file.parent), file.name
-
-
 def _is_hidden(name: str) -> bool:
     """True for what tools leave behind, such as .ipynb_checkpoints and ._photo.jpg."""
     return name.startswith(".")
@@ -112,7 +116,7 @@ def _is_hidden(name: str) -> bool:
 
 def _open_image(path: str) -> Image.Image:
     """Return an image as a viewer shows it: a camera may have stored it turned."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=_FORMATS) as image:
         image.load()
         turned = ImageOps.exif_transpose(image)
     return turned

@@ -143,9 +143,10 @@ class Trainer:
         fits = limit is None or self.gates.cost() <= limit
         if fits and self.start is None:
             self.start = look
-        # Bits that still come down to the budget raise the loss without a divergence.
+        # Bits that still come down to the budget, or are sampled, raise the loss as well.
         start = self.start or look
-        if self.step and is_ruined(look, start, self.data.judged_by):
+        comparable = look if self.gates.probabilities() else start
+        if self.step and is_ruined(look, comparable, self.data.judged_by):
             raise Diverged(
                 f"The held-out loss went from {start.held_out_loss:.3g} to "
                 f"{look.held_out_loss:.3g} {self._at(self.step)}"

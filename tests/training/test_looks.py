@@ -243,6 +243,19 @@ def test_bits_return_to_those_of_the_best_state() -> None:
     assert [t.quantizer.bits for t in running.quantized.tensors] == bits
 
 
+@pytest.mark.parametrize("loss", [9.0, math.inf])
+def test_sampled_bits_raise_the_loss_without_a_divergence(loss: float) -> None:
+    running = begin(recipe(method="sdq"))
+    running.start = look(1.0, 50, step=0)
+    running.step = 3
+    running.held_out.look = lambda model, step: look(loss, 10, step)  # type: ignore[method-assign]
+    if math.isfinite(loss):
+        running.look()
+        running.gates.before_step(running.gates.frozen_from)  # from here on, bits are fixed
+    with pytest.raises(Diverged, match="The held-out loss went from"):
+        running.look()
+
+
 def test_a_ruined_state_ends_the_run_and_training_restarts_from_the_best() -> None:
     running = begin(recipe(gates={"rule": "fixed"}), steps=4)
     looks = {0: (2.0, 50.0), 1: (1.0, 50.0), 2: (9.0, 10.0)}

@@ -88,8 +88,11 @@ def test_a_resumed_run_ends_as_an_undisturbed_one_bit_for_bit(name: str) -> None
         assert not differences(resumed.state(), whole.state())
 
 
-def test_a_run_resumed_after_its_return_to_the_best_state_ends_bit_for_bit_the_same() -> None:
-    settings = recipe()
+@pytest.mark.parametrize("method", ["ddq", "sdq"])
+def test_a_run_resumed_after_its_return_to_the_best_state_ends_bit_for_bit_the_same(
+    method: str,
+) -> None:
+    settings = recipe(method=method)
     whole, resumed = begin(settings), begin(settings)
 
     def diverge(step: int) -> None:

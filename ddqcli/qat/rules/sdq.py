@@ -41,6 +41,7 @@ class SDQRule(Rule):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.dbps: dict[str, DBP] = {}  # by tensor
+        self._costs: dict[tuple[str, int], int] = {}  # by tensor and bit-width
         self.first_excess = 0.0  # of the expected cost, over the limit at step 0
 
     def start(self) -> None:
@@ -57,12 +58,12 @@ class SDQRule(Rule):
         self.set_corrections()
 
     def before_step(self, step: int) -> None:
-        """Sample bits, or freeze them."""
-        if self.dbps and step >= self.frozen_from:
-            if self.weights_are_finite():
-                self._freeze()
-        elif self.dbps:
+        """Commit what is certain and sample bits, or freeze them."""
+        if self.dbps and step < self.frozen_from:
+            self._commit()
             self._sample(step)
+        elif self.dbps and self.weights_are_finite():
+            self._freeze()
 
     def after_backward(self, step: int, loss: float) -> None:
         """Move the DBPs, and put the more probable bits in force."""
@@ -70,7 +71,6 @@ class SDQRule(Rule):
         if self.dbps:
             self._descend()
             self._meet_schedule(step + 1)
-            self._commit()
             for tensor, dbp in self._sampled():
                 self._put_in_force(tensor, dbp)
 
@@ -116,7 +116,11 @@ class SDQRule(Rule):
         )
 
     def _cost(self, tensor: QuantizedParameter, bits: int) -> int:
-        return cost_of(tensor, (bits,) * len(tensor.quantizer.bits), self.budget.eqn6)
+        key = tensor.name, bits
+        if key not in self._costs:
+            groups = len(tensor.quantizer.bits)
+            self._costs[key] = cost_of(tensor, (bits,) * groups, self.budget.eqn6)
+        return self._costs[key]
 
     def _saved(self, tensor: QuantizedParameter, dbp: DBP) -> int:
         return self._cost(tensor, dbp.larger) - self._cost(tensor, dbp.smaller)
@@ -163,8 +167,9 @@ class SDQRule(Rule):
 
     def _commit(self) -> None:
         """Open the pair below where the smaller bit-width is all but certain."""
-        for tensor, dbp in list(self._sampled()):
-            if dbp.probability < _COMMIT_BELOW:
+        certain = [pair for pair in self._sampled() if pair[1].probability < _COMMIT_BELOW]
+        if certain and self.weights_are_finite():
+            for tensor, dbp in certain:
                 less = [s for s in costs_of(tensor, self.budget.eqn6) if s < dbp.smaller]
                 if less:
                     self._open(tensor, dbp.smaller, less[-1], _OPENED_AT)
