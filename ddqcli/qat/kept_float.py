@@ -56,7 +56,7 @@ def _reason_at(place: Place, parameter: nn.Parameter, config: LayerConfig | None
         return "an override says skip"
     weights = (*weight_names(module), *dict(config.named)) if config else ()
     if not (local in weights or (config and weight_names(module) and is_bias(local))):
-        remedy = f"if it is a weight, {{match: {place.name}, kind: Linear}} in overrides says so"
+        remedy = f'if it is a weight, {{match: "{place.name}", kind: Linear}} in overrides says so'
         kind = f"{kind_of(module)} {local}: no quantizer for this kind of parameter"
         return f"{kind}; {remedy}" if parameter.ndim > 1 else kind
     assert config is not None

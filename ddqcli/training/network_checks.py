@@ -57,7 +57,7 @@ def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: 
             raise UsageError(
                 f"The forward of {place.layer or 'the network'} ({kind}) writes its own {name}, "
                 "which would not be what its quantizer stores; keep the layer in float: --set "
-                f"'overrides=[{{match: {place.layer}, skip: true}}]'."
+                f"'overrides=[{{match: \"{name}\", skip: true}}]'."
             )
 
 

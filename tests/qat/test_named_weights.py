@@ -78,7 +78,7 @@ def test_they_are_found_again_and_stored(tmp_path: Path) -> None:
 
 def test_without_an_override_the_reason_names_the_remedy() -> None:
     quantized = convert(net(), recipe())
-    assert "{match: 1.qkv, kind: Linear}" in quantized.kept_float["1.qkv"]
+    assert '{match: "1.qkv", kind: Linear}' in quantized.kept_float["1.qkv"]
     assert "kind: Linear" not in quantized.kept_float["1.bias"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.errors import DataError, UsageError
 from ddqcli.qat.convert import convert
+from ddqcli.recipe.assignments import with_assignments
 from ddqcli.training.network_checks import (
     is_reentrant,
     refuse_batch_of_one,
@@ -57,10 +59,11 @@ def test_a_layer_that_writes_its_own_weight_is_refused(kind: type[nn.Conv2d]) ->
     net = with_layer(kind)
     before = copy.deepcopy(net.state_dict())
     quantized = convert(copy.deepcopy(net), recipe())
-    with pytest.raises(UsageError, match=rf"of 0 \({kind.__name__}\) writes its own 0.weight"):
+    with pytest.raises(UsageError, match=rf"of 0 \({kind.__name__}\) writes its own 0.weight") as e:
         refuse_written_weights(quantized, net, random_data())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    skipped = recipe(overrides=[{"match": "0", "skip": True}])
+    (advice,) = re.findall(r"--set '(.*)'", str(e.value))
+    skipped = recipe(overrides=with_assignments({}, [advice])["overrides"])
     refuse_written_weights(convert(copy.deepcopy(net), skipped), net, random_data())
 
 
