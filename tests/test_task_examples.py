@@ -42,7 +42,7 @@ def test_an_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert answer.code == 0, answer.err
     report = ddq("report", "run", "--json").data
     assert report["metric"]["name"] == METRICS.get(name, "accuracy")
-    assert report["totals"]["bytes"] <= report["totals"]["budget_bytes"]
+    assert report["totals"]["average_bits"] <= 6
     exported = ddq("export", "run", "-o", "model.safetensors", "--json")
     assert exported.code == 0, exported.out
     assert exported.data["behaviour"]["unchecked"] == []
