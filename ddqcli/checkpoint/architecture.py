@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ddqcli.checkpoint.built_model import BuiltModel, call_architecture
@@ -11,14 +13,16 @@ from ddqcli.checkpoint.torchvision_models import build_torchvision
 from ddqcli.errors import UsageError
 from ddqcli.recipe.factory import import_factory
 
+_TIMM = "timm"
+
 
 def build_model(checkpoint: Checkpoint, arch: str | None, kwargs: dict[str, Any]) -> BuiltModel:
     """Return the checkpoint's network with its weights.
 
-    `arch` names a torchvision classifier or a factory (`package.module:factory`), which is called
-    with `kwargs`. If it is None, the network is the module pickled in the checkpoint, or the
-    torchvision classifier with the same keys and shapes. What shapes do not show, such as strides
-    and activation functions, is then torchvision's.
+    `arch` names a torchvision classifier, a network of timm (`timm:NAME`), or a factory
+    (`package.module:factory`); factories are called with `kwargs`. If it is None, the network is
+    the module pickled in the checkpoint, or the torchvision classifier with the same keys and
+    shapes. What shapes do not show, such as strides, is then torchvision's.
 
     Raises UsageError if no network can be built, CheckpointError if the weights do not fit it.
     """
@@ -32,7 +36,15 @@ def build_model(checkpoint: Checkpoint, arch: str | None, kwargs: dict[str, Any]
         note = f"{name}, the module pickled in the checkpoint"
         return BuiltModel(checkpoint.module.float().eval(), name, note)
     if arch is not None and ":" in arch:
-        model = call_architecture(import_factory(arch), arch, kwargs)
+        model = call_architecture(_factory(arch), arch, kwargs)
         prefix_note = load_state(model, checkpoint.tensors, checkpoint.path, arch)
         return BuiltModel(model.float().eval(), arch, arch + prefix_note)
     return build_torchvision(checkpoint, arch, kwargs)
+
+
+def _factory(arch: str) -> Callable[..., Any]:
+    """Return the function that builds `arch`: a factory, or timm's with a name of its networks."""
+    module, _, name = arch.partition(":")
+    if module == _TIMM:
+        return partial(import_factory(f"{_TIMM}:create_model"), name, pretrained=False)
+    return import_factory(arch)

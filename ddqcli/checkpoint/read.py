@@ -1,4 +1,4 @@
-"""Read a checkpoint with PyTorch: any common file to one flat dict of finite tensors.
+"""Read a checkpoint with PyTorch: any common file, or files, to one flat dict of finite tensors.
 
 The file's contents, not its name, decide the reader: `torch.save`'s zip format, its older format,
 or safetensors. No code in the file runs unless the user allows it.
@@ -7,7 +7,8 @@ or safetensors. No code in the file runs unless the user allows it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddqcli.checkpoint.safetensors_header import is_safetensors
+from ddqcli.checkpoint.shards import INDEX, shard_files, weights_in
 from ddqcli.checkpoint.state_keys import bare_names, find_state
 from ddqcli.checkpoint.torch_load import first_line, load_torch_file
 from ddqcli.errors import CheckpointError
@@ -27,7 +29,7 @@ class Checkpoint:
     """The weights in a file. `tensors` may be memory-mapped from it: do not write to them."""
 
     path: Path
-    sha256: str  # of the file
+    sha256: str  # of the file, or of all files of a checkpoint in several
     tensors: dict[str, torch.Tensor]  # on the CPU, all finite
     note: str  # position of the weights in the file, and changes to their names
     module: nn.Module | None = None  # the pickled module, if the file holds one
@@ -39,11 +41,12 @@ def load_checkpoint(path: Path, *, pickle: bool = False) -> Checkpoint:
     `pickle` allows a pickled module, whose code then runs. Raises CheckpointError if the file
     cannot be read, holds no weights, or holds NaN or infinite values.
     """
-    size, head = _size_and_head(path)
-    if is_safetensors(path, head):
-        content: Any = _load_safetensors(path)
-    else:
-        content = load_torch_file(path, size, head, pickle)
+    path = weights_in(path) if os.path.isdir(path) else path
+    files = shard_files(path) if path.name.endswith(INDEX) else [path]
+    size = sum(_size_and_head(file)[0] for file in files)
+    content = _load_file(files[0], pickle)
+    for file in files[1:]:
+        content = {**content, **_load_file(file, pickle)}
     state, position = find_state(content, _may_hold_weights)
     module = _without_wrappers(state) if isinstance(state, nn.Module) else None
     if module is not None:
@@ -60,14 +63,21 @@ def load_checkpoint(path: Path, *, pickle: bool = False) -> Checkpoint:
     kind = "state dict" if module is None else f"pickled {type(module).__name__}"
     note = f"{kind} {position}{stripped}"
     note += f", {others} entries that are no tensors left out" if others else ""
-    return Checkpoint(path, _sha256(path), tensors, note, module)
+    note += f", in {len(files)} files" if len(files) > 1 else ""
+    return Checkpoint(path, _sha256(files), tensors, note, module)
+
+
+def _load_file(path: Path, pickle: bool) -> Any:
+    """Return the content of one file."""
+    size, head = _size_and_head(path)
+    if is_safetensors(path, head):
+        return _load_safetensors(path)
+    return load_torch_file(path, size, head, pickle)
 
 
 def _size_and_head(path: Path) -> tuple[int, bytes]:
     """Return the size in bytes and the first 16 bytes of a file that is not empty."""
     try:
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder; name the checkpoint file in it.")
         if not path.exists():
             raise CheckpointError(f"There is no checkpoint {path}.")
         if not path.is_file():
@@ -163,9 +173,11 @@ def _describe(content: Any) -> str:
     return f"there is only {article} {type(content).__name__} in it"
 
 
-def _sha256(path: Path) -> str:
+def _sha256(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of the files one after the other."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -40,7 +40,7 @@ def finetune(
     ] = None,
     arch: Annotated[
         str | None,
-        typer.Option(help="torchvision name, package.module:factory or file.py:factory."),
+        typer.Option(help="torchvision name, timm:NAME, package.module:factory or file.py:build."),
     ] = None,
     data: Annotated[
         str | None,

@@ -49,7 +49,7 @@ from ddqcli.training.distillation import (
 )
 from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
-from ddqcli.training.network_checks import refuse_written_weights
+from ddqcli.training.network_checks import refuse_scripted_parts, refuse_written_weights
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
@@ -199,6 +199,7 @@ def _load_and_convert(
     checkpoint = load_checkpoint(checkpoint_path, pickle=recipe.model.pickle)
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
     introduce(f"model: {built.note}; {checkpoint.note}")
+    refuse_scripted_parts(built.model)
     model = place_model(built.model, device).eval()
     if plain := make_plain(model):
         introduce(f"weights that the network computes are made plain: {list_names(plain)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ddqcli.data.batches import Batches, BatchOrder, Shard, as_batch
 from ddqcli.data.classification import Score
@@ -17,6 +17,7 @@ from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.memory_batches import MemoryBatches
 from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.data.source import list_names
+from ddqcli.data.trees import has_numbers, shared_length
 from ddqcli.errors import DataError, DDQError
 from ddqcli.recipe.factory import import_factory
 from ddqcli.recipe.schema import DataSection
@@ -94,6 +95,8 @@ class FactoryBatches:
         return self._indexed(split, torch.arange(_length(split, name)), None)
 
     def _ready(self, split: Any, name: str, steps: int | None = None) -> ReadyBatches:
+        if isinstance(split, IterableDataset) and _gives_samples(split):
+            split = DataLoader(split, self.section.batch_size)
         batches = ReadyBatches(split, self.device, seed=self.seed, shard=self.shard, steps=steps)
         if batches.samples == 0:
             raise DataError(f"{name} holds no samples.")
@@ -107,6 +110,15 @@ class FactoryBatches:
             return MemoryBatches(as_batch(split.tensors), order, self.device)
         workers = self.section.workers
         return LoadedBatches(split, order, self.device, seed=self.seed, workers=workers)
+
+
+def _gives_samples(dataset: IterableDataset[Any]) -> bool:
+    """True if an IterableDataset gives single samples, False if it gives batches.
+
+    The tensors of a batch have a first dimension in common, which numbers lack.
+    """
+    first = next(iter(dataset), None)
+    return first is not None and (has_numbers(first) or shared_length(first) is None)
 
 
 def _is_iterable_only(split: Any, name: str) -> bool:

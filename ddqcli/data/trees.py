@@ -82,6 +82,14 @@ def shared_length(tree: Tree) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
+def has_numbers(tree: Tree) -> bool:
+    """True if a leaf is a number, or a tensor without axes."""
+    return any(
+        not leaf.ndim if isinstance(leaf, Tensor) else isinstance(leaf, (int, float))
+        for leaf in _leaves(tree)
+    )
+
+
 def sliced(tree: Tree, index: Any) -> Tree:
     """Return the tree with the samples at `index`, along the first axis of each tensor."""
     return map_tensors(lambda x: x[index] if x.ndim else x, tree)

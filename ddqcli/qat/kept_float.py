@@ -54,8 +54,12 @@ def _reason_at(place: Place, parameter: nn.Parameter, config: LayerConfig | None
         )
     if config and config.skip:
         return "an override says skip"
-    if config is None or not (local in weight_names(module) or is_bias(local)):
-        return f"{kind_of(module)} {local}: no quantizer for this kind of parameter"
+    weights = (*weight_names(module), *dict(config.named)) if config else ()
+    if not (local in weights or (config and weight_names(module) and is_bias(local))):
+        remedy = f'if it is a weight, {{match: "{place.name}", kind: Linear}} in overrides says so'
+        kind = f"{kind_of(module)} {local}: no quantizer for this kind of parameter"
+        return f"{kind}; {remedy}" if parameter.ndim > 1 else kind
+    assert config is not None
     if not parameter.numel():
         return "holds no values"
     if parameter.dtype != torch.float32:

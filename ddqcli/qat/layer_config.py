@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,8 @@ class LayerConfig:
     skip: bool = field(compare=False)
     act_bits: int = field(compare=False)  # of the layer's input; 0: float
     bias_bits: int | None = field(compare=False)  # None: float
+    # Parameters that an override names as weights, with their kinds.
+    named: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 def weight_names(module: nn.Module) -> tuple[str, ...]:
@@ -62,14 +65,23 @@ def layer_configs(model: nn.Module, recipe: Recipe) -> dict[str, LayerConfig]:
 
     Raises UsageError for overrides that match no layer or contradict each other.
     """
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if weight_names(m)}
-    with_input = [name for name, m in layers.items() if not isinstance(m, AttentionOutput)]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named = {name: kinds for name, m in modules.items() if (kinds := _named(recipe, name, m))}
+    layers = {name: m for name, m in modules.items() if weight_names(m) or name in named}
+    with_input = [
+        name for name, m in layers.items() if weight_names(m) and not isinstance(m, AttentionOutput)
+    ]
     ends = {*with_input[:1], *with_input[-1:]}
     configs: dict[str, LayerConfig] = {}
     matched: set[int] = set()
     for name, module in layers.items():
-        matching = [n for n, o in enumerate(recipe.overrides) if _matches(o, name, module)]
-        configs[name] = _config(recipe, name, [recipe.overrides[n] for n in matching], name in ends)
+        kinds = named.get(name, {})
+        matching = [n for n, o in enumerate(recipe.overrides) if _matches(o, name, module, kinds)]
+        _check_named(recipe, name, matching)
+        config = _config(recipe, name, [recipe.overrides[n] for n in matching], name in ends)
+        # What such a parameter is multiplied by is not its module's input.
+        act_bits = config.act_bits if weight_names(module) else 0
+        configs[name] = replace(config, named=tuple(kinds.items()), act_bits=act_bits)
         matched.update(matching)
     unmatched = [o.match or o.type for n, o in enumerate(recipe.overrides) if n not in matched]
     if unmatched:
@@ -96,9 +108,34 @@ def attached_configs(model: nn.Module) -> dict[str, LayerConfig]:
     return configs
 
 
-def _matches(override: Override, name: str, module: nn.Module) -> bool:
+def _named(recipe: Recipe, name: str, module: nn.Module) -> dict[str, str]:
+    """Return the kinds of a module's parameters that overrides name as weights."""
+    prefix = f"{name}." if name else ""
+    return {
+        local: override.kind
+        for override in recipe.overrides
+        for local, _ in module.named_parameters(recurse=False)
+        if override.kind is not None
+        and fnmatch.fnmatchcase(prefix + local, override.match or "")
+        and local not in weight_names(module)
+    }
+
+
+def _check_named(recipe: Recipe, name: str, matching: Collection[int]) -> None:
+    """Raise UsageError if overrides give named parameters of one module different settings."""
+    named = [recipe.overrides[n] for n in matching if recipe.overrides[n].kind is not None]
+    settings = [override.model_dump(exclude={"match", "type", "kind"}) for override in named]
+    if any(other != settings[0] for other in settings[1:]):
+        raise UsageError(
+            f"{' and '.join(str(override.match) for override in named)} are parameters of one "
+            f"module, {name or 'the network'}; give them the same settings."
+        )
+
+
+def _matches(override: Override, name: str, module: nn.Module, named: Collection[str]) -> bool:
     """True if the name of the layer or of its weight matches, and its type or a parent of it."""
-    names = (name, *(f"{name}.{weight}" for weight in weight_names(module)))
+    prefix = f"{name}." if name else ""
+    names = (name, *(prefix + weight for weight in (*weight_names(module), *named)))
     pattern = override.match
     if pattern is not None and not any(fnmatch.fnmatchcase(n, pattern) for n in names):
         return False
@@ -111,7 +148,7 @@ def _config(recipe: Recipe, name: str, overrides: list[Override], at_end: bool) 
     overridden: dict[str, Any] = {}
     for override in overrides:
         overridden |= override.model_dump(
-            exclude={"match", "type", "bits"}, exclude_unset=True, exclude_none=True
+            exclude={"match", "type", "kind", "bits"}, exclude_unset=True, exclude_none=True
         )
         if override.bits is not None:
             overridden |= {"min_bits": override.bits, "max_bits": override.bits}

@@ -195,10 +195,10 @@ def _quantized_parameter(
 ) -> QuantizedParameter:
     first = places[0]
     bias, config = is_bias(first.local), configs.get(first.layer)
-    values = parameter.detach()
+    values, named = parameter.detach(), dict(config.named) if config else {}
     return QuantizedParameter(
         name=first.name,
-        kind="bias" if bias else kind_of(first.module),
+        kind="bias" if bias else named.get(first.local) or kind_of(first.module),
         parameter=parameter,
         quantizer=quantizer,
         min_bits=quantizer.max_bits if bias or config is None else config.min_bits,

@@ -138,6 +138,9 @@ class Override(_Section):
 
     match: str | None = None  # a layer's name, or a pattern with * and ?
     type: str | None = None  # a module type: Conv2d, Linear, ...
+    # `match` names parameters that no layer of PyTorch reads, such as `blocks.*.qkv` in F.linear;
+    # they are weights of this kind, to be quantized.
+    kind: Literal["Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"] | None = None
     skip: bool = False  # keep the layer in float
     bits: Bits | None = None  # a fixed bit-width, not subject to the gates
     min_bits: Bits | None = None
@@ -150,6 +153,8 @@ class Override(_Section):
     def _check_condition(self) -> Override:
         if self.match is None and self.type is None:
             raise ValueError("says nothing about which layers it is for; give match or type")
+        if self.kind is not None and self.match is None:
+            raise ValueError("kind says what the parameters are that match names; give match")
         return self
 
 

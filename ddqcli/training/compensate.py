@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.data.trees import Tree
-from ddqcli.qat.layer_config import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED
+from ddqcli.qat.layer_config import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, weight_names
 from ddqcli.qat.layer_matrix import as_matrix, channel_values, from_matrix, patches, row_levels
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
 from ddqcli.quant.cells import inside_cells, level_values
@@ -171,6 +171,7 @@ def _weight_layers(quantized: QuantizedModel) -> dict[str, QuantizedParameter]:
         tensor.places[0].layer: tensor
         for tensor in quantized.tensors
         if tensor.places[0].local in ("weight", "in_proj_weight")
+        and weight_names(tensor.places[0].module)
         and not any(isinstance(place.module, EMBEDDINGS) for place in tensor.places)
     }
 

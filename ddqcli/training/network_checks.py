@@ -21,6 +21,19 @@ _LARGER = 100.0  # factor on weights, so that any limit on their size takes effe
 _REENTRANT = "CheckpointFunctionBackward"  # in the graph of a part under torch's checkpoint
 
 
+def refuse_scripted_parts(model: nn.Module) -> None:
+    """Raise UsageError, naming the layer, for parts that torch.jit has compiled.
+
+    Their weights can neither be quantized nor trained in a copy of the network.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(True for _ in module.parameters()):
+            raise UsageError(
+                f"{name or 'The network'} is compiled by torch.jit, so its weights cannot be "
+                "quantized; build it as a plain module, without torch.jit.script or trace."
+            )
+
+
 def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: Data) -> None:
     """Raise UsageError, naming the layer, if the network's forward writes a weight to quantize.
 
@@ -44,7 +57,7 @@ def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: 
             raise UsageError(
                 f"The forward of {place.layer or 'the network'} ({kind}) writes its own {name}, "
                 "which would not be what its quantizer stores; keep the layer in float: --set "
-                f"'overrides=[{{match: {place.layer}, skip: true}}]'."
+                f"'overrides=[{{match: \"{name}\", skip: true}}]'."
             )
 
 

@@ -12,6 +12,7 @@ from networks import assert_holds, holding, sentence, trained
 from torch import nn
 
 from ddqcli.checkpoint.architecture import build_model
+from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.errors import CheckpointError, UsageError
 from ddqcli.recipe.factory import import_factory
 
@@ -149,3 +150,18 @@ def test_a_pickled_module_is_the_network() -> None:
     built = build_model(holding(tensors, net), None, {})
     assert_holds(built.model, tensors)
     assert built.arch == "Sequential"
+
+
+def test_a_network_of_timm_is_built_by_its_name(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model("resnet10t", pretrained=False, num_classes=4).eval()
+    torch.save(net.state_dict(), tmp_path / "c.pt")
+    checkpoint = load_checkpoint(tmp_path / "c.pt")
+    built = build_model(checkpoint, "timm:resnet10t", {"num_classes": 4})
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(built.model(x), net(x))
+    with pytest.raises(UsageError, match="timm:resnet10tt called with"):
+        build_model(checkpoint, "timm:resnet10tt", {})
+    with pytest.raises(CheckpointError, match=r"model.kwargs.num_classes=4"):
+        build_model(checkpoint, "timm:resnet10t", {})

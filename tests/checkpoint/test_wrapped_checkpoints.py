@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddqcli.checkpoint.read import load_checkpoint
@@ -129,3 +131,52 @@ def test_names_that_would_become_one_are_refused(tmp_path: Path) -> None:
     for read in (load_checkpoint, open_tensors):
         with pytest.raises(CheckpointError, match="two tensors would have one name"):
             read(tmp_path / "c.pt")
+
+
+def write_shards(folder: Path) -> Path:
+    """Write two safetensors files and their index, as Hugging Face does."""
+    names, files = list(without_head()), ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    where = {name: files[k % 2] for k, name in enumerate(names)}
+    for file in files:
+        part = {name: state()[name] for name in names if where[name] == file}
+        save_file(part, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return index
+
+
+def test_a_checkpoint_in_several_files_is_read_by_its_index_or_folder(tmp_path: Path) -> None:
+    index = write_shards(tmp_path)
+    for path in (index, tmp_path):
+        checkpoint, net = load_checkpoint(path), Net()
+        notes = checkpoint.note + load_state(net, checkpoint.tensors, path, "net")
+        assert "in 2 files" in notes
+        assert all(torch.equal(value, state()[key]) for key, value in net.state_dict().items())
+    before = checkpoint.sha256
+    assert [tensor.name for tensor in open_tensors(index)[0]] == list(checkpoint.tensors)
+    changed = {k: v + 1 for k, v in load_file(tmp_path / "model-2-of-2.safetensors").items()}
+    save_file(changed, tmp_path / "model-2-of-2.safetensors")
+    assert load_checkpoint(index).sha256 != before
+
+
+def test_a_folder_with_one_file_of_weights_is_read(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "pytorch_model.bin")
+    assert load_checkpoint(tmp_path).tensors.keys() == state().keys()
+    save_file(without_head(), tmp_path / "model.safetensors")
+    assert load_checkpoint(tmp_path).tensors.keys() == without_head().keys()
+
+
+def test_incomplete_indices_are_refused(tmp_path: Path) -> None:
+    index = write_shards(tmp_path)
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names model-2-of-2.safetensors, which is"):
+        load_checkpoint(index)
+    (tmp_path / "up").mkdir()
+    other = tmp_path / "up" / "a.safetensors.index.json"
+    other.write_text(json.dumps({"weight_map": {"a": "../model-1-of-2.safetensors"}}))
+    with pytest.raises(CheckpointError, match="which is not beside it"):
+        load_checkpoint(other)
+    for content in ("{", "{}", "[1]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'):
+        other.write_text(content)
+        with pytest.raises(CheckpointError, match="is no index of a checkpoint"):
+            load_checkpoint(other)

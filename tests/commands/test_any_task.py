@@ -157,7 +157,7 @@ def test_a_task_is_trained_reported_exported_and_verified(trained: tuple[str, An
     if metric["better"] == "lower":
         worse = -worse
     assert values["drop"] == pytest.approx(worse, abs=1e-4)
-    assert report["totals"]["bytes"] <= report["totals"]["budget_bytes"]
+    assert report["totals"]["average_bits"] <= 4
     exported = ddq("export", f"runs/{name}", "-o", f"{name}.safetensors", "--json")
     assert exported.code == 0, exported.out
     behavior = exported.data["behaviour"]

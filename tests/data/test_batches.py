@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ddqcli.data.batches import BatchOrder, Shard
+from ddqcli.data.data_factory import FactoryBatches
 from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.ready_batches import ReadyBatches
+from ddqcli.data.trees import tensors
 from ddqcli.errors import DataError
+from ddqcli.recipe.schema import DataSection
 
 
 @pytest.mark.parametrize(("samples", "size", "batches"), [(30, 7, 4), (28, 7, 4), (5, 7, 1)])
@@ -172,3 +175,27 @@ def test_a_batch_that_cannot_be_divided_counts_as_one_sample_and_is_for_one_proc
     assert len(list(ready.held_out().epoch(0))) == 1
     with pytest.raises(DataError, match="differ in their first dimension"):
         next(ReadyBatches(batches, CPU, seed=0, shard=Shard(0, 2)).epoch(0))
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda k: (torch.full((3, 2), float(k)), k),
+        lambda k: (torch.full((3, 2), float(k)), torch.tensor(k)),
+        lambda k: ({"a": torch.full((2,), float(k))}, torch.zeros(5)),
+    ],
+)
+def test_samples_of_an_iterable_data_set_are_batched(sample):
+    class Samples(IterableDataset):
+        def __iter__(self) -> Any:
+            return map(sample, itertools.count())
+
+    section = DataSection(source="x:y", batch_size=4)
+    splits = FactoryBatches("x:y", section, 0, CPU, Shard(), steps=3)
+    train, _ = splits.train(Samples())
+    first = tensors(next(train.epoch(0)))
+    assert [x.shape[0] for x in first] == [4] * len(first)
+    assert first[0].flatten(1)[:, 0].tolist() == [0, 1, 2, 3]
+    assert (len(train), train.samples) == (3, 12)
+    batches, _ = splits.train(Stream(None))
+    assert len(next(batches.epoch(0))[1]) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.errors import DataError, UsageError
 from ddqcli.qat.convert import convert
+from ddqcli.recipe.assignments import with_assignments
 from ddqcli.training.network_checks import (
     is_reentrant,
     refuse_batch_of_one,
+    refuse_scripted_parts,
     refuse_written_weights,
 )
 
@@ -56,10 +59,11 @@ def test_a_layer_that_writes_its_own_weight_is_refused(kind: type[nn.Conv2d]) ->
     net = with_layer(kind)
     before = copy.deepcopy(net.state_dict())
     quantized = convert(copy.deepcopy(net), recipe())
-    with pytest.raises(UsageError, match=rf"of 0 \({kind.__name__}\) writes its own 0.weight"):
+    with pytest.raises(UsageError, match=rf"of 0 \({kind.__name__}\) writes its own 0.weight") as e:
         refuse_written_weights(quantized, net, random_data())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    skipped = recipe(overrides=[{"match": "0", "skip": True}])
+    (advice,) = re.findall(r"--set '(.*)'", str(e.value))
+    skipped = recipe(overrides=with_assignments({}, [advice])["overrides"])
     refuse_written_weights(convert(copy.deepcopy(net), skipped), net, random_data())
 
 
@@ -111,3 +115,14 @@ def test_a_last_batch_of_one_sample_is_refused_where_batch_norm_needs_more(
             refuse_batch_of_one(flat, data)
     else:
         refuse_batch_of_one(flat, data)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_part_that_torch_jit_has_compiled_is_refused_by_name() -> None:
+    net = network()
+    refuse_scripted_parts(net)
+    net[1] = torch.jit.script(nn.ReLU())  # without weights
+    refuse_scripted_parts(net)
+    net[0] = torch.jit.script(nn.Conv2d(3, 8, 3))
+    with pytest.raises(UsageError, match=r"^0 is compiled by torch.jit, .* as a plain module"):
+        refuse_scripted_parts(net)

@@ -1,0 +1,48 @@
+"""The examples in recipes/README.md run as they stand, from finetuning to the verified file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_project import ddq
+
+TEXT = (Path(__file__).parents[1] / "recipes" / "README.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", TEXT, re.M | re.S))
+METRICS = {  # that a report must speak of, where it is no accuracy
+    "Autoencoder": "PSNR",
+    "Segmentation": "mIoU",
+    "Detection": "IoU",
+    "Sequences (CTC)": "wrong lines",
+    "Language model": "entropy",
+    "Without labels": "distance from the float outputs",
+}
+FLAGS = {"Segmentation": ("--set", "train.distill.weight=0.9")}
+
+
+def test_there_is_an_example_of_each_kind() -> None:
+    assert len(EXAMPLES) == TEXT.count("\n## ") == 8
+    assert set(METRICS) | {"Classifier", "Two inputs, two tasks"} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("task.py").write_text(EXAMPLES[name])
+    scope: dict[str, Any] = {}
+    exec(EXAMPLES[name], scope)
+    torch.manual_seed(0)
+    torch.save(scope["build"]().state_dict(), "model.pt")
+    (command,) = re.findall(r"^ddq (finetune .*)$", TEXT, re.M)
+    limits = ("--max-steps", 2, "--set", "data.batch_size=8", "--set", "data.workers=0")
+    answer = ddq(*command.split(), "--run-dir", "run", *limits, *FLAGS.get(name, ()))
+    assert answer.code == 0, answer.err
+    report = ddq("report", "run", "--json").data
+    assert report["metric"]["name"] == METRICS.get(name, "accuracy")
+    assert report["totals"]["average_bits"] <= 6
+    exported = ddq("export", "run", "-o", "model.safetensors", "--json")
+    assert exported.code == 0, exported.out
+    assert exported.data["behaviour"]["unchecked"] == []
