@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import re
 
+# Control characters, line separators, and what turns the direction of text or has no width.
+_INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """Return the text as one line, with escapes such as \\n or \\x1b for what steers a terminal.
+
+    Names of layers and files may come from anyone.
+    """
+    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
 
 def size(number: float) -> str:
     """Format bytes with three digits: 512 B, 17.9 kB, 1.08 MB."""
@@ -43,6 +56,7 @@ def shorten(name: str, width: int, dots: str = "…") -> str:
     Words are cut and numbers stay, since numbers tell layers apart: den…1.den…10.conv1. A name that
     is still too long is cut in the middle.
     """
+    name = visible(name)
     if len(name) <= width:
         return name
     *parents, last = name.split(".")

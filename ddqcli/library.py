@@ -32,6 +32,8 @@ from ddqcli.training.optimizers import level_groups, network_groups
 
 __all__ = ["Budget", "parameter_groups", "quantize", "save"]
 
+_META = {"ddq": __version__}  # what the file says about the model
+
 
 def quantize(
     model: nn.Module,
@@ -93,7 +95,8 @@ def quantize(
     quantized = prepare(model, recipe)
     if quantized.activations and calibration is None:
         raise UsageError("Give quantize() calibration batches: they set the range of the inputs.")
-    rule = make_rule("fixed", quantized, recipe, make_budget(quantized, recipe), 0, 1)
+    resolved = make_budget(quantized, recipe, meta=_META)
+    rule = make_rule("fixed", quantized, recipe, resolved, 0, 1)
     if any(t.parameter.grad is not None for t in quantized.tensors):
         rule.watch()
     attach(quantized, recipe)
@@ -139,18 +142,18 @@ def save(model: nn.Module, path: str | Path) -> Sizes:
     contain it.
 
     Returns:
-        The sizes of the file's parts in bytes; `payload` is what a budget counts.
+        The sizes of the file's parts in bytes; a budget in bytes counts `file`.
 
     Raises UsageError for a model without quantizers or a path that cannot be written, DDQError for
     values that are not finite, and VerificationError for a file that reads differently; nothing is
     then written.
 
-    >>> ddqcli.save(model, "model.safetensors").payload  # doctest: +SKIP
+    >>> ddqcli.save(model, "model.safetensors").file  # doctest: +SKIP
     """
     path = Path(path)
     frozen = FrozenModel.from_state(freeze(QuantizedModel.of(model)))
     raw, sizes = encode_artifact(
-        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, {"ddq": __version__}
+        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, _META
     )
 
     def write(temporary: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return up to 4 processes for the whole suite, none for named files or tests."""
     whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return min(4, os.cpu_count() or 1) if whole_suite else 0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the records of the tests' runs out of the user's own state."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("state")
+        patch.setenv("XDG_STATE_HOME", str(folder))
+        patch.delenv("DDQ_TRUST", raising=False)
+        yield folder
 
 
 @pytest.fixture(scope="session")

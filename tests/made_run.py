@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ KINDS = ("Conv2d", "depthwise Conv2d", "Linear")
 STEPS = 100
 
 
-def make_run(folder: Path, layers: int = 4, *, axis: int | None = None) -> Run:
-    """Make a run of `layers` layers and one bias; with `axis`, each channel has its own levels."""
+def make_run(
+    folder: Path, layers: int = 4, *, axis: int | None = None, names: Sequence[str] | None = None
+) -> Run:
+    """Make a run of `layers` layers and one bias; with `axis`, each channel has its own levels.
+
+    `names` are those of the layers.
+    """
+    names = names or [f"block{k + 1}.conv.weight" for k in range(layers)]
     run = Run.create(folder, "made")
     run.write_recipe(Recipe.model_validate({"name": "made", "budget": {"target_bits": 4}}))
-    entries = [_entry(f"block{k + 1}.conv.weight", k, axis) for k in range(layers)] + [
-        _entry("fc.bias", 9, None)
-    ]
+    entries = [_entry(name, k, axis) for k, name in enumerate(names)]
+    entries.append(_entry("fc.bias", 9, None))
     frozen = {
         "quantized": [{**entry["quantized"]} for entry in entries],
         "trained": {},

@@ -79,7 +79,7 @@ def test_a_plain_loop_trains_and_the_file_keeps_the_budget(variant: str, tmp_pat
     limit = VARIANTS[variant].get("bits", 32) * values / 8
     assert stored <= limit
     assert limit == 4 * values or stored > 0.97 * limit
-    assert variant != "bytes" or 0.97 * 3000 < sizes.payload <= 3000
+    assert variant != "bytes" or 0.97 * 3000 < sizes.file <= 3000
 
     loaded = ddqcli.load(tmp_path / "model.safetensors", Net())
     model.eval()

@@ -24,6 +24,7 @@ BFLOAT16 = np.dtype([("bfloat16", "<u2")])  # numpy has none: its bits, under it
 DTYPES: dict[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": BFLOAT16, "BOOL": "?"}
 DTYPES |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 BYTES = np.arange(256, dtype=np.uint8)
+MAX_MANIFEST = 1 << 24  # bytes of JSON; a network of 10,000 tensors needs a megabyte
 CHUNK = 1 << 16  # values decoded at a time, so that intermediate results stay in the cache
 ROW = 1 << 12  # values in a row of a chunk
 
@@ -73,6 +74,8 @@ def read(
     """Return tensors (Array or PackedTensor), activations, aliases and meta. Raises as `decode`."""
     raw = Path(path).read_bytes()
     if raw[8:50] != HEAD:
+        if len(raw) >= 8 and HEAD.startswith(raw[8:]):
+            raise ArtifactError(f"{path} is incomplete (it ends after {len(raw)} bytes)")
         raise NotAnArtifact(f"{path} is not a ddq file")
     digest = hashlib.sha256(raw[:50] + b"0" * 64)
     digest.update(memoryview(raw)[114:])
@@ -90,7 +93,11 @@ def read(
         name: np.frombuffer(data[slice(*e["data_offsets"])], DTYPES[e["dtype"]])
         for name, e in header.items()
     }
-    manifest = json.loads(bz2.decompress(entries.pop("manifest").tobytes()))
+    unpacker = bz2.BZ2Decompressor()  # a few bytes may unpack to gigabytes
+    text = unpacker.decompress(entries.pop("manifest").tobytes(), MAX_MANIFEST)
+    if not unpacker.eof:
+        raise ValueError(f"the manifest is cut short, or has more than {MAX_MANIFEST:,} bytes")
+    manifest = json.loads(text)
     tensors: dict[str, Any] = {}
     activations, aliases = {}, {}
     for name, (kind, *shape) in sorted(_leaves(manifest["tensors"])):

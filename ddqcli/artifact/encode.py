@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bz2
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -14,13 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddqcli.artifact import decoder
+from ddqcli.artifact.manifest import (
+    activation_leaf,
+    alias_leaf,
+    encode_header,
+    encode_manifest,
+    float_leaf,
+    quantized_leaf,
+)
 from ddqcli.artifact.packing import pack
 from ddqcli.artifact.sizes import Sizes, measure
 from ddqcli.artifact.tensors import ActivationTable, QuantizedTensor, check_aliases
 
 Array = NDArray[Any]
-VERSION = "1"
-CODES = {np.dtype(dtype): code for code, dtype in decoder.DTYPES.items()}  # safetensors' dtypes
 
 
 def encode_artifact(
@@ -46,19 +50,19 @@ def encode_artifact(
     )
     _check_names([record.name for record in records], floats, aliases)
     check_aliases(aliases, {*floats, *(tensor.name for tensor in quantized)})
-    leaves: dict[str, list[Any]] = {name: ["alias", target] for name, target in aliases.items()}
+    leaves = {name: alias_leaf(target) for name, target in aliases.items()}
     parts: dict[str, list[Array]] = {"quantized": []}  # arrays of each entry
     for record in records:
         leaves[record.name] = (
-            [record.axis, *record.shape] if isinstance(record, QuantizedTensor) else ["levels"]
+            quantized_leaf(record.shape, record.axis)
+            if isinstance(record, QuantizedTensor)
+            else activation_leaf()
         )
         parts["quantized"] += _record(record)
     for name, array in sorted(floats.items()):
-        entry = _code(name, array).lower()
-        leaves[name] = [entry, *array.shape]
-        parts.setdefault(entry, []).append(array)
-    manifest = bz2.compress(_canonical_json({"meta": dict(meta), "tensors": _tree(leaves)}))
-    parts["manifest"] = [np.frombuffer(manifest, "u1")]
+        leaves[name] = float_leaf(name, array.dtype, array.shape)
+        parts.setdefault(leaves[name][0], []).append(array)
+    parts["manifest"] = [encode_manifest(leaves, meta)]
     entries = {
         entry: _concatenated(arrays, decoder.DTYPES.get(entry.upper(), "u1"))
         for entry, arrays in parts.items()
@@ -80,20 +84,6 @@ def _record(record: QuantizedTensor | ActivationTable) -> list[Array]:
     return [gates, zero_point, scale.astype("<f4").view("u1"), *stored_levels, packed]
 
 
-def _tree(leaves: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Nest names at dots, since most begin alike; what follows a tensor's name stays whole."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        head, dot, rest = name.partition(".")
-        if dot and head not in leaves:
-            tree.setdefault(head, {})[rest] = leaf
-        else:
-            tree[name] = leaf
-    return {
-        name: _tree(below) if isinstance(below, dict) else below for name, below in tree.items()
-    }
-
-
 def _check_names(*names: Iterable[str]) -> None:
     counts = Counter(chain(*names))
     if duplicates := sorted(name for name, count in counts.items() if count > 1):
@@ -102,46 +92,14 @@ def _check_names(*names: Iterable[str]) -> None:
         )
 
 
-def _code(name: str, array: Array) -> str:
-    """Return safetensors' name of the dtype. Raises ValueError if there is none."""
-    dtype = array.dtype.newbyteorder("<")
-    if dtype not in CODES:
-        raise ValueError(f"{name} has dtype {array.dtype}, which the file cannot hold")
-    return CODES[dtype]
-
-
 def _concatenated(arrays: Sequence[Array], dtype: Any) -> Array:
     return np.concatenate([np.zeros(0, dtype), *(array.reshape(-1) for array in arrays)])
 
 
-def _canonical_json(value: Any) -> bytes:
-    """Equal values give equal bytes: keys sorted, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
 def _safetensors(entries: Mapping[str, Array]) -> bytes:
-    """Return a safetensors file with its digest filled in.
-
-    The safetensors library orders the metadata at random; here equal entries give equal bytes.
-    """
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "ddq", "sha256": "0" * 64, "version": VERSION}
-    }
-    # The widest dtype first keeps all entries aligned.
-    order = sorted(entries, key=lambda name: (-entries[name].itemsize, name))
-    start = 0
-    for name in order:
-        entry = entries[name]
-        header[name] = {
-            "data_offsets": [start, start + entry.nbytes],
-            "dtype": CODES[entry.dtype],
-            "shape": [entry.size],
-        }
-        start += entry.nbytes
-    text = _canonical_json(header)
-    text += b" " * (-len(text) % 8)
-    data = [entries[name].tobytes() for name in order]
-    raw = bytearray(b"".join([len(text).to_bytes(8, "little"), text, *data]))
+    """Return a safetensors file with its digest filled in."""
+    header, order = encode_header({name: (e.dtype, e.size) for name, e in entries.items()})
+    raw = bytearray(b"".join([header, *(entries[name].tobytes() for name in order)]))
     digest = 8 + len(decoder.HEAD)
     raw[digest : digest + 64] = hashlib.sha256(raw).hexdigest().encode("ascii")
     return bytes(raw)

@@ -116,6 +116,8 @@ def _levels(packed: PackedTensor) -> tuple[Array, ...]:
 @contextmanager
 def _translated_errors(path: Path) -> Iterator[None]:
     """Turn errors of the decoder, and of content that contradicts itself, into DDQErrors."""
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise UsageError(f"Cannot open {path}: it is no regular file.")
     try:
         yield
     except decoder.NotAnArtifact as error:

@@ -39,7 +39,7 @@ class Sizes:
 
     @property
     def payload(self) -> int:
-        """Bytes that count toward a budget: everything but the manifest and the header."""
+        """Bytes of all tensors: everything but the manifest and the header."""
         return self.indices + self.levels + self.scales + self.gates + self.floats
 
     @property

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddqcli.checkpoint.safetensors_header import is_safetensors
-from ddqcli.checkpoint.state_keys import find_state, wrapper_prefix
+from ddqcli.checkpoint.state_keys import bare_names, find_state
 from ddqcli.checkpoint.torch_load import first_line, load_torch_file
 from ddqcli.errors import CheckpointError
 
@@ -55,11 +55,10 @@ def load_checkpoint(path: Path, *, pickle: bool = False) -> Checkpoint:
             f"{path} holds no weights: {_describe(content)}. Save the model's state_dict() in it."
         )
     others = len(entries) - len(tensors)
-    tensors, prefix = _strip_prefix(tensors)
+    tensors, stripped = _without_wrapper_names(path, tensors)
     _check_tensors(path, size, tensors)
     kind = "state dict" if module is None else f"pickled {type(module).__name__}"
-    note = f"{kind} {position}"
-    note += f", prefix '{prefix}' stripped" if prefix else ""
+    note = f"{kind} {position}{stripped}"
     note += f", {others} entries that are no tensors left out" if others else ""
     return Checkpoint(path, _sha256(path), tensors, note, module)
 
@@ -115,13 +114,18 @@ def _without_wrappers(module: nn.Module) -> nn.Module:
     return module
 
 
-def _strip_prefix(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
-    """Return the tensors without the wrapper prefix that all names share, and that prefix."""
+def _without_wrapper_names(
+    path: Path, tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the tensors under the names of the model without its wrappers, and a note."""
     without_counter = {name: t for name, t in tensors.items() if name != "n_averaged"}
     if without_counter and all(name.startswith("module.") for name in without_counter):
         tensors = without_counter  # the state dict of an AveragedModel
-    prefix = wrapper_prefix(tensors)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, prefix
+    try:
+        bare, note = bare_names(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; save the state_dict() of one model.") from error
+    return {bare[name]: tensor for name, tensor in tensors.items()}, note
 
 
 def _check_tensors(path: Path, size: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ddqcli.checkpoint.state_keys import bare_name
 from ddqcli.errors import CheckpointError
+from ddqcli.qat.reparametrized import make_plain
 
 Shape = tuple[int, ...]
 Tensors = dict[str, torch.Tensor]
@@ -85,12 +87,19 @@ def align_names(tensors: Tensors, wanted: Collection[str]) -> tuple[Tensors, str
 
 
 def load_state(model: nn.Module, tensors: Tensors, path: Path, arch: str) -> str:
-    """Load the tensors into the model, strictly; return a note on changes to their names.
+    """Load the tensors into the model; return a note on changed names and tensors left out.
 
     `path` and `arch` are for messages. Raises CheckpointError if names or shapes differ.
     """
+    # `ddq finetune` stores weights that the network computes (weight_norm) as plain ones.
+    make_plain(model, lambda name: name in tensors)
     wanted = state_shapes(model)
+    wrapped = {bare_name(name): name for name in wanted}  # of a network with compiled parts
+    tensors = {wrapped.get(name, name): tensor for name, tensor in tensors.items()}
     tensors, prefix_note = align_names(tensors, wanted)
+    groups = _tied_names(model)
+    tensors, part_note = _network_part(tensors, wanted, groups, path)
+    tensors, tied_note = _with_tied(tensors, wanted, groups)
     state = OrderedDict(tensors)
     # torch upgrades modules without a version, e.g. adds num_batches_tracked. MNASNet refuses to
     # load a state dict that has no version for the whole.
@@ -102,7 +111,73 @@ def load_state(model: nn.Module, tensors: Tensors, path: Path, arch: str) -> str
         fit = compare_state(tensors, wanted)
         reason = f": {' '.join(str(error).split())[:300]}" if fit.exact else _describe(fit)
         raise CheckpointError(f"{path} does not fit {arch}{reason}.") from error
-    return prefix_note
+    return prefix_note + part_note + tied_note
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Map each name of the model's state dict to all names of its tensor."""
+    names_of: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        names_of.setdefault(id(value), []).append(name)
+    return {name: names for names in names_of.values() for name in names}
+
+
+def _with_tied(
+    tensors: Tensors, wanted: dict[str, Shape], groups: dict[str, list[str]]
+) -> tuple[Tensors, str]:
+    """Add tensors that the file has under another name of the same tensor; return a note, too."""
+    found = {}
+    for name in wanted:
+        other = next((each for each in groups.get(name, ()) if each in tensors), None)
+        if name not in tensors and other is not None:
+            found[name] = other
+    note = f", {_few([f'{a} tied to {b}' for a, b in found.items()])}" if found else ""
+    return tensors | {name: tensors[other] for name, other in found.items()}, note
+
+
+def _network_part(
+    tensors: Tensors, wanted: dict[str, Shape], groups: dict[str, list[str]], path: Path
+) -> tuple[Tensors, str]:
+    """Return the tensors of the network alone, and a note on what is left out.
+
+    A training module holds its loss and metrics beside the network. The network's tensors are those
+    under the one prefix under which all of them are there. Raises CheckpointError if they are there
+    under several.
+    """
+    if tensors.keys() <= wanted.keys():
+        return tensors, ""
+    required = [name for name in wanted if not name.endswith("num_batches_tracked")]
+
+    def holds_all(prefix: str) -> bool:
+        return all(
+            any(prefix + each in tensors for each in groups.get(name, [name])) for name in required
+        )
+
+    names = groups.get(required[0], required[:1]) if required else []
+    prefixes = {
+        each.removesuffix(name)
+        for name in names
+        for each in tensors
+        if each == name or each.endswith(f".{name}")
+    }
+    fitting = sorted(prefix for prefix in prefixes if holds_all(prefix))
+    if not fitting:
+        return tensors, ""
+    prefix = fitting[0]  # "" if the network is also there without one
+    if prefix and len(fitting) > 1:
+        places = " and ".join(map(repr, fitting))
+        raise CheckpointError(
+            f"{path} holds this network under {places}; save the state_dict() of one of them."
+        )
+    children = {name.partition(".")[0] for name in wanted}
+    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    part = {n: t for n, t in own.items() if n in wanted or n.partition(".")[0] in children}
+    left_out = [
+        n for n in tensors if not n.startswith(prefix) or n.removeprefix(prefix) not in part
+    ]
+    note = f", prefix '{prefix}' stripped" if prefix else ""
+    note += f", {len(left_out)} tensors left out ({_few(left_out)})" if left_out else ""
+    return part, note
 
 
 def _shared_prefix(names: Collection[str]) -> str:

@@ -23,7 +23,7 @@ from ddqcli.checkpoint.chunks import (
     torch_chunks,
 )
 from ddqcli.checkpoint.safetensors_header import is_safetensors, read_safetensors_header
-from ddqcli.checkpoint.state_keys import wrapper_prefix
+from ddqcli.checkpoint.state_keys import bare_names
 from ddqcli.checkpoint.torch_zip import TensorLocation, locate_state_dict
 from ddqcli.errors import CheckpointError
 
@@ -65,23 +65,21 @@ def open_tensors(path: Path, *, pickle: bool = False) -> tuple[list[CheckpointTe
 
         checkpoint = load_checkpoint(path, pickle=pickle)
         return _torch_tensors(checkpoint.tensors), checkpoint.note
-    prefix = wrapper_prefix([tensor.name for tensor in tensors])
-    if not prefix:
-        return tensors, note
-    bare = [
-        replace(
-            tensor,
-            name=tensor.name.removeprefix(prefix),
-            same_as=tensor.same_as and tensor.same_as.removeprefix(prefix),
-        )
-        for tensor in tensors
+    try:
+        bare, stripped = bare_names([tensor.name for tensor in tensors])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; save the state_dict() of one model.") from error
+    renamed = [
+        replace(t, name=bare[t.name], same_as=t.same_as and bare[t.same_as]) for t in tensors
     ]
-    return bare, f"{note}, prefix '{prefix}' stripped"
+    return renamed, note + stripped
 
 
 def is_artifact(path: Path) -> bool:
     """True if `path` is a file of `ddq export`, which holds no float weights."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             return file.read(8 + len(HEAD))[8:] == HEAD
     except OSError:
@@ -109,6 +107,8 @@ def tensors_at(path: Path, locations: Mapping[str, TensorLocation]) -> list[Chec
 
 
 def _head(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"Cannot read {path}: it is no regular file.")
     try:
         with path.open("rb") as file:
             return file.read(9)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ddqcli.errors import CheckpointError
+from ddqcli.recipe.consent import require_consent
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"  # the opcode PROTO
@@ -41,7 +42,7 @@ def load_torch_file(path: Path, size: int, head: bytes, pickle: bool) -> Any:
     """
     is_zip = head.startswith(_ZIP_MAGIC)
     if is_zip:
-        _check_zip(path, size)
+        check_zip(path, size)
     elif not head.startswith(_PICKLE_MAGIC):
         raise CheckpointError(
             f"{path} is not a checkpoint: it begins with {head[:8]!r}, unlike any file of "
@@ -52,6 +53,7 @@ def load_torch_file(path: Path, size: int, head: bytes, pickle: bool) -> Any:
     except UnpicklingError as error:
         if not pickle:
             raise CheckpointError(_refusal(path, error)) from error
+        require_consent(str(path))
     except Exception as error:  # damaged bytes make torch raise nearly anything
         raise _damaged(path, error) from error
     try:
@@ -103,7 +105,7 @@ def _empty_dict(*_: object) -> dict[Any, Any]:
     return {}
 
 
-def _check_zip(path: Path, size: int) -> None:
+def check_zip(path: Path, size: int) -> None:
     """Refuse zip files that `torch.save` did not write, and damaged ones.
 
     `torch.save` stores records uncompressed. A compressed record, or records larger than the file

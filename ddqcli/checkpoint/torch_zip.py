@@ -74,10 +74,14 @@ def load_structure(path: Path) -> Any:
     None if the file holds anything unusual or is damaged.
     """
     try:
+        if not path.is_file():
+            return None
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             records = {info.filename: info for info in archive.infolist()}
             if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
                 return None  # torch.save compresses nothing; a zip bomb would
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                return None  # records that overlap
             if archive.testzip() is not None:
                 return None  # a checksum differs; torch writes them but does not check them
             root = next(
@@ -105,8 +109,12 @@ def _may_hold_weights(value: Any) -> bool:
     )
 
 
-class _Unpickler(pickle.Unpickler):
-    """Build tensors' locations and plain containers; refuse any other name, so no code runs."""
+class _Unpickler(pickle._Unpickler):
+    """Build tensors' locations and plain containers; refuse any other name, so no code runs.
+
+    The unpickler in Python keeps its memo in a dict. The one in C keeps it in an array, so that
+    five bytes with a large index make it take gigabytes.
+    """
 
     def __init__(
         self, pickled: Any, records: dict[str, zipfile.ZipInfo], folder: str, file: BinaryIO
@@ -145,6 +153,6 @@ class _Unpickler(pickle.Unpickler):
         if len(shape) != len(strides) or min((offset, *shape, *strides)) < 0:
             raise ValueError(location)
         last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-        if math.prod(shape) and last >= numel:
-            raise ValueError(location)
+        if math.prod(shape) and (last >= numel or math.prod(shape) > numel):
+            raise ValueError(location)  # beyond the storage, or a value that claims to be many
         return location

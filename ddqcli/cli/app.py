@@ -5,6 +5,7 @@ No module of `cli` imports anything heavy at the top: `ddq --help` loads neither
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -14,6 +15,7 @@ import typer
 from ddqcli import __version__
 from ddqcli.cli import export, finetune, inspect, report
 from ddqcli.cli.error_handling import ErrorHandlingGroup
+from ddqcli.cli.run_command import interrupt_again
 
 EXIT_CODES = """\b
 Exit codes:
@@ -71,4 +73,8 @@ def main() -> None:
     # Python sets a stream that the caller closed to None.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # it may know ASCII alone
+    sys.unraisablehook = interrupt_again
     app()

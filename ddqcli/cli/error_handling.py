@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -13,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ddqcli.errors import DDQError, Interrupted
+from ddqcli.formatting import visible
 
 # ClickException of Typer's parser, which moved between Typer versions.
 _ParserError: Any = typer.BadParameter.__base__
@@ -76,6 +78,8 @@ def _message_and_code(error: Exception | Interrupted, command: str | None) -> tu
         end = "" if message.endswith(("?", ".")) else "."
         help_command = f"ddq {command} --help" if command else "ddq --help"
         return f"{message}{end} `{help_command}` lists the options.", 2
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{error.filename}: {error.strerror}.", 2
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'Standard output'}: {error.strerror}.", 1
     detail = " ".join(str(error).split())[:300]
@@ -85,6 +89,7 @@ def _message_and_code(error: Exception | Interrupted, command: str | None) -> tu
 
 def print_error(message: str) -> None:
     """Print a message to stderr, prefixed with "Error: " unless it is a usage text."""
+    message = "\n".join(map(visible, message.split("\n")))
     with suppress(OSError):
         sys.stderr.write(f"{message}\n" if message.startswith("Usage:") else f"Error: {message}\n")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ddqcli.cli.options import Json, Quiet, examples
+from ddqcli.cli.options import Json, Quiet, Trust, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "ddq export",
     "ddq export runs/20260131-142310-model -o small.safetensors --half",
-    "ddq export --format onnx",
+    "ddq export --format onnx --bench",
     "ddq export --check small.safetensors",
 )
 
@@ -52,13 +52,21 @@ def export(
             show_default=False,
         ),
     ] = None,
+    bench: Annotated[
+        bool,
+        typer.Option(
+            "--bench", help="Time an ONNX file beside the float model on this machine, by layer."
+        ),
+    ] = False,
+    trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a run's model as one verified file.
 
     Reads the file back and compares it with the trained model: every bit, the outputs and the
-    accuracy. A mismatch ends with exit code 4.
+    accuracy. A mismatch ends with exit code 4. Outputs need the code of the network: it runs if
+    this machine made the run, or with --trust.
     """
 
     def work() -> ExportResult | OnnxResult:
@@ -72,13 +80,17 @@ def export(
             raise UsageError("--check writes nothing; omit --out and --half.")
         if use_onnx and half:
             raise UsageError("--half applies to the ddq format; an ONNX file keeps float32.")
+        if bench and not use_onnx:
+            raise UsageError("--bench times an ONNX file; add --format onnx.")
         with ProgressReporter(quiet=quiet) as reporter:
-            if check is not None:
-                verify = onnx.check_onnx if use_onnx else ddq.check
-                return verify(check, run, on_progress=reporter.progress)
+            progress = reporter.progress
+            if use_onnx and check is not None:
+                return onnx.check_onnx(check, run, timed=bench, trust=trust, on_progress=progress)
             if use_onnx:
-                return onnx.export_onnx(run, out, on_progress=reporter.progress)
-            return ddq.export(run, out, half=half, on_progress=reporter.progress)
+                return onnx.export_onnx(run, out, timed=bench, trust=trust, on_progress=progress)
+            if check is not None:
+                return ddq.check(check, run, trust=trust, on_progress=progress)
+            return ddq.export(run, out, half=half, trust=trust, on_progress=progress)
 
     run_command("export", work, _show, as_json)
 

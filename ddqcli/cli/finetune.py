@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ddqcli.cli.error_handling import discard_stdout
-from ddqcli.cli.options import AllowPickle, Json, Quiet, examples
+from ddqcli.cli.options import AllowPickle, Json, Quiet, Trust, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
     from ddqcli.commands.finetune import FinetuneResult
     from ddqcli.commands.sweep import SweepResult
     from ddqcli.recipe.schema import Recipe
+    from ddqcli.runs.run import Run
 
 EXAMPLES = examples(
     "ddq finetune model.pt --target-bits 4 --max-bits 8",
@@ -65,7 +65,7 @@ def finetune(
         str | None,
         typer.Option(
             metavar="SIZE[,SIZE...]",
-            help="Budget: size of all tensors, e.g. 150kB, 1.8MB or 12%; one run per value.",
+            help="Budget: size of the exported file, e.g. 150kB, 1.8MB or 12%; one run per value.",
         ),
     ] = None,
     max_bits: Annotated[
@@ -118,6 +118,7 @@ def finetune(
         bool,
         typer.Option("--dry-run", help="Check model, recipe and budget; do not train."),
     ] = False,
+    trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -150,16 +151,19 @@ def finetune(
         from ddqcli.recipe.assignments import with_assignments
         from ddqcli.recipe.file import find_recipe, load_recipes
         from ddqcli.runs.run import Run
+        from ddqcli.training.distributed import is_main
 
         if target_bits is not None and target_size is not None:
             raise UsageError("--target-bits and --target-size are both given; give one.")
         fields = with_assignments(
             {key: value for key, value in flags.items() if value is not None}, assign or ()
         )
-        run = Run.unfinished(run_dir, or_none=model is not None) if resume else None
-        path = run.recipe_path if run and not (model or recipe) else recipe or find_recipe(model)
+        run = Run.unfinished(run_dir, or_none=model is not None, trust=trust) if resume else None
+        from_run = run if not (model or recipe) else None
+        path = from_run.recipe_path if from_run else recipe or find_recipe(model)
         recipes = load_recipes(path, fields)
-        if recipes[0].model.pickle and not recipe and not fields.get("model.pickle"):
+        named = recipe or from_run or fields.get("model.pickle") or trust
+        if recipes[0].model.pickle and not named:
             raise UsageError(
                 f"{path} has model.pickle: true, which may run code from the checkpoint; give "
                 "--allow-pickle, or name the recipe with --recipe."
@@ -169,10 +173,10 @@ def finetune(
             run.check_same_recipes([each.with_checkpoint(checkpoint) for each in recipes])
         from ddqcli.render.progress import ProgressReporter
 
-        is_main_process = os.environ.get("RANK", "0") == "0"  # set by torchrun
-        if not is_main_process:
+        if not is_main():
             discard_stdout()
-        with ProgressReporter(quiet=quiet or not is_main_process) as reporter:
+        consent = _consent(path, recipes[0], from_run, found=not (recipe or trust), given=fields)
+        with consent, ProgressReporter(quiet=quiet or not is_main()) as reporter:
             if path:
                 reporter.note(f"recipe: {path}")
             if len(recipes) > 1:
@@ -218,6 +222,29 @@ def _checkpoint(model: Path | None, recipe: Recipe) -> Path:
     raise UsageError(
         "No model is given; run `ddq finetune MODEL`, or set model.checkpoint in the recipe."
     )
+
+
+def _consent(
+    path: Path | None, recipe: Recipe, run: Run | None, *, found: bool, given: dict[str, Any]
+) -> AbstractContextManager[None]:
+    """Return the context in which the recipe's code may run as far as the user agreed to it.
+
+    The command line names code in `given`, or a recipe. The working folder is the user's, and so is
+    its recipe, unless it was `found` beside the checkpoint. A resumed `run` speaks for itself.
+    """
+    from ddqcli.recipe.consent import code_fields, code_rule, found_recipe_rule
+    from ddqcli.runs.trust import code_of
+
+    if run:
+        return code_of(run)
+    if path is None or not found or path.parent == Path():
+        return nullcontext()
+    codes = {
+        key: code
+        for key, code in code_fields(recipe).items()
+        if not any(f"{key}.".startswith(f"{field}.") for field in given)
+    }
+    return code_rule(found_recipe_rule(path, codes))
 
 
 def _show(result: FinetuneResult | SweepResult) -> None:

@@ -16,6 +16,14 @@ AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Load a pickled module; this can run code from the file."),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        envvar="DDQ_TRUST",
+        help="Run code that only a file names, such as a run folder made elsewhere.",
+    ),
+]
 
 
 def examples(*lines: str) -> str:

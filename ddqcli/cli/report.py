@@ -49,7 +49,9 @@ def report(
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Limit: maximum size of all tensors, e.g. 150kB or 12%."),
+        typer.Option(
+            metavar="SIZE", help="Limit: maximum size of the exported file, e.g. 150kB or 12%."
+        ),
     ] = None,
     max_bits: Annotated[
         float | None, typer.Option(help="Limit: maximum stored bits per quantized weight.")

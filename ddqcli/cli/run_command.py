@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import typer
 
 from ddqcli.cli.error_handling import discard_stdout, print_error
-from ddqcli.errors import Interrupted, LimitExceeded
+from ddqcli.errors import Interrupted, LimitExceeded, UsageError
+
+_SOON = 0.02  # seconds; a callback has returned by then
 
 
 class Result(Protocol):
@@ -33,6 +36,7 @@ def run_command(
     """
     signal.signal(signal.SIGTERM, _raise_interrupted)
     try:
+        _require_working_folder()
         result = work()
     except KeyboardInterrupt:
         raise Interrupted("Interrupted", signal.SIGINT) from None
@@ -55,6 +59,24 @@ def _print_json(command: str, result: Result, exceeded: list[str]) -> None:
 
     code = LimitExceeded.exit_code if exceeded else 0
     print_plain(json_envelope(command, result.data(), exit_code=code, errors=exceeded))
+
+
+def _require_working_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError("The working folder was removed; change to another one.") from error
+
+
+def interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Stop a moment later, if a signal came in a callback whose exceptions Python ignores."""
+    stop = unraisable.exc_value
+    if not isinstance(stop, Interrupted | KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+    signal.setitimer(signal.ITIMER_REAL, _SOON)
 
 
 def _raise_interrupted(number: int, frame: object) -> NoReturn:

@@ -12,7 +12,10 @@ from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.report import ActivationRow, TensorRow
 
 VERSION = 1
-TOTALS = ("bytes", "float_bytes", "budget_bytes", "average_bits", "quantized_bytes", "kept_bytes")
+TOTALS = (
+    *("bytes", "float_bytes", "budget_bytes", "average_bits"),
+    *("quantized_bytes", "kept_bytes", "manifest_bytes"),
+)
 ACCURACY = ("float", "quantized", "drop")
 COLUMNS = ("bits", "levels", "bytes", "error")
 

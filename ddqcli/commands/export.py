@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.sizes import Sizes
 from ddqcli.artifact.tensors import INPUT_SUFFIX
@@ -17,6 +15,7 @@ from ddqcli.artifact.verify import require_same_tensors
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.frozen import Array, FrozenModel
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.encode_run import encode_run
 from ddqcli.runs.evaluation import Accuracy, Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.report import Report
@@ -66,53 +65,64 @@ def export(
     out: Path | None = None,
     *,
     half: bool = False,
+    trust: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ExportResult:
     """Write the run's model to `out` (default: model.safetensors in the run folder) and verify it.
 
-    `half` stores unquantized tensors as float16, and the accuracy that the file then has.
+    `half` stores unquantized tensors as float16, and the accuracy that the file then has. The file
+    is written and read back without the network's code. Outputs need it: see
+    `ddqcli.runs.trust`, which `trust` overrides.
 
     Raises UsageError, and VerificationError if the file, read by the numpy-only decoder in another
     process, differs in any bit from what was trained, or the network rebuilt from it computes
     something else. The file is then not written.
     """
-    run = Run.open(run_dir)
+    run = Run.open(run_dir, trust=trust)
+    with run.held():
+        return _export(run, out, half, on_progress)
+
+
+def _export(run: Run, out: Path | None, half: bool, on_progress: OnProgress | None) -> ExportResult:
     frozen, report = _frozen_model(run, half=half), run.report()
     path = out or run.path / ARTIFACT
-    embedded = report.embedded()
-    meta: dict[str, Any] = {"report": embedded, "recipe": portable_recipe(run.recipe())}
-    if half:
-        meta[_HALF] = True
     results = []
 
     def write(temporary: Path) -> None:
-        sizes = _write_verified(temporary, frozen, meta, path)
+        sizes = _write_verified(temporary, frozen, report, run.recipe(), path, half)
         check = check_behavior(temporary, run, on_progress)
         if half:
-            embedded["accuracy"] = _accuracy_of(check, report)
-            sizes = _write_verified(temporary, frozen, meta, path)
+            measured = report.model_copy(update={"accuracy": _accuracy_of(check, report)})
+            sizes = _write_verified(temporary, frozen, measured, run.recipe(), path, half)
         else:
             require_same_behavior(
                 check, path, report.metric, quantized_inputs=bool(frozen.activations)
             )
         results.append((sizes, check))
 
-    write_atomic(path, write)  # a file that is not as trained never gets its name
+    write_atomic(
+        path, write, inputs=run.inputs()
+    )  # a file that is not as trained never gets its name
     return _result(run, path, *results[0], frozen, half)
 
 
 def check(
-    file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None
+    file: Path,
+    run_dir: Path | None = None,
+    *,
+    trust: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> ExportResult:
     """Verify an existing file against its run.
 
-    The run is `run_dir`, or else the folder of the file, or else the newest run. Raises UsageError,
+    The run is `run_dir`, or else the folder of the file, or else the newest run. `trust` is as in
+    `export`. Raises UsageError,
     and VerificationError if the file is damaged or not what was trained.
     """
     beside = file.parent if (file.parent / REPORT).is_file() else None
     artifact = read_artifact(file)
     try:
-        run = Run.open(run_dir or beside)
+        run = Run.open(run_dir or beside, trust=trust)
     except UsageError as error:
         raise UsageError(
             f"{file} is undamaged, but there is nothing to compare it with: {error}"
@@ -129,35 +139,11 @@ def check(
     return _result(run, file, artifact.sizes, behavior, frozen, half)
 
 
-def portable_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return what differs from the recipe's defaults, with paths reduced to file names."""
-    settings = recipe.model_dump(exclude_defaults=True)
-    for section, field in (("model", "checkpoint"), ("model", "arch"), ("data", "source")):
-        if value := settings.get(section, {}).get(field):
-            names = [Path(part).name or part for part in value.split(":")]
-            settings[section][field] = ":".join(names)
-    for section in ("model", "data"):
-        if kwargs := settings.get(section, {}).get("kwargs"):
-            settings[section]["kwargs"] = _without_folders(kwargs)
-    return settings
-
-
-def _without_folders(value: Any) -> Any:
-    """Reduce every absolute path in nested lists and dicts to its name."""
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
 def _write_verified(
-    temporary: Path, frozen: FrozenModel, meta: Mapping[str, Any], path: Path
+    temporary: Path, frozen: FrozenModel, report: Report, recipe: Recipe, path: Path, half: bool
 ) -> Sizes:
     """Write `temporary`, which becomes `path`. Raises VerificationError if it is not as trained."""
-    raw, sizes = encode_artifact(
-        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, meta
-    )
+    raw, sizes = encode_run(frozen, report, recipe, {_HALF: True} if half else {})
     temporary.write_bytes(raw)
     require_same_tensors(
         temporary, frozen.expected(), name=path, consequence="; it was not written"
@@ -170,6 +156,9 @@ def _require_same_origin(file: Path, embedded: Any, run: Run) -> None:
     embedded = embedded if isinstance(embedded, dict) else {}
     report = run.report().embedded()
     del report["accuracy"]  # --half measures its own
+    for key in ("warnings", "course"):  # a file too close to its budget leaves them out
+        if not embedded.get(key):
+            del report[key]
     if different := [key for key in sorted(report) if embedded.get(key) != report[key]]:
         raise VerificationError(
             f"{file} does not come from {run.path}: its {', '.join(different)} differ; "
@@ -177,7 +166,7 @@ def _require_same_origin(file: Path, embedded: Any, run: Run) -> None:
         )
 
 
-def _accuracy_of(check: BehaviorCheck, report: Report) -> dict[str, float] | None:
+def _accuracy_of(check: BehaviorCheck, report: Report) -> Accuracy | None:
     """Return the report's accuracy with the measured one in place of the run's.
 
     Raises UsageError if it was not measured.
@@ -186,7 +175,7 @@ def _accuracy_of(check: BehaviorCheck, report: Report) -> dict[str, float] | Non
         return None
     if check.accuracy is None:
         raise UsageError(f"--half must measure its accuracy: {'; '.join(check.unchecked)}")
-    return Accuracy.of(report.accuracy.float, check.accuracy, report.metric).data()
+    return Accuracy.of(report.accuracy.float, check.accuracy, report.metric)
 
 
 def _result(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ddqcli.data.batches import Batch, tree_to_device
 from ddqcli.data.load import Data
-from ddqcli.data.trees import Tree, shared_length, sliced
+from ddqcli.data.trees import Tree, shared_length, sliced, tensor_names, tensors
 from ddqcli.errors import UsageError, VerificationError
-from ddqcli.onnx.export import require_onnx, write_onnx
+from ddqcli.onnx.export import OnnxModel, make_float_onnx, make_onnx, require_onnx
 from ddqcli.onnx.runtime import Comparison, compare
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
@@ -22,6 +22,9 @@ from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, REPORT, Run
 from ddqcli.training.evaluate import OnProgress
 from ddqcli.training.verify import attempt, load_held_out, rebuild_model
+
+if TYPE_CHECKING:
+    from ddqcli.onnx.bench import Bench
 
 ONNX = "model.onnx"
 _UNOPTIMIZED_SAMPLES = 1000  # onnxruntime is slow without its optimizations
@@ -43,9 +46,12 @@ class OnnxResult:
     path: Path
     size: int  # bytes
     float_bytes: int
+    tensors: int  # compared bit for bit
+    values: int  # of these tensors
     metric: Metric  # of the accuracies in both comparisons
     optimized: Comparison
     unoptimized: Comparison
+    bench: Bench | None
     unchecked: tuple[str, ...]  # reasons why something was not compared
 
     def data(self) -> dict[str, Any]:
@@ -56,10 +62,12 @@ class OnnxResult:
             "format": "onnx",
             "float_bytes": self.float_bytes,
             "sizes": {"file": self.size},
+            "verified": {"tensors": self.tensors, "values": self.values},
             # Scripts read these two keys: their British spelling is frozen.
             "optimised": asdict(self.optimized),
             "unoptimised": asdict(self.unoptimized),
             "unchecked": list(self.unchecked),
+            "bench": None if self.bench is None else asdict(self.bench),
         }
 
 
@@ -86,31 +94,42 @@ class _Reference:
 
 
 def export_onnx(
-    run_dir: Path | None = None, out: Path | None = None, *, on_progress: OnProgress | None = None
+    run_dir: Path | None = None,
+    out: Path | None = None,
+    *,
+    timed: bool = False,
+    trust: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Write the run's model to `out` (default: model.onnx in the run folder) and run it.
 
-    Raises UsageError for what ONNX cannot express, and VerificationError if onnxruntime, with or
-    without its optimizations, does not answer as torch does. The file is then not written.
+    The network's code runs under the rule of `ddqcli.runs.trust`, which `trust` overrides. `timed`
+    compares the file's latency with the float model's. Raises UsageError for what ONNX cannot
+    express, and VerificationError if onnxruntime unpacks other weights or, with or without its
+    optimizations, does not answer as torch does. The file is then not written.
     """
     require_onnx()
-    run = Run.open(run_dir)
-    path, report = out or run.path / ONNX, run.report()
-    frozen = FrozenModel.from_state(run.load(FINAL))
-    reference = _reference(run, frozen)
-    about = {"ddq": report.source.ddq, "source": report.source.sha256}
-    comparisons: list[Comparison] = []
+    run = Run.open(run_dir, trust=trust)
+    path = out or run.path / ONNX
+    expected = _expected(run)
+    results: list[OnnxResult] = []
 
     def write(temporary: Path) -> None:
-        write_onnx(temporary, reference.model, frozen.weights(), reference.example, about)
-        comparisons.extend(_compare_both(temporary, path, reference, on_progress))
+        temporary.write_bytes(expected.model.raw)
+        results.append(_verified(run, temporary, path, expected, timed, on_progress))
 
-    write_atomic(path, write)  # a file that does not answer as trained never gets its name
-    return _result(run, path, comparisons, reference)
+    # A file that does not answer as trained never gets its name.
+    write_atomic(path, write, inputs=run.inputs())
+    return results[0]
 
 
 def check_onnx(
-    file: Path, run_dir: Path | None = None, *, on_progress: OnProgress | None = None
+    file: Path,
+    run_dir: Path | None = None,
+    *,
+    timed: bool = False,
+    trust: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> OnnxResult:
     """Verify an existing ONNX file against its run.
 
@@ -118,11 +137,70 @@ def check_onnx(
     `export_onnx`.
     """
     require_onnx()
+    from ddqcli.onnx.seal import opened
+
     if not file.is_file():
         raise UsageError(f"There is no file {file}.")
-    run = Run.open(run_dir or (file.parent if (file.parent / REPORT).is_file() else None))
-    reference = _reference(run, FrozenModel.from_state(run.load(FINAL)))
-    return _result(run, file, _compare_both(file, file, reference, on_progress), reference)
+    opened(file.read_bytes(), str(file))  # before the work of exporting again
+    beside = file.parent if (file.parent / REPORT).is_file() else None
+    run = Run.open(run_dir or beside, trust=trust)
+    return _verified(run, file, file, _expected(run), timed, on_progress)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a run exports, and the torch model to compare it with."""
+
+    model: OnnxModel
+    reference: _Reference
+
+
+def _expected(run: Run) -> _Expected:
+    frozen, source = FrozenModel.from_state(run.load(FINAL)), run.report().source
+    reference = _reference(run, frozen)
+    about = {"ddq": source.ddq, "source": source.sha256}
+    model = make_onnx(reference.model, frozen.weights(), reference.example, about)
+    return _Expected(model, reference)
+
+
+def _verified(
+    run: Run,
+    file: Path,
+    name: Path,
+    expected: _Expected,
+    timed: bool,
+    on_progress: OnProgress | None,
+) -> OnnxResult:
+    """Read the file back bit for bit, run it, and time it. Errors call it `name`."""
+    from ddqcli.onnx.readback import require_same_model
+
+    raw, reference = file.read_bytes(), expected.reference
+    unchecked = require_same_model(raw, expected.model, name)
+    optimized, unoptimized = _compare_both(file, name, reference, on_progress)
+    stored = expected.model.unpacked.values()
+    return OnnxResult(
+        run_dir=run.path,
+        path=name,
+        size=len(raw),
+        float_bytes=run.report().totals.float_bytes,
+        metric=reference.metric,
+        tensors=len(stored),
+        values=sum(array.size for array in stored),
+        optimized=optimized,
+        unoptimized=unoptimized,
+        bench=_bench(raw, reference) if timed else None,
+        unchecked=reference.unchecked + unchecked,
+    )
+
+
+def _bench(raw: bytes, reference: _Reference) -> Bench:
+    from ddqcli.onnx.bench import bench
+
+    float_file = make_float_onnx(reference.model, reference.example)
+    sample = sliced(reference.example, slice(1))
+    arrays = [value.cpu().contiguous().numpy() for value in tensors(sample)]
+    feed = dict(zip(tensor_names(sample, "input"), arrays, strict=True))
+    return bench(float_file, raw, feed)
 
 
 def _reference(run: Run, frozen: FrozenModel) -> _Reference:
@@ -186,19 +264,3 @@ def _require_same_answers(
         raise VerificationError(
             f"{runtime} reaches {reached} with {name}, but torch reaches {expected}."
         )
-
-
-def _result(
-    run: Run, path: Path, comparisons: list[Comparison], reference: _Reference
-) -> OnnxResult:
-    optimized, unoptimized = comparisons
-    return OnnxResult(
-        run_dir=run.path,
-        path=path,
-        size=path.stat().st_size,
-        float_bytes=run.report().totals.float_bytes,
-        metric=reference.metric,
-        optimized=optimized,
-        unoptimized=unoptimized,
-        unchecked=reference.unchecked,
-    )

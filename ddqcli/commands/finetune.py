@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,16 +18,21 @@ from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.data.load import Data, load_data
+from ddqcli.data.source import list_names
 from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
-from ddqcli.qat.frozen import freeze
+from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.encode_run import encode_run, file_meta
+from ddqcli.runs.evaluation import Course, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
+from ddqcli.runs.trust import remember
 from ddqcli.training import distributed
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
 from ddqcli.training.device import place_model, resolve_device
@@ -40,6 +46,7 @@ from ddqcli.training.distillation import (
 )
 from ddqcli.training.evaluate import evaluate, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
+from ddqcli.training.network_checks import refuse_written_weights
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
@@ -98,6 +105,7 @@ def finetune(
         return FinetuneResult(None, _dry_run_report(models, recipe))
     with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
         data = _load_data(recipe, models, introduce)
+        _record_code(run, recipe, introduce)
         listener.judged_by(data.judged_by)
         identity = RunIdentity(
             sha256=models.source.sha256,
@@ -118,6 +126,7 @@ def finetune(
             introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
             _apply_augmentation(data, baseline.augmentation, introduce)
             _check_distillation(models, data, recipe, introduce)
+            refuse_written_weights(models.quantized, models.float_model, data)
             trainer = build_trainer(
                 models.quantized,
                 models.float_model,
@@ -175,6 +184,11 @@ def _load_and_convert(
     built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
     introduce(f"model: {built.note}; {checkpoint.note}")
     model = place_model(built.model, device).eval()
+    if plain := make_plain(model):
+        introduce(f"weights that the network computes are made plain: {list_names(plain)}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        introduce("all parameters of the network were frozen; they are trained")
+        model.requires_grad_(True)
     trainable = copy.deepcopy(model)
     if start and start.report().is_trained:
         _load_trained_weights(trainable, start)
@@ -182,7 +196,7 @@ def _load_and_convert(
     source = Source(
         path=str(checkpoint_path), sha256=checkpoint.sha256, arch=built.arch, ddq=__version__
     )
-    budget = make_budget(quantized, recipe)
+    budget = make_budget(quantized, recipe, meta=_typical_meta(quantized, recipe, source))
     model.requires_grad_(False)
     teacher = _load_teacher(model, recipe, device, introduce)
     return _Models(model, teacher, quantized, budget, device, source)
@@ -207,6 +221,31 @@ def _load_teacher(
     introduce(f"teacher: {built.note}; {checkpoint.note}")
     model = place_model(built.model, device).eval().requires_grad_(False)
     return _Teacher(model, section.checkpoint, checkpoint.sha256)
+
+
+def _typical_meta(quantized: QuantizedModel, recipe: Recipe, source: Source) -> dict[str, Any]:
+    """Return what the file will say about the run, with typical numbers: as long, or longer."""
+    typical = Course(
+        stages=(
+            Stage(name="float", accuracy=98.7654),
+            Stage(name="quantized", accuracy=95.4321),
+            Stage(name="compensated", accuracy=97.6543),
+            Stage(name="trained", accuracy=98.2345),
+        ),
+        delivered="trained",
+        looks=10,
+        best_step=1234,
+    )
+    report = build_report(
+        quantized,
+        ResolvedBudget(limit=123_456, overhead_bytes=0, float_bytes=1_234_567, weights=0),
+        accuracy=(98.7654, 97.6543),
+        course=typical,
+        source=source,
+        run=RunFacts(steps=12_345, seed=recipe.train.seed),
+    )
+    margin = hashlib.sha256(source.sha256.encode()).hexdigest()  # some bytes more than typical
+    return {**file_meta(report, recipe), "margin": margin}
 
 
 def _load_trained_weights(model: nn.Module, run: Run) -> None:
@@ -250,12 +289,27 @@ def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
 def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
     """Load the data; without labels, the float model's outputs are the targets."""
     seed, shard = recipe.train.seed, distributed.shard()
-    data = load_data(recipe.data, seed=seed, device=models.device, shard=shard)
+    data = load_data(
+        recipe.data,
+        seed=seed,
+        device=models.device,
+        shard=shard,
+        max_steps=recipe.train.max_steps,
+    )
     introduce(f"data: {data.note}")
     if is_labelled(data):
         return data
     introduce("the data have no labels: the targets are the outputs of the float model")
     return with_float_targets(data, models.float_model)
+
+
+def _record_code(run: Run, recipe: Recipe, introduce: _Note) -> None:
+    """Record on this machine that its user made the run, now that all of its code is imported."""
+    if distributed.is_main() and (reason := remember(run, recipe)):
+        introduce(
+            f"this machine keeps no record of the run ({reason}), so `ddq export` checks its "
+            "outputs, and --resume goes on with it, only with --trust"
+        )
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
@@ -351,7 +405,10 @@ def _write_results(
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,
     )
-    run.save(FINAL, freeze(quantized) | {"probe": probe(quantized.model, trainer.data)})
+    frozen = freeze(quantized)
+    _, sizes = encode_run(FrozenModel.from_state(frozen), report, run.recipe(), {})
+    report = report.with_manifest(sizes.manifest + sizes.header)
+    run.save(FINAL, frozen | {"probe": probe(quantized.model, trainer.data)})
     run.write_report(report)
     return report
 
@@ -380,6 +437,8 @@ def _run_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterat
     with run.locked():
         try:
             if is_new:
+                if distributed.is_main():
+                    remember(run, recipe)  # first: a run that can be resumed is a known one
                 run.write_recipe(recipe)
             distributed.barrier()
             yield run

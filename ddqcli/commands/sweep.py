@@ -19,6 +19,7 @@ from ddqcli.inspection.layer_figures import output_folder
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.report import Report, SweepRow, SweepTable
 from ddqcli.runs.run import FINAL, Run
+from ddqcli.runs.trust import remember
 from ddqcli.training import distributed
 from ddqcli.training.device import resolve_device
 from ddqcli.training.listener import Listener, main_listener
@@ -155,6 +156,8 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe])
     new, run = run is None, opened(run, run_dir, recipes[0])
     with run.locked():
         try:
+            if distributed.is_main():
+                remember(run, recipes[0])  # the first target's run tells if that fails
             if new:
                 run.write_recipe(*recipes)
             yield run

@@ -75,12 +75,13 @@ class FactoryBatches:
     seed: int
     device: torch.device
     shard: Shard
+    steps: int | None  # of the run, if limited: enough for training data without length
 
     def train(self, split: Any) -> tuple[Batches, Batches]:
         """Return the batches to train on, and the held-out ones (see `Data`)."""
         name = f"train of {self.spec}"
         if _is_iterable_only(split, name):
-            ready = self._ready(split, name)
+            ready = self._ready(split, name, self.steps)
             return ready, ready.held_out()
         train, held_out = split_held_out(_length(split, name), self.seed)
         return self._indexed(split, train, self.seed), self._indexed(split, held_out, None)
@@ -92,8 +93,8 @@ class FactoryBatches:
             return self._ready(split, name)
         return self._indexed(split, torch.arange(_length(split, name)), None)
 
-    def _ready(self, split: Any, name: str) -> ReadyBatches:
-        batches = ReadyBatches(split, self.device, seed=self.seed, shard=self.shard)
+    def _ready(self, split: Any, name: str, steps: int | None = None) -> ReadyBatches:
+        batches = ReadyBatches(split, self.device, seed=self.seed, shard=self.shard, steps=steps)
         if batches.samples == 0:
             raise DataError(f"{name} holds no samples.")
         return batches

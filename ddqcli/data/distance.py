@@ -15,8 +15,9 @@ def sample_differences(actual: Tree, expected: Tree) -> Tensor:
     """Return each sample's relative error [B], the largest of a tree's tensors.
 
     It is the root mean square of the sample's difference over the root mean square of all expected
-    values; infinite where a value is NaN, and where the trees differ in shape. Tensors that differ
-    in their first dimension count as one sample.
+    values; 0 for equal samples, also of NaN or of zeros alone; infinite for any other NaN, and
+    where the trees differ in shape. Tensors that differ in their first dimension count as one
+    sample.
     """
     pairs = list(zip(tensors(actual), tensors(expected), strict=False))
     same_number = len(pairs) == len(tensors(actual)) == len(tensors(expected))
@@ -29,6 +30,6 @@ def sample_differences(actual: Tree, expected: Tree) -> Tensor:
 def _relative_error(actual: Tensor, expected: Tensor, samples: int) -> Tensor:
     """Return the relative error [B] of one tensor."""
     actual, expected = (x.double().reshape(samples, -1) for x in (actual, expected))
-    error = (actual - expected).square().mean(1).sqrt()
-    relative = error / expected.square().mean().sqrt()
-    return torch.where(error == 0, 0.0, relative.nan_to_num(nan=torch.inf))
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    relative = (actual - expected).square().mean(1).sqrt() / expected.square().mean().sqrt()
+    return torch.where(same.all(1), 0.0, relative.nan_to_num(nan=torch.inf, posinf=torch.inf))

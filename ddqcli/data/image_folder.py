@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from ddqcli.data.source import Source, list_names
 from ddqcli.errors import DataError
+
+# PIL would start another program for some others, such as Ghostscript.
+_FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 def open_folder(root: Path) -> Source:
@@ -43,8 +50,48 @@ def open_folder(root: Path) -> Source:
     )
 
 
+class _Images(ImageFolder):  # type: ignore[misc]  # torchvision comes without types
+    """An ImageFolder of regular files that enters no folder of a class twice, and no hidden one.
+
+    torchvision follows links, so it counts a folder that links to its parent again and again.
+    """
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = _class_names(Path(directory))
+        return list(names), {name: label for label, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(
+        directory: str | Path,
+        class_to_idx: dict[str, int],
+        extensions: tuple[str, ...] | None = None,
+        is_valid_file: Any = None,
+        allow_empty: bool = False,
+    ) -> list[tuple[str, int]]:
+        return [
+            (path, class_to_idx[name])
+            for name in sorted(class_to_idx)
+            for path in _files(os.path.join(directory, name), set())
+            if has_file_allowed_extension(path, IMG_EXTENSIONS)
+        ]
+
+
+def _files(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
+    """Yield the regular files in a folder and then below it, in the order of names; none hidden."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in visited:
+        return
+    visited.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as found:
+        entries = sorted((e for e in found if not _is_hidden(e.name)), key=lambda e: e.name)
+    yield from (entry.path for entry in entries if entry.is_file())
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files(entry.path, visited)
+
+
 def _class_names(split: Path) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in split.iterdir() if entry.is_dir()))
+    names = tuple(sorted(e.name for e in split.iterdir() if e.is_dir() and not _is_hidden(e.name)))
     if not names:
         raise DataError(f"{split} holds no class folders; give each class a folder of its images.")
     return names
@@ -52,7 +99,7 @@ def _class_names(split: Path) -> tuple[str, ...]:
 
 def _open_split(split: Path) -> ImageFolder:
     """Return the images of a split, in their own color mode; classes are sorted by name."""
-    images = ImageFolder(str(split), loader=_open_image, allow_empty=True)
+    images = _Images(str(split), loader=_open_image, allow_empty=True)
     labels = {label for _, label in images.samples}
     empty = [name for name, label in images.class_to_idx.items() if label not in labels]
     if empty:
@@ -62,7 +109,14 @@ def _open_split(split: Path) -> ImageFolder:
     return images
 
 
+def _is_hidden(name: str) -> bool:
+    """True for what tools leave behind, such as .ipynb_checkpoints and ._photo.jpg."""
+    return name.startswith(".")
+
+
 def _open_image(path: str) -> Image.Image:
-    with Image.open(path) as image:
+    """Return an image as a viewer shows it: a camera may have stored it turned."""
+    with Image.open(path, formats=_FORMATS) as image:
         image.load()
-        return image
+        turned = ImageOps.exif_transpose(image)
+    return turned

@@ -65,11 +65,17 @@ class Data:
 
 
 def load_data(
-    section: DataSection, *, seed: int, device: torch.device, shard: Shard = WHOLE
+    section: DataSection,
+    *,
+    seed: int,
+    device: torch.device,
+    shard: Shard = WHOLE,
+    max_steps: int | None = None,
 ) -> Data:
     """Return the data that `section` names, deterministic in `seed`.
 
-    Batches hold the `shard` of one process. Raises UsageError if the section names no data,
+    Batches hold the `shard` of one process. `max_steps` is the limit of the run, which training
+    data without length need. Raises UsageError if the section names no data,
     DataError if they cannot be read or used.
     """
     if shard.count > section.batch_size:
@@ -79,7 +85,7 @@ def load_data(
         )
     source = _open_source(section)
     if source is None:
-        return _factory_data(section, seed, device, shard)
+        return _factory_data(section, seed, device, shard, max_steps)
     loss, metric = classification(source.count, exact=source.classes is not None)
     load = _tensor_batches if isinstance(source.train, TensorDataset) else _image_batches
     splits, note, augment = load(source, section, seed, device, shard)
@@ -204,11 +210,13 @@ def _tensor_batches(
     return splits, note, None
 
 
-def _factory_data(section: DataSection, seed: int, device: torch.device, shard: Shard) -> Data:
+def _factory_data(
+    section: DataSection, seed: int, device: torch.device, shard: Shard, max_steps: int | None
+) -> Data:
     """Return a user's own data, with their loss and metric if given."""
     spec = section.source or ""
     data = call_factory(spec, section.kwargs)
-    batches = FactoryBatches(spec, section, seed, device, shard)
+    batches = FactoryBatches(spec, section, seed, device, shard, max_steps)
     splits = _Splits(*batches.train(data.train), batches.val(data.val))
     loss, metric = classification(None, exact=False)
     judged_by = Metric()
@@ -239,6 +247,7 @@ def _counts(splits: _Splits) -> str:
     if splits.train.samples == splits.held_out.samples:  # too few to hold any out
         return f"{train} train and {val} evaluation"
     if isinstance(splits.train, ReadyBatches):
+        train = "an unknown number of" if splits.train.repeats else train
         return f"{train} train ({held_out} of them also held-out) and {val} evaluation"
     return f"{train} train, {held_out} held-out and {val} evaluation"
 

@@ -85,7 +85,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_size(path: Path) -> None:
-    """Refuse a file whose arrays, unpacked, exceed the memory of this machine."""
+    """Refuse a pipe, and a file whose arrays, unpacked, exceed the memory of this machine."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} cannot be read: it is no regular file.")
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(info.file_size for info in archive.infolist())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,25 +27,48 @@ from ddqcli.errors import DataError
 
 _HELD_OUT_EPOCH = 2**31 - 1  # that no training reaches
 
+_MOST_COUNTED = 10_000  # batches
+
 
 class ReadyBatches:
     """Batches of a re-iterable, made repeatable by seeding the fetch of each batch.
 
     Resuming within an epoch fetches the batches before `start` and drops them.
+
+    Args:
+        batches: gives batches each time it is iterated over.
+        steps: batches that a run takes at most. If `batches` has no length, this is the length of
+            an epoch, in which a pass that ends is followed by another. Without it, a pass counts.
+
+    Attributes:
+        samples: in an epoch; an estimate for batches without length.
+        last_batch: number of samples in the last batch of an epoch.
     """
 
     def __init__(
-        self, batches: Any, device: torch.device, *, seed: int, shard: Shard = WHOLE
+        self,
+        batches: Any,
+        device: torch.device,
+        *,
+        seed: int,
+        shard: Shard = WHOLE,
+        steps: int | None = None,
     ) -> None:
         self.batches, self.device, self.seed, self.shard = batches, device, seed, shard
-        self._length, self.samples = self._count()
+        self.repeats = steps is not None and not _has_length(batches)
+        if self.repeats and steps is not None:
+            first = next(self._fetch(0), None)
+            self.last_batch = 0 if first is None else batch_size(first)
+            self._length, self.samples = steps, steps * self.last_batch
+        else:
+            self._length, self.samples, self.last_batch = self._count()
 
     def __len__(self) -> int:
         return self._length
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield batches `start`, `start` + 1, ... of an epoch, on the device."""
-        for number, batch in enumerate(self._fetch(epoch)):
+        for number, batch in enumerate(islice(self._passes(epoch), self._length)):
             if number >= start:
                 yield tree_to_device(self.shard.of(batch), self.device)
 
@@ -57,7 +81,7 @@ class ReadyBatches:
         missing = held_out_size(self.samples) or self.samples
         usual_size = round(self.samples / len(self))
         batches: list[Batch] = []
-        for batch in self._fetch(_HELD_OUT_EPOCH):
+        for batch in self._passes(_HELD_OUT_EPOCH):
             size = usual_size if shared_length(batch) is None else batch_size(batch)
             count = min(missing, size)
             # A copy: a loader may fill the same memory again.
@@ -71,20 +95,46 @@ class ReadyBatches:
         """Return a hash of the first batch, or "" if it differs each time it is read."""
         return repeatable_fingerprint(next(self._fetch(0)) for _ in range(2))
 
-    def _count(self) -> tuple[int, int]:
-        """Return the numbers of batches and samples; unless a DataLoader knows, by a pass."""
+    def _count(self) -> tuple[int, int, int]:
+        """Return the numbers of batches, samples, and samples in the last batch.
+
+        Unless a DataLoader knows them, a pass counts. Raises DataError for one that does not end.
+        """
         loader = self.batches
         if isinstance(loader, DataLoader) and loader.batch_size:
             sampler: Any = loader.sampler
             if hasattr(sampler, "__len__"):
                 complete = len(loader) * loader.batch_size
-                return len(loader), complete if loader.drop_last else len(sampler)
-        sizes = [batch_size(batch) for batch in self._fetch(0)]
-        return len(sizes), sum(sizes)
+                samples = complete if loader.drop_last else len(sampler)
+                return len(loader), samples, samples - complete + loader.batch_size
+        sizes = []
+        for batch in self._fetch(0):
+            sizes.append(batch_size(batch))
+            if len(sizes) > _MOST_COUNTED and not _has_length(loader):
+                raise DataError(
+                    f"The {type(loader).__name__} has no length, and {_MOST_COUNTED:,} batches of "
+                    "it are not all; give --max-steps for training data without end, or its class "
+                    "a __len__."
+                )
+        return len(sizes), sum(sizes), sizes[-1] if sizes else 0
 
-    def _fetch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch as they come. Raises DataError if one cannot be read."""
-        iterator, number = None, 0
+    def _passes(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch; of batches without length, pass after pass."""
+        number = 0
+        while True:
+            first = number
+            for batch in self._fetch(epoch, number):
+                number += 1
+                yield batch
+            if number == first or not self.repeats:
+                return
+
+    def _fetch(self, epoch: int, number: int = 0) -> Iterator[Batch]:
+        """Yield the batches of a pass as they come, the first of them seeded as batch `number`.
+
+        Raises DataError if one cannot be read.
+        """
+        iterator = None
         while True:
             try:
                 with seeded("batch", self.seed, epoch, number):
@@ -99,11 +149,23 @@ class ReadyBatches:
             number += 1
 
 
+def _has_length(batches: Any) -> bool:
+    """True if the number of batches is known; a DataLoader asks its data set."""
+    try:
+        len(batches)
+    except TypeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Stored:
     """Batches in memory, each given as a copy, as a network may change its input in place."""
 
     batches: list[Batch]
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return (copied(batch) for batch in self.batches)

@@ -30,8 +30,15 @@ def is_torchvision(name: str, root: str) -> bool:
 def open_torchvision(name: str, root: str, kwargs: dict[str, Any]) -> Source:
     """Open torchvision's data set `name`, which must already be in the folder `root`.
 
-    Raises DataError if it is not there, UsageError if it has no splits or refuses `kwargs`.
+    Raises DataError if it is not there, UsageError if it has no splits or refuses `kwargs`, and if
+    these ask for a download.
     """
+    kwargs = dict(kwargs)
+    if kwargs.pop("download", False):  # some classes pass it on without naming it themselves
+        raise UsageError(
+            "data.kwargs.download: ddq downloads nothing; fetch the data with "
+            f"torchvision.datasets.{name}({root!r}, download=True) first."
+        )
     dataset_class = getattr(datasets, name)
     accepted = inspect.signature(dataset_class).parameters
     if "train" in accepted:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ddqcli.formatting import visible
+from ddqcli.runs.files import write_atomic
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff;
   --card: #f6f8fa; --line: #d1d9e0; }
@@ -55,31 +58,41 @@ class Section:
     pictures: Sequence[str] = ()
 
 
-def write_html(path: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Write the page and return its path. Everything but the pictures is escaped."""
+def write_html(
+    path: Path, title: str, sections: Sequence[Section], inputs: Sequence[Path] = ()
+) -> Path:
+    """Write the page and return its path. Everything but the pictures is escaped.
+
+    Raises UsageError or DDQError if it cannot be written, or would replace one of the `inputs`.
+    """
     body = "\n".join(_section(section) for section in sections)
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{_text(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
-<h1>{escape(title)}</h1>
+<h1>{_text(title)}</h1>
 {body}
 </body>
 </html>
 """
-    path.write_text(page, encoding="utf-8", newline="\n")
+    write_atomic(path, lambda temporary: temporary.write_bytes(page.encode()), inputs=inputs)
     return path
+
+
+def _text(text: str) -> str:
+    """Return HTML that shows `text` in one line."""
+    return escape(visible(text))
 
 
 def _section(section: Section) -> str:
     parts = [
-        f"<h2>{escape(section.title)}</h2>",
-        *(f"<p>{escape(text)}</p>" for text in section.text if text),
+        f"<h2>{_text(section.title)}</h2>",
+        *(f"<p>{_text(text)}</p>" for text in section.text if text),
     ]
     if section.table:
         parts.append(_table(section.table))
@@ -93,7 +106,7 @@ def _table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         classes = [' class="text"' if k < table.text else "" for k in range(len(cells))]
         inner = "".join(
-            f"<{tag}{css}>{escape(cell)}</{tag}>" for css, cell in zip(classes, cells, strict=True)
+            f"<{tag}{css}>{_text(cell)}</{tag}>" for css, cell in zip(classes, cells, strict=True)
         )
         return f"<tr>{inner}</tr>"
 

@@ -29,8 +29,9 @@ def write_report_page(source: Path, report: Report, path: Path) -> Path:
     else:
         groups = [draw_bits(weights, "name")]
     sections = [_result(source, report), *map(_figures, groups), _layers(report)]
+    title = f"ddq report: {source.resolve().name}"
     with output_folder(page.parent):
-        return html.write_html(page, f"ddq report: {source.resolve().name}", sections)
+        return html.write_html(page, title, sections, [] if source.is_dir() else [source])
 
 
 def _figures(group: FigureGroup) -> html.Section:
@@ -43,6 +44,7 @@ def _result(source: Path, report: Report) -> html.Section:
     rows = [
         ["bytes", f"{totals.float_bytes:,}", f"{totals.bytes:,}"],
         ["not quantized", "", f"{totals.kept_bytes:,}"],
+        ["manifest and header", "", f"{totals.manifest_bytes:,}"],
         ["stored bits a weight", "", f"{totals.average_bits:.3f}"],
     ]
     if accuracy:

@@ -13,15 +13,17 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.data.trees import Tree, arguments, map_tensors, sliced, tensor_names
 from ddqcli.errors import UsageError
+from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 from ddqcli.quant.grid import GRID_CELLS
 
@@ -39,17 +41,24 @@ def require_onnx() -> None:
         raise UsageError(f"ONNX needs {', '.join(missing)}; run pip install 'ddqcli[onnx]'.")
 
 
-def write_onnx(
-    path: Path,
+@dataclass(frozen=True)
+class OnnxModel:
+    """An ONNX file in memory."""
+
+    raw: bytes
+    proto: onnx.ModelProto
+    unpacked: dict[str, NDArray[Any]]  # the stored weights by the value to which they unpack
+
+
+def make_onnx(
     model: nn.Module,
     weights: Mapping[str, QuantizedTensor],
     example: Tree,
     about: Mapping[str, str],
-) -> None:
-    """Write a model to an ONNX file with an open batch size.
+) -> OnnxModel:
+    """Return a model as an ONNX file with an open batch size.
 
     Args:
-        path: file to write.
         model: the network as `ddqcli.load` returns it.
         weights: its quantized tensors under all of their names.
         example: inputs of some samples, a tree of tensors [B, ...].
@@ -59,20 +68,35 @@ def write_onnx(
     """
     require_onnx()
     import onnx
+    import onnxscript
 
     from ddqcli.onnx.integer_graph import rewrite
+    from ddqcli.onnx.seal import sealed
 
     model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in model.modules():
         quantizer = getattr(module, "input_quantizer", None)
         if isinstance(quantizer, FrozenInputQuantizer):
             module.input_quantizer = _OnnxInputQuantizer(quantizer)
-    # From a batch of one the exporter would conclude that the batch size is always one.
-    two_samples = map_tensors(lambda x: x.cpu().contiguous(), sliced(example, [0, -1]))
-    proto = rewrite(_export_float(model, two_samples), weights)
-    onnx.helper.set_model_props(proto, dict(about))
+    proto = _export_float(model, _two_samples(example))
+    unpacked = rewrite(proto, weights)
+    exporter = f"torch {torch.__version__}, onnxscript {onnxscript.__version__}"
+    raw = sealed(proto, {**about, "exporter": exporter})
     onnx.checker.check_model(proto)
-    onnx.save(proto, path)
+    return OnnxModel(raw, proto, unpacked)
+
+
+def make_float_onnx(model: nn.Module, example: Tree) -> bytes:
+    """Return the model without the quantizers of its inputs, in float, to compare times."""
+    from ddqcli.onnx.integer_graph import rewrite
+
+    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    for module in model.modules():
+        if input_quantizer(module) is not None:
+            remove_input_quantizer(module)
+    proto = _export_float(model, _two_samples(example))
+    rewrite(proto, {})
+    return bytes(proto.SerializeToString())
 
 
 class _OnnxInputQuantizer(nn.Module):
@@ -166,6 +190,11 @@ def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
             raise UsageError(
                 f"The model {where}cannot be exported to ONNX: {_first_cause(error)}"
             ) from error
+
+
+def _two_samples(example: Tree) -> Tree:
+    """Return a batch of two: from one, the exporter would conclude that there is always one."""
+    return map_tensors(lambda x: x.cpu().contiguous(), sliced(example, [0, -1]))
 
 
 @contextmanager

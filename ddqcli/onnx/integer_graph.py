@@ -1,8 +1,9 @@
 """Rewrite torch's float ONNX graph to integer arithmetic; needs onnx, not torch.
 
-A weight is (level - zero_point) * scale: an int8 tensor without any rounding. BatchNorm after a
-convolution is one factor and one shift a channel: the factor goes into the scale, so the integers
-stay what was trained. onnxruntime runs what stands between uint8 and uint8,
+A weight is (level - zero_point) * scale: an int8 tensor without any rounding, stored packed where
+that is smaller. BatchNorm after a convolution is one factor and one shift a channel: the factor
+goes into the scale, so the integers stay what was trained. onnxruntime runs what stands between
+uint8 and uint8,
 
     DequantizeLinear -> Conv <- DequantizeLinear <- int8
                         Conv -> BatchNormalization -> Relu -> QuantizeLinear
@@ -22,14 +23,20 @@ from onnx import NodeProto
 
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.onnx.graph import Array, Graph, attributes
-from ddqcli.onnx.kernel import IntegerShift, Kernel, to_int8
+from ddqcli.onnx.kernel import Kernel, to_int8
+from ddqcli.onnx.packed import add_integers
+from ddqcli.onnx.weights import add_dequantized, add_floats, add_shift
 from ddqcli.onnx.windows import Windows
 
 
-def rewrite(model: onnx.ModelProto, weights: Mapping[str, QuantizedTensor]) -> onnx.ModelProto:
-    """Return `model`, changed: `weights` replace the float initializers of these names."""
-    _Rewriter(model.graph, weights).run()
-    return model
+def rewrite(model: onnx.ModelProto, weights: Mapping[str, QuantizedTensor]) -> dict[str, Array]:
+    """Put `weights` in place of the float initializers of these names.
+
+    Returns the int8 or float32 tensors that the file holds, by the value to which they unpack.
+    """
+    rewriter = _Rewriter(model.graph, weights)
+    rewriter.run()
+    return rewriter.graph.unpacked
 
 
 class _Rewriter:
@@ -42,7 +49,7 @@ class _Rewriter:
         self.dequantized: dict[str, str] = {}  # weight -> its value in its own shape
 
     def run(self) -> None:
-        for node in list(self.graph.proto.node):
+        for node in self.graph.old_nodes:
             if node.output and node.output[0] not in self.absorbed:
                 self._replace(node)
         self.graph.finish()
@@ -51,10 +58,12 @@ class _Rewriter:
         if node.op_type == "Conv" and node.input[1] in self.weights:
             self._replace_conv(node)
         elif node.op_type in ("Gemm", "MatMul") and (name := self._linear_weight(node)):
-            kernel = Kernel.of(self.weights[name], self._bias(node))
-            self._add_product(node.input[0], name, kernel.integers.T, kernel, None, node.output[0])
+            self._replace_linear(node, name)
         elif node.output[0] in self.clip_ranges:
             self._add_clipped_quantize(node)
+        elif node.op_type == "CastLike" and (to := self.graph.types.get(node.input[1])):
+            # onnxruntime folds no CastLike, and fuses no Clip whose bounds are not constant.
+            self.graph.add_node("Cast", node.input[:1], node.output[0], to=to)
         else:
             copy = NodeProto()  # the original is still looked up by other nodes
             copy.CopyFrom(node)
@@ -66,8 +75,9 @@ class _Rewriter:
     # ---- convolutions
 
     def _replace_conv(self, conv: NodeProto) -> None:
-        name = conv.input[1]
-        kernel, output = self._fold_norm(conv, Kernel.of(self.weights[name], self._bias(conv)))
+        tensor = self.weights[conv.input[1]]
+        kernel, output = self._fold_norm(conv, Kernel.of(tensor, self._bias(conv)))
+        name = self.graph.new_name(conv.input[1])
         dequantize = self.graph.producer(conv.input[0], "DequantizeLinear")
         if dequantize is None:
             self._add_float_conv(conv, name, kernel, output)
@@ -75,7 +85,9 @@ class _Rewriter:
         shift = kernel.integer_shift(self.graph.constant(dequantize.input[1]))
         quantize = self._quantize_after(output)
         windows = self._windows(conv)
-        if shift and quantize is not None and kernel.has_one_zero_point:  # as QLinearConv requires
+        if (
+            shift is not None and quantize is not None and kernel.has_one_zero_point
+        ):  # as QLinearConv requires
             self._absorb_activation(output, quantize)
             self._add_integer_conv(conv, name, kernel, dequantize, shift, output)
         elif windows and not kernel.is_small:
@@ -145,7 +157,7 @@ class _Rewriter:
         name: str,
         kernel: Kernel,
         dequantize: NodeProto,
-        shift: IntegerShift,
+        shift: Array,
         output: str,
     ) -> None:
         """Add a convolution between dequantized integers.
@@ -157,7 +169,7 @@ class _Rewriter:
         is_plain = integers.ndim == 4 and attributes(conv).get("group", 1) == 1
         if missing and is_plain and not kernel.zero_point.any():
             pads = np.array([0] * 5 + [missing, 0, 0], np.int64)
-            pads_name = graph.add_constant(graph.new_name(f"{name}.pads"), pads)
+            pads_name = graph.add_constant(f"{name}.pads", pads)
             codes, scale, zero_point = dequantize.input[:3]
             padded = graph.add_node(
                 "Pad", [codes, pads_name, zero_point], graph.new_name(f"{x}.padded")
@@ -166,20 +178,20 @@ class _Rewriter:
                 "DequantizeLinear", [padded, scale, zero_point], graph.new_name(f"{x}.wide")
             )
             integers = np.pad(integers, ((0, 0), (0, missing), (0, 0), (0, 0)))
-        weight = graph.add_dequantize(name, integers, kernel.scale, kernel.zero_point, 0)
-        self._add_conv(conv, [x, weight, self._add_shift(name, shift)], output)
+        stored = add_integers(graph, name, integers, 0)
+        weight, weight_scale = add_dequantized(graph, name, stored, kernel, 0)
+        bias = add_shift(graph, name, shift, weight_scale, dequantize.input[1])
+        self._add_conv(conv, [x, weight, bias], name, output)
 
     def _add_float_conv(self, conv: NodeProto, name: str, kernel: Kernel, output: str) -> None:
-        """Add a convolution that runs in float: a small kernel as float weights, others as int8."""
-        graph = self.graph
-        if kernel.is_small:
-            weight = graph.add_constant(graph.new_name(f"{name}.float"), kernel.floats())
-        else:
-            weight = graph.add_dequantize(name, kernel.integers, kernel.scale, kernel.zero_point, 0)
-        shift = graph.add_constant(graph.new_name(f"{name}.shift"), kernel.shift)
-        self._add_conv(conv, [conv.input[0], weight, shift], output)
+        """Add a convolution that runs in float."""
+        weight = add_floats(
+            self.graph, name, kernel.integers, kernel.scale, kernel.zero_point, axis=0
+        )
+        shift = self.graph.add_constant(f"{name}.shift", kernel.shift)
+        self._add_conv(conv, [conv.input[0], weight, shift], name, output)
 
-    def _add_conv(self, conv: NodeProto, inputs: list[str], output: str) -> None:
+    def _add_conv(self, conv: NodeProto, inputs: list[str], name: str, output: str) -> None:
         del conv.input[:]
         conv.input.extend(inputs)
         conv.output[0] = output
@@ -213,7 +225,7 @@ class _Rewriter:
         name: str,
         kernel: Kernel,
         dequantize: NodeProto,
-        shift: IntegerShift | None,
+        shift: Array | None,
         output: str,
     ) -> None:
         """Add a convolution as a matrix product over its windows.
@@ -235,19 +247,41 @@ class _Rewriter:
             x = graph.add_node("Pad", [x, pads, zero_point], graph.new_name(f"{base}.padded"))
         if not windows.are_pixels:
             x = graph.add_reshape(x, [0, -1, channels])
-            pixels = graph.shared_constant(f"{windows}", windows.pixels())
+            pixels = graph.shared(f"{windows}", lambda: self._add_pixels(windows))
             x = graph.add_node("Gather", [x, pixels], graph.new_name(f"{base}.windows"), axis=1)
         x = graph.add_reshape(x, [-1, windows.taps * channels])
         rows = graph.add_node(
             "DequantizeLinear", [x, scale, zero_point], graph.new_name(f"{base}.rows")
         )
-        matrix = kernel.integers.transpose(2, 3, 1, 0).reshape(-1, outputs)
-        product = graph.new_name(f"{base}.product")
-        self._add_product(rows, name, matrix, kernel, shift, product)
+        matrix = add_integers(
+            graph, name, kernel.integers.transpose(2, 3, 1, 0).reshape(-1, outputs), 1
+        )
+        product = f"{name}.windows_product"
+        weight, weight_scale = add_dequantized(graph, name, matrix, kernel, 1)
+        if shift is None:
+            self._add_float_product(rows, weight, name, kernel.shift, product)
+        else:
+            bias = add_shift(graph, name, shift, weight_scale, scale)
+            graph.add_node("Gemm", [rows, weight, bias], product)
         image = graph.add_reshape(product, [-1, *windows.output, outputs])
         graph.add_node("Transpose", [image], output, perm=[0, 3, 1, 2])
 
+    def _add_pixels(self, windows: Windows) -> str:
+        rows, columns = (
+            self.graph.add_constant(self.graph.new_name(f"window {part}"), value)
+            for part, value in zip(("rows", "columns"), windows.pixels(), strict=True)
+        )
+        return self.graph.add_node("Add", [rows, columns], self.graph.new_name("window pixels"))
+
     # ---- linear layers
+
+    def _replace_linear(self, node: NodeProto, weight: str) -> None:
+        kernel = Kernel.of(self.weights[weight], self._bias(node))
+        name = self.graph.new_name(weight)
+        stored = add_integers(self.graph, name, kernel.integers, 0)
+        matrix = self.graph.add_node("Transpose", [stored], f"{name}.matrix", perm=[1, 0])
+        value, _ = add_dequantized(self.graph, name, matrix, kernel, 1)
+        self._add_float_product(node.input[0], value, name, kernel.shift, node.output[0])
 
     def _linear_weight(self, node: NodeProto) -> str | None:
         """Return the quantized weight [out, in] of a linear layer with quantized input, or None."""
@@ -266,33 +300,14 @@ class _Rewriter:
         is_quantized = self.graph.producer(node.input[0], "DequantizeLinear") is not None
         return name if is_matrix and is_quantized else None
 
-    def _add_product(
-        self,
-        x: str,
-        name: str,
-        matrix: Array,
-        kernel: Kernel,
-        shift: IntegerShift | None,
-        output: str,
-    ) -> None:
-        """Add dequantized x [..., n] times the matrix [n, K] plus the shift [K].
-
-        The kernel's float shift is added if `shift` is None.
-        """
+    def _add_float_product(self, x: str, weight: str, name: str, shift: Array, output: str) -> None:
+        """Add dequantized x [..., n] times a dequantized weight [n, K], plus a float shift [K]."""
         graph = self.graph
-        weight = graph.add_dequantize(name, matrix, kernel.scale, kernel.zero_point, 1)
-        if shift is not None:
-            graph.add_node("Gemm", [x, weight, self._add_shift(name, shift)], output)
-            return
-        product = graph.add_node("MatMul", [x, weight], graph.new_name(f"{name}.product"))
+        product = graph.add_node("MatMul", [x, weight], f"{name}.product")
         # Sub, because onnxruntime fuses MatMul and Add to a Gemm, which takes no float shift beside
         # integers.
-        minus_shift = graph.add_constant(graph.new_name(f"{name}.minus_shift"), -kernel.shift)
+        minus_shift = graph.add_constant(f"{name}.minus_shift", -shift)
         graph.add_node("Sub", [product, minus_shift], output)
-
-    def _add_shift(self, name: str, shift: IntegerShift) -> str:
-        zero_point = np.zeros_like(shift.values)
-        return self.graph.add_dequantize(f"{name}.shift", shift.values, shift.unit, zero_point, 0)
 
     # ---- other users of weights
 
@@ -306,7 +321,8 @@ class _Rewriter:
             return name
         if name not in self.dequantized:
             integers, zero_point = to_int8(tensor)
-            self.dequantized[name] = self.graph.add_dequantize(
-                name, integers, tensor.scale, zero_point, tensor.axis
+            base = self.graph.new_name(name)
+            self.dequantized[name] = add_floats(
+                self.graph, base, integers, tensor.scale, zero_point, tensor.axis
             )
         return self.dequantized[name]

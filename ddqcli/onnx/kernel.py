@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,6 @@ from ddqcli.artifact.tensors import QuantizedTensor
 Array = NDArray[Any]
 MIN_CHANNELS = 16  # input channels from which on integer arithmetic of float results is faster
 _MAX_SHIFT = 2**30  # fits an int32 with room for the sum of products
-
-
-class IntegerShift(NamedTuple):
-    """A shift of integer sums: values * unit."""
-
-    values: Array  # int32 [K]
-    unit: Array  # float32 [K]
 
 
 @dataclass(frozen=True)
@@ -45,19 +38,12 @@ class Kernel:
 
     @property
     def is_small(self) -> bool:
-        """True if integers save neither time nor bytes: 3 input channels, or 1 of a depthwise."""
+        """True if integers save no time: 3 input channels, or 1 of a depthwise convolution."""
         return bool(self.integers.shape[1] < MIN_CHANNELS)
 
     @property
     def has_one_zero_point(self) -> bool:
         return len(set(self.zero_point.tolist())) == 1
-
-    def floats(self) -> Array:
-        """Return the weights as float32."""
-        per_channel = (-1, *[1] * (self.integers.ndim - 1))
-        zero_point = self.zero_point.astype(np.float32).reshape(per_channel)
-        floats: Array = (self.integers - zero_point) * self.scale.reshape(per_channel)
-        return floats
 
     def folded(
         self, weight: Array, bias: Array, mean: Array, variance: Array, epsilon: float
@@ -71,14 +57,14 @@ class Kernel:
         scale = (self.scale * factor).astype(np.float32)
         return replace(self, scale=scale, shift=shift.astype(np.float32))
 
-    def integer_shift(self, input_scale: Array) -> IntegerShift | None:
-        """Round the shift to multiples of scale * input_scale; None if that fits no int32."""
+    def integer_shift(self, input_scale: Array) -> Array | None:
+        """Return the shift in units of scale * input_scale, int32 [K]; None if it fits no int32."""
         unit = self.scale * input_scale
         with np.errstate(divide="ignore", invalid="ignore"):
             rounded = np.rint(self.shift.astype(np.float64) / unit)
         rounded[(unit == 0) & (self.shift == 0)] = 0
         if np.all(np.abs(rounded) < _MAX_SHIFT):
-            return IntegerShift(rounded.astype(np.int32), unit)
+            return np.asarray(rounded, np.int32)
         return None
 
 

@@ -31,10 +31,13 @@ class Comparison:
     torch_accuracy: float | None = None
 
 
-def session(path: Path, *, optimized: bool) -> onnxruntime.InferenceSession:
+def session(
+    file: Path | bytes, *, optimized: bool, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
     """Return an onnxruntime session on the CPU with torch's number of threads.
 
-    Raises VerificationError if the file cannot be loaded.
+    `profile` begins the name of the file to which it writes the time of each kernel. Raises
+    VerificationError if the file cannot be loaded.
     """
     import onnxruntime
 
@@ -45,14 +48,21 @@ def session(path: Path, *, optimized: bool) -> onnxruntime.InferenceSession:
     )
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if _saturates_sums():
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(file) if isinstance(file, Path) else file,
+            options,
+            providers=["CPUExecutionProvider"],
+        )
     except Exception as error:  # onnxruntime's errors have no narrower parent
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
-        raise VerificationError(f"onnxruntime cannot load {path}: {reason}") from error
+        name = file if isinstance(file, Path) else "the file"
+        raise VerificationError(f"onnxruntime cannot load {name}: {reason}") from error
 
 
 def _saturates_sums() -> bool:

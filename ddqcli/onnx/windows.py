@@ -28,10 +28,10 @@ class Windows(NamedTuple):
         """True if the windows are the pixels of the image: a 1x1 convolution without strides."""
         return self.taps == 1 and self.image == self.output
 
-    def pixels(self) -> NDArray[Any]:
-        """Return the pixel of the padded image at each tap of each window.
+    def pixels(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return two arrays whose sum is the pixel of the padded image at each tap of each window.
 
-        int32 [H' * W' * kh * kw]; pixels are counted row by row.
+        int32 [H', 1, kh, 1] and [1, W', 1, kw]; pixels are counted row by row.
         """
         rows, columns = (
             np.arange(self.output[axis])[:, None] * self.strides[axis]
@@ -39,5 +39,5 @@ class Windows(NamedTuple):
             for axis in (0, 1)
         )  # [H', kh], [W', kw]
         width = self.image[1] + self.pads[1] + self.pads[3]
-        pixels = rows[:, None, :, None] * width + columns[None, :, None, :]
-        return pixels.astype(np.int32).reshape(-1)
+        rows, columns = (part.astype(np.int32) for part in (rows * width, columns))
+        return rows[:, None, :, None], columns[None, :, None, :]

@@ -12,7 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ddqcli.formatting import visible
 from ddqcli.plots.style import INK, PAPER, settings
+from ddqcli.runs.files import write_atomic
 
 # Points. A page scrolls a wider figure on a phone instead of shrinking it until it is illegible.
 MAX_SMALL_WIDTH = 330
@@ -21,15 +23,16 @@ MAX_SMALL_WIDTH = 330
 def save(figure: Figure, stem: Path, *, png: bool = True) -> tuple[Path, ...]:
     """Write `stem`.png (unless `png` is False) and `stem`.svg; return their paths.
 
-    The same figure gives the same bytes.
+    The same figure gives the same bytes. Raises UsageError or DDQError if they cannot be written.
     """
     png_path, svg_path = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
     if png:
         # A palette of 256 holds these flat colors in a third of the bytes; octree keeps rare ones.
         image = _render(figure).convert("RGB")
         image = image.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        image.save(png_path)
-    svg_path.write_text(svg_of(figure), encoding="utf-8", newline="\n")
+        write_atomic(png_path, lambda temporary: image.save(temporary, "PNG"))
+    svg = svg_of(figure).encode()
+    write_atomic(svg_path, lambda temporary: temporary.write_bytes(svg))
     return (png_path, svg_path) if png else (svg_path,)
 
 
@@ -47,7 +50,7 @@ def svg_of(figure: Figure) -> str:
     buffer = io.StringIO()
     with settings():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return "\n".join(map(visible, buffer.getvalue().split("\n")))  # XML allows no control codes
 
 
 def for_page(svg: str) -> str:

@@ -20,7 +20,7 @@ def size_against_accuracy_figure(
     stored: tuple[float, float] | None = None,
     metric: str = "accuracy, %",
 ) -> Figure:
-    """Draw the accuracy of each series, or another metric, over the size of all tensors.
+    """Draw the accuracy of each series, or another metric, over the size of the file.
 
     Each point is (bytes, value, label). `stored` is the float model's size and value, `metric` the
     name and unit of values.
@@ -42,7 +42,7 @@ def size_against_accuracy_figure(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.margins(0.1, 0.15)
-        axes.set_xlabel(f"size of all tensors, {unit} (log)")
+        axes.set_xlabel(f"size of the file, {unit} (log)")
         axes.set_ylabel(metric)
         axes.grid()
         add_legend(figure, 0, loc="lower left")

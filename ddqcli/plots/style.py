@@ -61,6 +61,7 @@ _SETTINGS: dict[str, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a layer may be called $x$
     "svg.hashsalt": "ddq",
     "path.simplify": True,
 }

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ddqcli.artifact.manifest import (
+    activation_leaf,
+    alias_leaf,
+    description_bytes,
+    float_leaf,
+    quantized_leaf,
+)
 from ddqcli.artifact.sizes import tensor_bytes
 from ddqcli.errors import BudgetError
+from ddqcli.qat.frozen import INPUT, tensor_to_array
 from ddqcli.qat.kept_float import BIASES_KEPT
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
 from ddqcli.quant.knapsack import BitOptions, check_feasible, minimum_cost
 from ddqcli.recipe.schema import Recipe
 from ddqcli.recipe.size import parse_size
+
+DESCRIPTION = "names, shapes and the report"  # as refusals call header and manifest
 
 
 @dataclass(frozen=True)
@@ -23,9 +35,11 @@ class ResolvedBudget:
     Attributes:
         limit: cost allowed for all quantized tensors together; None without a budget.
         overhead_bytes: what the file holds beside them: floats and tables of input levels.
+        description_bytes: the most that header and manifest of the file take, with `meta`.
         float_bytes: bytes of the float model's tensors.
         weights: number of quantized values.
         eqn6: costs are counted as in Eqn (6), the sum of N * 2^s, and not in bytes.
+        meta: what the manifest says about the model.
     """
 
     limit: int | None
@@ -33,20 +47,28 @@ class ResolvedBudget:
     float_bytes: int
     weights: int
     eqn6: bool = False
+    description_bytes: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def file_limit(self) -> int | None:
-        """The budget in bytes of all the file's tensors."""
-        return None if self.limit is None or self.eqn6 else self.limit + self.overhead_bytes
+        """The budget in bytes of the whole file."""
+        if self.limit is None or self.eqn6:
+            return None
+        return self.limit + self.overhead_bytes + self.description_bytes
 
 
 def make_budget(
-    model: QuantizedModel, recipe: Recipe, float_bytes: int | None = None
+    model: QuantizedModel,
+    recipe: Recipe,
+    float_bytes: int | None = None,
+    meta: Mapping[str, Any] | None = None,
 ) -> ResolvedBudget:
     """Return the recipe's budget for a model. Raises BudgetError if it cannot be met.
 
     Without `float_bytes` (the float model's bytes before any forward pass) no forward pass was made
     yet. Layers may then turn out to be never called, so the levels of their inputs not stored.
+    `meta` is what the file's manifest will say about the model, or something as long.
     """
     overhead = kept_bytes(model)
     overhead_bytes, uncertain = sum(overhead.values()), 0
@@ -55,6 +77,8 @@ def make_budget(
         quantized = nbytes(t.parameter for t in model.tensors)
         float_bytes = overhead_bytes - uncertain + quantized
     weights = sum(t.parameter.numel() for t in model.tensors)
+    meta = meta or {}
+    described = _description_bytes(model, meta)
     target, eqn6 = recipe.budget, recipe.budget.count == "eqn6"
     limit = None
     if target.target_bits is not None:
@@ -63,7 +87,9 @@ def make_budget(
         _check_usable(model, recipe, target.target_bits, limit)
     elif target.target_size is not None:
         try:
-            limit = parse_size(target.target_size, float_bytes) - overhead_bytes
+            size = parse_size(target.target_size, float_bytes)
+            limit = size - overhead_bytes - described
+            overhead[DESCRIPTION] = described
         except ValueError as error:
             raise BudgetError(f"{error}, of a float model of {float_bytes:,} bytes.") from error
     options = [BitOptions(t.name, costs_of(t, eqn6), {}) for t in model.tensors]
@@ -75,7 +101,22 @@ def make_budget(
             unit="by Eqn (6)'s count" if eqn6 else "bytes",
             remedies=_remedies(model, recipe),
         )
-    return ResolvedBudget(limit, overhead_bytes, float_bytes, weights, eqn6)
+    return ResolvedBudget(limit, overhead_bytes, float_bytes, weights, eqn6, described, meta)
+
+
+def _description_bytes(model: QuantizedModel, meta: Mapping[str, Any]) -> int:
+    """Return the most that header and manifest of the model's file take."""
+    leaves = {name: alias_leaf(target) for name, target in model.aliases.items()}
+    leaves |= {name + INPUT: activation_leaf() for name in model.activations}
+    for t in model.tensors:
+        groups = len(t.quantizer.bits)
+        leaves[t.name] = quantized_leaf(t.shape, t.quantizer.axis if groups > 1 else None)
+    for name, value in model.float_tensors().items():
+        dtype = tensor_to_array(torch.empty(0, dtype=value.dtype)).dtype
+        leaves[name] = float_leaf(name, dtype, tuple(value.shape))
+    inputs = sum(activation_bytes(a.bits) for a in model.activations.values())
+    most = inputs + sum(stored_bytes(t, 8) + 128 * len(t.quantizer.bits) for t in model.tensors)
+    return description_bytes(leaves, most, meta)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

@@ -28,9 +28,12 @@ from ddqcli.qat.layer_config import (
     LayerConfig,
     attach_config,
     layer_configs,
+    weight_names,
 )
 from ddqcli.qat.model import QuantizedModel
-from ddqcli.qat.parameters import BIASES, Place, kind_of
+from ddqcli.qat.parameters import Place, is_bias, kind_of
+from ddqcli.qat.recurrent import forget_read_weights
+from ddqcli.qat.reparametrized import own_class
 from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.quantizer import DDQuantizer
 from ddqcli.recipe.schema import Recipe
@@ -79,6 +82,9 @@ def attach(quantized: QuantizedModel, recipe: Recipe) -> None:
         attach_config(quantized.model.get_submodule(layer), config)
     for tensor in quantized.tensors:
         for module, local in _distinct(tensor.places):
+            own_class(module)
+            if local in weight_names(module)[:1]:
+                forget_read_weights(module)
             parametrize.register_parametrization(module, local, tensor.quantizer, unsafe=True)
     for layer, quantizer in quantized.activations.items():
         attach_input_quantizer(quantized.model.get_submodule(layer), quantizer)
@@ -132,7 +138,7 @@ def _fitted_quantizer(
             f"{first.name} holds NaN or infinite values; "
             "take a checkpoint from before training diverged."
         )
-    if first.local in BIASES:
+    if is_bias(first.local):
         return DDQuantizer.from_tensor(parameter, config.bias_bits or 8, kind="uniform")
     for place in places:
         if configs[place.layer] != config:

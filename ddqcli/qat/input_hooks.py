@@ -105,10 +105,6 @@ def _quantize_attention_inputs(
     names = ("query", "key", "value")
     others = {**kwargs, **dict(zip(names, args, strict=False))}
     query, key, value = (others.pop(name) for name in names)
-    quantizer: Any = input_quantizer(module)
-    if quantizer is not None and quantizer.observing:
-        # The first tensor that a quantizer observes sets its range, so it gets all three as one.
-        quantizer(torch.cat([x.flatten() for x in (query, key, value)]))
     q = _quantize(module, query)
     k = q if key is query else _quantize(module, key)
     v = q if value is query else k if value is key else _quantize(module, value)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ddqcli.qat.layer_config import EMBEDDINGS, AttentionOutput, LayerConfig, weight_names
-from ddqcli.qat.parameters import BIASES, Place, kind_of
+from ddqcli.qat.parameters import Place, is_bias, kind_of
 
 BIASES_KEPT = "biases are kept in float (weights.bias_bits)"
 BUFFER = "a buffer: no gradient trains it"
@@ -54,14 +54,14 @@ def _reason_at(place: Place, parameter: nn.Parameter, config: LayerConfig | None
         )
     if config and config.skip:
         return "an override says skip"
-    if config is None or local not in (*weight_names(module), *BIASES):
+    if config is None or not (local in weight_names(module) or is_bias(local)):
         return f"{kind_of(module)} {local}: no quantizer for this kind of parameter"
     if not parameter.numel():
         return "holds no values"
     if parameter.dtype != torch.float32:
         remedy = "only float32 is quantized, which model.float() makes of other floating types"
         return f"holds {parameter.dtype}; {remedy}"
-    if local in BIASES:
+    if is_bias(local):
         return BIASES_KEPT if config.bias_bits is None else None
     if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
         return "max_norm changes it in place"

@@ -44,6 +44,12 @@ def weight_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the weights that can be quantized in a module of this type."""
     if isinstance(module, nn.MultiheadAttention):
         return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    if isinstance(module, nn.RNNBase):
+        suffixes = ("", "_reverse") if module.bidirectional else ("",)
+        ends = [f"l{k}{suffix}" for k in range(module.num_layers) for suffix in suffixes]
+        return tuple(f"weight_{kind}_{end}" for end in ends for kind in ("ih", "hh", "hr"))
+    if isinstance(module, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh")
     quantizable = (*CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS, nn.Linear)
     return ("weight",) if isinstance(module, quantizable) else ()
 

@@ -19,6 +19,7 @@ from ddqcli.qat.input_hooks import (
     input_quantizer,
     remove_input_quantizer,
 )
+from ddqcli.qat.reparametrized import make_plain
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 
 
@@ -59,6 +60,8 @@ def fill(
 
     Raises CheckpointError for another network, and then leaves the model as it was.
     """
+    # `ddq finetune` stores weights that the network computes (weight_norm) as plain ones.
+    make_plain(model, lambda name: name in tensors)
     layers = {name.removesuffix(INPUT): table for name, table in tables.items()}
     _check_fit(model, tensors, layers, source)
     model.load_state_dict(dict(tensors))

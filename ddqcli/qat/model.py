@@ -20,9 +20,9 @@ from ddqcli.qat.kept_float import (
 )
 from ddqcli.qat.layer_config import LayerConfig, attached_configs
 from ddqcli.qat.parameters import (
-    BIASES,
     Place,
     float_state,
+    is_bias,
     kind_of,
     parameter_places,
     shared_names,
@@ -127,7 +127,7 @@ class QuantizedModel:
                 continue
             quantized.tensors.append(_quantized_parameter(parameter, places, quantizer, configs))
             for place in places:
-                if place.local not in BIASES:
+                if not is_bias(place.local):
                     layers.setdefault(id(place.module), place)
         for place in layers.values():
             if activation := activation_quantizer(place):
@@ -194,14 +194,14 @@ def _quantized_parameter(
     configs: Mapping[str, LayerConfig],
 ) -> QuantizedParameter:
     first = places[0]
-    is_bias, config = first.local in BIASES, configs.get(first.layer)
+    bias, config = is_bias(first.local), configs.get(first.layer)
     values = parameter.detach()
     return QuantizedParameter(
         name=first.name,
-        kind="bias" if is_bias else kind_of(first.module),
+        kind="bias" if bias else kind_of(first.module),
         parameter=parameter,
         quantizer=quantizer,
-        min_bits=quantizer.max_bits if is_bias or config is None else config.min_bits,
+        min_bits=quantizer.max_bits if bias or config is None else config.min_bits,
         max_bits=quantizer.max_bits,
         float_is_constant=bool((values == values.flatten()[:1]).all()),
         places=places,

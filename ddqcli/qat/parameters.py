@@ -13,7 +13,8 @@ from ddqcli.qat.layer_config import CONVOLUTIONS
 from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.quantizer import DDQuantizer
 
-BIASES = ("bias", "in_proj_bias")  # of layers that have weights; quantized by Eqn (5)
+_BIASES = ("bias", "in_proj_bias", "bias_k", "bias_v")
+_RECURRENT_BIASES = ("bias_ih", "bias_hh")  # beginnings of names
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Place:
         """The quantizer that is attached here, if any."""
         parametrizations = parametrizations_of(self.module).get(self.local)
         return attached_quantizer(parametrizations) if parametrizations else None
+
+
+def is_bias(local: str) -> bool:
+    """True for a bias of a layer that has weights, which Eqn (5) quantizes."""
+    return local in _BIASES or local.startswith(_RECURRENT_BIASES)
 
 
 def parameter_places(model: nn.Module) -> list[tuple[nn.Parameter, list[Place]]]:

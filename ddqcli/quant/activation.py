@@ -18,12 +18,16 @@ from ddqcli.quant.lloyd_max import lloyd_max
 from ddqcli.quant.quantizer import DDQuantizer, check_finite
 from ddqcli.quant.straight_through import ReplaceForward
 
+_SAMPLED = 2**16  # about as many values of an input after the first are observed
+_SCALE_OF_ZEROS = 1e-25  # no input that is not zero has so small a step
+
 
 class ActivationQuantizer(nn.Module):
     """Quantizes activations at a fixed bit-width.
 
     Until `fit` is called it returns its input as it is. While `observing`, it also takes a
-    histogram of the first batch, to which `fit` then fits the step size or the levels.
+    histogram of all calls, to which `fit` then fits the step size or the levels: of the whole first
+    input, and of some values of the others beside their smallest and largest ones.
 
     Attributes:
         bits: bit-width a.
@@ -31,7 +35,7 @@ class ActivationQuantizer(nn.Module):
             logarithm, one learning rate fits all layers.
         zero_point: whole number; codes run from -zero_point to 2^a - 1 - zero_point. 0 after ReLU.
         learned: the DDQuantizer used in place of the step size for learned levels, or None.
-        values: number of values in the observed batch.
+        values: number of values in the first observed input.
         use_compiled: use torch.compile. Worth it in long runs only.
     """
 
@@ -55,9 +59,7 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
-            if self.histogram is None:  # one batch is enough
-                check_finite(x)
-                self.histogram = Histogram.of(x.detach().float().cpu().numpy())
+            self._observe(x.detach())
             return x
         if self.learned is not None:
             self.learned.use_compiled = self.use_compiled
@@ -67,6 +69,26 @@ class ActivationQuantizer(nn.Module):
             x, self.scale(), self.low_code, high_code, self.use_compiled
         )
         return quantized
+
+    def _observe(self, x: Tensor) -> None:
+        """Add the values of an input to the histogram; the first one sets `values`."""
+        if not x.numel():
+            return
+        check_finite(x)
+        if self.histogram is None:
+            self.values = x.numel()
+            self.histogram = Histogram.of(x.float().cpu().numpy())
+            return
+        flat = x.reshape(-1)
+        some = flat[:: -(-flat.numel() // _SAMPLED)].float().cpu().numpy()
+        low, high = (float(value) for value in flat.aminmax())
+        sample = Histogram.of(some, low=low, high=high)
+        self.histogram += sample.scaled(flat.numel() / some.size)
+
+    @property
+    def saw_only_zeros(self) -> bool:
+        """True if it was fitted to zeros alone: any other value is then far outside its range."""
+        return bool(self.table()["scale"] < _SCALE_OF_ZEROS)
 
     def scale(self) -> Tensor:
         """The step size in force, a scalar."""
@@ -89,11 +111,11 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def fit(self) -> bool:
-        """Fit to the observed batch and quantize from now on. False if no batch was observed."""
+        """Fit to the observed inputs and quantize from now on. False if none was observed."""
         histogram, self.histogram = self.histogram, None
         if histogram is None:
             return False
-        self.observing, self.values = False, int(histogram.count.sum())
+        self.observing = False
         if self.learned is not None:
             scale, zero_point = fit_grid(histogram)
             positions = lloyd_max(histogram, 2**self.bits) / scale + zero_point

@@ -17,7 +17,7 @@ CHUNK = 1 << 18  # values binned at a time: the intermediate arrays stay in the 
 class Histogram:
     """Equal bins over [low, high], with the number and the sum of the values in each.
 
-    Histograms over the same range and bins add up with `+`.
+    Histograms add up with `+`. Over different ranges, bins move as a whole to where their mean is.
 
     Attributes:
         low, high: the range.
@@ -64,13 +64,27 @@ class Histogram:
         return cls(low, high, count, total, square)
 
     def __add__(self, other: Histogram) -> Histogram:
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        a, b = self.over(low, high), other.over(low, high)
         return Histogram(
-            self.low,
-            self.high,
-            self.count + other.count,
-            self.total + other.total,
-            self.square + other.square,
+            low, high, a.count + b.count, a.total + b.total, self.square + other.square
         )
+
+    def over(self, low: float, high: float) -> Histogram:
+        """Return the histogram over a range that contains its own."""
+        if (low, high) == (self.low, self.high):
+            return self
+        mean, count, total = self.points()
+        bins = len(self.count)
+        index = np.clip((mean - low) / (high - low) * bins, 0, bins - 1).astype(np.intp)
+        counts = np.bincount(index, weights=count, minlength=bins).astype(np.float64)
+        totals = np.bincount(index, weights=total, minlength=bins).astype(np.float64)
+        return Histogram(low, high, counts, totals, self.square)
+
+    def scaled(self, factor: float) -> Histogram:
+        """Return the histogram of values that are `factor` times as many."""
+        parts = factor * self.count, factor * self.total
+        return Histogram(self.low, self.high, *parts, factor * self.square)
 
     def points(self) -> tuple[Array, Array, Array]:
         """Mean, count and sum of each non-empty bin, ascending."""

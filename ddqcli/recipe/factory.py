@@ -13,15 +13,17 @@ from types import ModuleType
 from typing import Any
 
 from ddqcli.errors import UsageError
+from ddqcli.recipe.consent import require_consent
 
 FACTORY_SPEC = "write it as package.module:factory or path/to/file.py:factory"
 
 
 def import_factory(spec: str) -> Callable[..., Any]:
-    """Return the function that `spec` names. Raises UsageError.
+    """Return the function that `spec` names. Raises UsageError, also without consent to run it.
 
     `spec` is `package.module:factory` or `path/to/file.py:factory`.
     """
+    require_consent(spec)
     location, _, name = spec.rpartition(":")
     if not location or not name:
         raise UsageError(f"{spec!r} names no function; {FACTORY_SPEC}.")

@@ -22,6 +22,8 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.recipe.yaml_text import parse_sections
 
 RECIPE_NAME = "ddq.yaml"
+_END = b"\n...\n"  # of a resolved recipe
+_MAX_SIZE = 1 << 18  # bytes; a recipe with a hundred overrides has a tenth of it
 _TARGETS = ("target_bits", "target_size")  # of a budget; either may be a list
 
 
@@ -65,7 +67,8 @@ def load_recipes(path: Path | None, flags: dict[str, Any] | None = None) -> list
 def dump_recipes(recipes: Sequence[Recipe], folder: Path) -> str:
     """Return recipes that differ only in their targets as one YAML text for a file in `folder`.
 
-    Every field is written out, defaults included.
+    Every field is written out, defaults included. The text ends with YAML's `...`, so that a file
+    that was cut short does not pass for one with more defaults.
     """
     raw = recipes[0].model_dump()
     if len(recipes) > 1:
@@ -74,9 +77,16 @@ def dump_recipes(recipes: Sequence[Recipe], folder: Path) -> str:
             for field in _TARGETS
             if raw["budget"][field]
         }
-    move_paths(raw, lambda path: os.path.relpath(path, folder), os.path.exists)
-    text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    real_folder = os.path.realpath(folder)
+    move_paths(raw, lambda path: os.path.relpath(path, real_folder), os.path.exists)
+    text: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, explicit_end=True)
     return text
+
+
+def require_whole(path: Path) -> None:
+    """Raise RecipeError if the end of a file of `dump_recipes` is missing."""
+    if not path.read_bytes().endswith(_END):
+        raise RecipeError(str(path), ["  it is cut short: its last line is not `...`"])
 
 
 def differences(first: Recipe, second: Recipe) -> list[str]:
@@ -96,6 +106,10 @@ def differences(first: Recipe, second: Recipe) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     """Return the sections in a file, with paths relative to the working folder."""
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"The recipe {path} cannot be read: it is no regular file.")
+        if path.stat().st_size > _MAX_SIZE:
+            raise RecipeError(str(path), [f"  has more than {_MAX_SIZE:,} bytes; is it a recipe?"])
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"The recipe {path} cannot be read: {error.strerror}.") from error
@@ -104,13 +118,19 @@ def _read(path: Path) -> dict[str, Any]:
             str(path), [f"  byte {error.start}: not UTF-8 text; a recipe is a YAML file"]
         ) from error
     raw = parse_sections(text, str(path))
-    folder = path.parent
+    folder = _without_links(path.parent)
     move_paths(
         raw,
         lambda name: os.path.normpath(folder / name),
         lambda name: (folder / name).exists(),
     )
     return raw
+
+
+def _without_links(folder: Path) -> Path:
+    """Return the folder that a linked one leads to; `..` in a recipe starts there."""
+    real = os.path.realpath(folder)
+    return folder if real == os.path.abspath(folder) else Path(os.path.relpath(real))
 
 
 def _remove_targets(raw: dict[str, Any]) -> None:

@@ -168,7 +168,7 @@ class Budget(_Section):
 
     # Average stored bits of a quantized weight, levels and gates included.
     target_bits: Annotated[Finite, Field(gt=0, le=32)] | None = None
-    # Bytes of all tensors in the file: 150kB, 1.8MB, or 12% of the float model.
+    # Bytes of the exported file: 150kB, 1.8MB, or 12% of the float model's tensors.
     target_size: str | None = None
     # Unit of target_bits. bytes: as in the file. eqn6: the paper's sum of N * 2^s, as printed.
     count: Literal["bytes", "eqn6"] = "bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -16,14 +17,15 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml comes without stub
     """A safe loader that refuses duplicate keys, of which PyYAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [
-            key.value
-            for key, _ in node.value
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<"
-        ]
-        if duplicate := next((key for key in keys if keys.count(key) > 1), None):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if "<<" in keys:  # nested merges make a small file endless
             raise yaml.constructor.ConstructorError(
-                None, None, f"{duplicate} is given twice", node.start_mark
+                None, None, "<< merges have no use in a recipe", node.start_mark
+            )
+        key, count = next(iter(Counter(keys).most_common(1)), ("", 0))
+        if count > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key} is given twice", node.start_mark
             )
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping

@@ -7,30 +7,44 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
+
+from ddqcli.formatting import visible
 
 ENVELOPE_VERSION = 1
 
 _PIPE_WIDTH = 160  # columns if stdout is not a terminal, so that layer names stay whole
 
 
-class _ResultConsole(Console):
+class _PlainConsole(Console):
+    """Console that shows any string as one line of plain text: no markup, emoji or control codes.
+
+    What needs several lines or a color is a `rich.text.Text`.
+    """
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, highlight=False, emoji=False, markup=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **(options | {"markup": False, "emoji": False}))
+
+
+class _ResultConsole(_PlainConsole):
     """Console for stdout that raises BrokenPipeError, which the command line handles."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
-class _NotesConsole(Console):
+class _NotesConsole(_PlainConsole):
     """Console for stderr that goes quiet when its reader leaves; the work continues."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
-out = _ResultConsole(
-    highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH
-)
-err = _NotesConsole(stderr=True, highlight=False, emoji=False)
+out = _ResultConsole(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+err = _NotesConsole(stderr=True)
 
 
 def json_envelope(

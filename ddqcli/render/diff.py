@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ from rich.table import Table
 
 from ddqcli.commands.diff import COLUMNS, DiffResult, Pair
 from ddqcli.formatting import shorten
+from ddqcli.render.data import csv_text, markdown, markdown_table
 
 NONE = "-"
 _FORMATS: dict[str, Callable[[Any], str]] = {
@@ -24,7 +23,8 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
 
 def show(result: DiffResult, console: Console) -> None:
     """Print A and B, the values of each layer side by side, then the totals."""
-    console.print(f"A  {result.a}\nB  {result.b}\n", markup=False, soft_wrap=True)
+    for line in (f"A  {result.a}", f"B  {result.b}", ""):
+        console.print(line, soft_wrap=True)
     columns = COLUMNS if console.width >= 100 else ("bits", "bytes", "error")
     layers = _table(_header(columns))
     cells_width = sum(18 if column == "bytes" else 16 for column in columns) + 2
@@ -74,22 +74,21 @@ def sides(pair: Pair, form: Callable[[Any], str]) -> tuple[str, str]:
 
 def as_csv(result: DiffResult) -> str:
     """Return the layers as CSV, numbers unformatted; empty where a side has no such layer."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     header = [f"{column}_{side}" for column in COLUMNS for side in "ab"]
-    writer.writerow(["name", "kind", "shape", *header])
+    rows = []
     for layer in result.layers:
         values = [layer[column][side] for column in COLUMNS for side in "ab"]
-        writer.writerow([layer["name"], layer["kind"], "x".join(map(str, layer["shape"])), *values])
-    return stream.getvalue().rstrip("\n")
+        rows.append([layer["name"], layer["kind"], "x".join(map(str, layer["shape"])), *values])
+    return csv_text(["name", "kind", "shape", *header], rows)
 
 
 def as_markdown(result: DiffResult) -> str:
     """Return totals and layers as Markdown, for the summary of a CI job."""
-    title = ["### ddq report", "", f"- A: {result.a}", f"- B: {result.b}", ""]
-    totals = _markdown(["", "A", "B", "change"], total_rows(result))
+    a, b = (markdown(str(side)) for side in (result.a, result.b))
+    title = ["### ddq report", "", f"- A: {a}", f"- B: {b}", ""]
+    totals = markdown_table(["", "A", "B", "change"], total_rows(result))
     rows = [[layer["name"], *_cells(layer, COLUMNS)] for layer in result.layers]
-    return "\n".join([*title, *totals, "", *_markdown(_header(COLUMNS), rows)])
+    return "\n".join([*title, *totals, "", *markdown_table(_header(COLUMNS), rows)])
 
 
 def _header(columns: Sequence[str]) -> list[str]:
@@ -98,11 +97,6 @@ def _header(columns: Sequence[str]) -> list[str]:
 
 def _cells(layer: dict[str, Any], columns: Sequence[str]) -> list[str]:
     return [cell for column in columns for cell in sides(layer[column], _FORMATS[column])]
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]]
 
 
 def _table(header: Sequence[str]) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
@@ -9,6 +11,10 @@ from ddqcli.commands.export import ExportResult
 from ddqcli.commands.export_onnx import OnnxResult
 from ddqcli.formatting import size
 
+if TYPE_CHECKING:
+    from ddqcli.onnx.bench import Bench
+
+_MOST_LAYERS = 5  # that are listed as slower than in float
 _PARTS = ("indices", "levels", "scales", "gates", "floats", "manifest", "header", "file")
 
 
@@ -57,7 +63,9 @@ def _lines(result: ExportResult) -> list[str]:
 
 
 def _onnx_lines(result: OnnxResult) -> list[str]:
-    lines = []
+    lines = [
+        f"bits: all {result.values:,} weights of {result.tensors} tensors are unpacked as trained"
+    ]
     for comparison, runtime in (
         (result.optimized, "onnxruntime"),
         (result.unoptimized, "without optimizations"),
@@ -71,4 +79,20 @@ def _onnx_lines(result: OnnxResult) -> list[str]:
             ours = f"torch {metric.text(comparison.torch_accuracy)}"
             line += f", {metric.name} {metric.text(comparison.accuracy)} ({ours})"
         lines.append(line)
-    return lines + [f"unchecked  {reason}" for reason in result.unchecked]
+    lines += [f"unchecked  {reason}" for reason in result.unchecked]
+    return lines if result.bench is None else lines + _bench_lines(result.bench)
+
+
+def _bench_lines(bench: Bench) -> list[str]:
+    threads = f"{bench.threads} thread{'s' * (bench.threads > 1)}"
+    lines = [
+        f"bench: {bench.float_ms:.3g} ms a sample in float, {bench.quantized_ms:.3g} ms quantized, "
+        f"{bench.speedup:.2f} times as fast ({threads}, median of {bench.runs} paired runs)"
+    ]
+    lines += [
+        f"slower than float: {layer.name}, {layer.float_ms:.3g} -> {layer.quantized_ms:.3g} ms"
+        for layer in bench.layers[:_MOST_LAYERS]
+    ]
+    if (more := len(bench.layers) - _MOST_LAYERS) > 0:
+        lines.append(f"slower than float: {more} more layers; --json lists them")
+    return lines

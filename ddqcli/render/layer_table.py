@@ -55,7 +55,7 @@ def layer_table(rows: Sequence[Any], columns: Sequence[Column], console: Console
     table.add_column("layer", no_wrap=True)
     for column in columns:
         table.add_column(
-            column.header,
+            Text(column.header),
             justify="right" if column.right else "left",
             min_width=column.width,
             no_wrap=True,

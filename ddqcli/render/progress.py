@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ddqcli.formatting import visible
 from ddqcli.render.console import err
 from ddqcli.runs.evaluation import Metric
 
@@ -88,11 +89,11 @@ class _ProgressBar(Progress):
 
     def __init__(self) -> None:
         super().__init__(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=err,
             transient=True,
         )
@@ -100,6 +101,7 @@ class _ProgressBar(Progress):
 
     def show(self, what: str, done: int, total: int, detail: str = "") -> None:
         """Update the task, or replace the one shown if its description differs."""
+        what = visible(what)
         if self.current is None or self.current[0] != what:
             if self.current is not None:
                 self.remove_task(self.current[1])

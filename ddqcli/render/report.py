@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-
 from rich.console import Console
 from rich.table import Table
 
 from ddqcli.formatting import shorten
+from ddqcli.render.data import csv_text, markdown, markdown_table
 from ddqcli.runs.report import Report
 
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
@@ -62,6 +60,11 @@ def total_lines(report: Report) -> list[str]:
         f"size       {totals.float_bytes:,} -> {totals.bytes:,} bytes ({ratio:.1f}x smaller), "
         f"{totals.average_bits:.3f} bits a weight"
     ]
+    if totals.manifest_bytes:
+        lines.append(
+            f"of it      {totals.quantized_bytes:,} bytes quantized, {totals.kept_bytes:,} not "
+            f"quantized, {totals.manifest_bytes:,} manifest and header"
+        )
     if totals.budget_bytes is not None:
         used = 100 * totals.bytes / totals.budget_bytes
         lines.append(f"budget     {totals.budget_bytes:,} bytes, {used:.1f}% used")
@@ -84,19 +87,13 @@ def total_lines(report: Report) -> list[str]:
 
 def as_csv(report: Report) -> str:
     """Return the layers as CSV, numbers unformatted."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in report.layers:
-        values = {**row.data(), "shape": "x".join(map(str, row.shape))}
-        writer.writerow([values[column] for column in CSV_COLUMNS])
-    return stream.getvalue().rstrip("\n")
+    values = [{**row.data(), "shape": "x".join(map(str, row.shape))} for row in report.layers]
+    return csv_text(CSV_COLUMNS, [[row[column] for column in CSV_COLUMNS] for row in values])
 
 
 def as_markdown(report: Report) -> str:
     """Return totals and layers as Markdown, for the summary of a CI job."""
-    totals = [f"- {line.replace('  ', ' ').strip()}" for line in total_lines(report)]
-    header = "| " + " | ".join(COLUMNS) + " |"
-    rule = "| " + " | ".join("---:" if c in _NUMBERS else "---" for c in COLUMNS) + " |"
-    cells = ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows(report)]
-    return "\n".join(["### ddq report", "", *totals, "", header, rule, *cells])
+    totals = [f"- {markdown(line.replace('  ', ' ').strip())}" for line in total_lines(report)]
+    cells = [[row[column] for column in COLUMNS] for row in rows(report)]
+    table = markdown_table(COLUMNS, cells, text=len(set(COLUMNS) - _NUMBERS))
+    return "\n".join(["### ddq report", "", *totals, "", *table])

@@ -36,6 +36,12 @@ class Metric(Record):
             return f"{after - before:+.2f} points"
         return f"{after - before:+.4g} {self.unit}".rstrip()
 
+    def amount(self, difference: Value) -> str:
+        """Return a difference without sign: 10.1 points, 0.3 dB."""
+        if self.unit == "%":
+            return f"{abs(difference):.1f} points"
+        return f"{abs(difference):.4g} {self.unit or self.name}"
+
     def drop(self, before: Value, after: Value) -> Value:
         """Return by how much `after` is worse than `before`; negative if it is better."""
         return before - after if self.better == "higher" else after - before

@@ -1,9 +1,11 @@
-"""Atomic writes, file locks, and disk errors as one sentence."""
+"""Whole files or none: the one way to write an output; file locks; disk errors as a sentence."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -11,17 +13,26 @@ from typing import IO, Any
 from ddqcli.errors import DDQError, UsageError
 
 _WRONG_PLACE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomic(
+    path: Path, write: Callable[[Path], Any], *, owner: str = "", inputs: Iterable[Path] = ()
+) -> None:
     """Let `write` fill a temporary file beside `path`, then move it to `path`.
 
-    Readers see the old file or the new one, also after a crash. Raises UsageError if the place
-    cannot be written to, DDQError if the disk refuses.
+    Readers see the old file or the new one, also after a crash or a power loss. `owner` begins the
+    temporary file's name, so that its run can remove it after a kill.
+
+    Raises UsageError if the place cannot be written to, if `path` is a link or a device, or is one
+    of the `inputs` or lies in one; DDQError if the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_output(path, inputs)
+    temporary = path.with_name(temporary_name(owner))
     with disk_errors(path):
         try:
+            # Whoever else can write to the folder can neither guess the name nor prepare a link.
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666))
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -29,14 +40,65 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
-def try_lock(file: IO[str]) -> bool:
-    """Take the file's lock until the process ends; return False if another process holds it."""
+def temporary_name(owner: str) -> str:
+    """Return an unguessable name for a file that is being written for `owner`."""
+    return f"{temporary_prefix(owner)}{secrets.token_hex(16)}.tmp"
+
+
+def temporary_prefix(owner: str) -> str:
+    """Return the beginning of the names of temporary files of `owner`."""
+    return f".ddq-{owner}-" if owner else ".ddq-"
+
+
+def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raise UsageError unless `path` is free, or a regular file that is none of the `inputs`.
+
+    A folder among the inputs stands for the files below it.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # nothing is there; what else is wrong shows itself in writing
+        return
+    if not stat.S_ISREG(mode):
+        kind = "it is a link" if stat.S_ISLNK(mode) else "it is no regular file"
+        reason = "Is a directory" if stat.S_ISDIR(mode) else kind
+        raise UsageError(f"{path} cannot be written: {reason}; remove it, or name another file.")
+    for source in inputs:
+        if _is_same(path, source):
+            raise UsageError(
+                f"{path} cannot be written: it belongs to what this command reads; name another "
+                "file for the output."
+            )
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Return a descriptor of a run's own file. Raises UsageError for links, devices and pipes."""
+    check_output(path)
+    descriptor = os.open(path, flags | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # put there in this moment
+        os.close(descriptor)
+        raise UsageError(f"{path} cannot be opened: it is no regular file; remove it.")
+    return descriptor
+
+
+def sync(path: Path) -> None:
+    """Wait until what was appended to a file is on the disk; nothing if there is no file."""
+    with suppress(FileNotFoundError), os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        os.fsync(file.fileno())
+
+
+def try_lock(file: IO[Any], *, shared: bool = False) -> bool:
+    """Take the file's lock until it is closed; return False if another process holds it.
+
+    Any number of processes may hold a shared lock, while none holds an exclusive one.
+    """
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):  # not a POSIX system, or a file system without locks
@@ -58,3 +120,22 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise kind(
             f"{path} cannot be written: {cause.strerror}; what was there before is kept."
         ) from error
+
+
+def _is_same(path: Path, source: Path) -> bool:
+    try:
+        if source.is_dir():
+            return path.resolve().is_relative_to(source.resolve())
+        return path.samefile(source)
+    except OSError:  # the source is gone
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename on the disk. File systems that cannot do it for a folder are left alone."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -6,17 +6,18 @@ The last line may be cut short, by a process that was killed while it wrote.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
-from ddqcli.runs.files import disk_errors, write_atomic
+from ddqcli.runs.files import disk_errors, open_own, write_atomic
 
 Kind = Literal["step", "snapshot", "look"]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects in the file, without damaged lines; none if there is no file."""
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     return [entry for line in lines if (entry := _parse(line)) is not None]
@@ -24,7 +25,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
     """Append one object. Raises UsageError or DDQError if the disk refuses."""
-    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    with disk_errors(path), open(open_own(path, flags), "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
@@ -35,10 +37,10 @@ def kind_of(entry: dict[str, Any]) -> Kind:
     return "look" if "held_out_loss" in entry else "step"
 
 
-def truncate(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`."""
+def truncate(path: Path, step: int, owner: str) -> None:
+    """Remove the lines of steps after `step`. `owner` is the run's token."""
     text = "".join(f"{json.dumps(e)}\n" for e in read_lines(path) if e["step"] <= step)
-    write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()))
+    write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()), owner=owner)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ runs/20260131-142310-resnet20/
     final.pt        the quantized model (indices, levels, gates, float remainder), and the float
                     weights behind it
     report.json     the figures of `ddq report`; written last, so it marks a finished run
+    .ddq, .lock     the marker that ddq made this folder, and the lock of the process that writes
 
 A sweep over several targets is a folder of runs, one for each target, with
     sweep.yaml      the resolved recipe with all targets
@@ -24,3 +25,5 @@ METRICS = "metrics.jsonl"
 LAST = "last.pt"
 FINAL = "final.pt"
 LOCK = ".lock"
+MARKER = ".ddq"
+OWN_FILES = (RECIPE, SWEEP_RECIPE, METRICS, LAST, FINAL, REPORT, SWEEP, LOCK, MARKER)

@@ -63,14 +63,15 @@ class TensorRow(Record):
 
 
 class Totals(Record):
-    """Sizes of the whole model. Bytes are those of all tensors, without names and header."""
+    """Sizes of the exported file."""
 
-    bytes: int
+    bytes: int  # of the whole file
     float_bytes: int
     budget_bytes: int | None
     average_bits: float  # stored bits a quantized weight, level tables included
     quantized_bytes: int
     kept_bytes: int  # of unquantized tensors and of inputs' level tables
+    manifest_bytes: int = 0  # of names, shapes, report and header; older reports do not count them
     weights: int  # number of quantized values
 
     @classmethod
@@ -80,18 +81,20 @@ class Totals(Record):
         *,
         float_bytes: int,
         overhead_bytes: int,
+        manifest_bytes: int,
         budget_bytes: int | None,
     ) -> Totals:
-        """Return the totals of all quantized tensors and the `overhead_bytes` beside them."""
+        """Return the totals of all quantized tensors and of the bytes beside them."""
         quantized_bytes = sum(row.bytes for row in rows)
         weights = sum(math.prod(row.shape) for row in rows)
         return cls(
-            bytes=quantized_bytes + overhead_bytes,
+            bytes=quantized_bytes + overhead_bytes + manifest_bytes,
             float_bytes=float_bytes,
             budget_bytes=budget_bytes,
             average_bits=8 * quantized_bytes / max(1, weights),
             quantized_bytes=quantized_bytes,
             kept_bytes=overhead_bytes,
+            manifest_bytes=manifest_bytes,
             weights=weights,
         )
 
@@ -173,6 +176,12 @@ class Report(Record):
             "float_bytes": self.totals.float_bytes,
         }
 
+    def with_manifest(self, nbytes: int) -> Report:
+        """Return the report of a file whose manifest and header take `nbytes`."""
+        change = nbytes - self.totals.manifest_bytes
+        totals = {"bytes": self.totals.bytes + change, "manifest_bytes": nbytes}
+        return self.model_copy(update={"totals": self.totals.model_copy(update=totals)})
+
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Report:
         """Return the report of an exported file.
@@ -199,6 +208,7 @@ class Report(Record):
             rows,
             float_bytes=embedded["float_bytes"],
             overhead_bytes=artifact.sizes.payload - sum(row.bytes for row in rows),
+            manifest_bytes=artifact.sizes.file - artifact.sizes.payload,
             budget_bytes=embedded["budget_bytes"],
         )
         activations = [

@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli.errors import DDQError, UsageError
-from ddqcli.recipe.file import differences, dump_recipes, load_recipes
+from ddqcli.recipe.file import differences, dump_recipes, load_recipes, require_whole
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs import folder
 from ddqcli.runs import metrics as metrics_file
-from ddqcli.runs.files import write_atomic
-from ddqcli.runs.names import FINAL, LAST, METRICS, RECIPE, REPORT, SWEEP, SWEEP_RECIPE
+from ddqcli.runs.files import sync, write_atomic
+from ddqcli.runs.marker import token_of
+from ddqcli.runs.names import (
+    FINAL,
+    LAST,
+    METRICS,
+    OWN_FILES,
+    RECIPE,
+    REPORT,
+    SWEEP,
+    SWEEP_RECIPE,
+)
 from ddqcli.runs.report import Report
 from ddqcli.runs.state import check_resumable, load_torch, save_torch
 
@@ -28,6 +38,7 @@ class Run:
     """A run folder; `ddqcli.runs.names` lists its files."""
 
     path: Path
+    trusted: bool = False  # the user said that the code it names may run
 
     @classmethod
     def create(cls, path: Path | None, name: str) -> Run:
@@ -38,26 +49,45 @@ class Run:
         return cls(folder.create_folder(path, name))
 
     @classmethod
-    def open(cls, path: Path | None) -> Run:
+    def open(cls, path: Path | None, *, trust: bool = False) -> Run:
         """Return the finished run at `path`, or the newest one under runs/ for None.
 
-        Raises UsageError if there is none.
+        `trust` allows the code it names (see `ddqcli.runs.trust`). Raises UsageError if there is
+        no run.
         """
-        return cls(folder.find_finished(path))
+        return cls(folder.find_finished(path), trust)
 
     @classmethod
-    def unfinished(cls, path: Path | None, *, or_none: bool = False) -> Run | None:
+    def unfinished(
+        cls, path: Path | None, *, or_none: bool = False, trust: bool = False
+    ) -> Run | None:
         """Return the run or sweep to resume: at `path`, or the newest unfinished one for None.
 
         A run inside a sweep stands for the whole sweep. If there is none, returns None with
         `or_none` and raises UsageError otherwise.
         """
         path = folder.find_unfinished(path, or_none=or_none)
-        return None if path is None else cls(path)
+        return None if path is None else cls(path, trust)
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the folder's lock. Raises UsageError if another process holds it."""
         return folder.lock_folder(self.path)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep others from writing while this process reads. Raises UsageError if one does."""
+        return folder.hold_for_reading(self.path)
+
+    def inputs(self) -> list[Path]:
+        """Return the files of the run and of its recipe, which no output may replace."""
+        recipe = self.recipe()
+        source = recipe.data.source or ""
+        teacher = recipe.train.teacher
+        networks = [recipe.model.checkpoint, recipe.model.arch, teacher.checkpoint, teacher.arch]
+        named = [*(name for name in networks if name), source]
+        files = [Path(text) for name in named for text in (name, name.partition(":")[0])]
+        splits = [Path(source, split) for split in ("train", "val", "test")]
+        own = [self.path / name for name in OWN_FILES]
+        return [*own, *(path for path in files if path.is_file()), *splits]
 
     def remove_if_untrained(self) -> None:
         """Remove the folder if it holds no training state; keep files that are not a run's."""
@@ -81,7 +111,10 @@ class Run:
 
     def recipes(self) -> list[Recipe]:
         """Return the resolved recipe for each target. Raises RecipeError if they are damaged."""
-        return load_recipes(self.recipe_path)
+        recipes = load_recipes(self.recipe_path)
+        if token_of(self.path):  # folders of earlier versions have none, and recipes without an end
+            require_whole(self.recipe_path)
+        return recipes
 
     def recipe_text(self) -> str:
         """Return the text of recipe.yaml."""
@@ -127,7 +160,7 @@ class Run:
 
     def truncate_metrics(self, step: int) -> None:
         """Remove the metrics of steps after `step`, which a resumed run writes again."""
-        metrics_file.truncate(self.path / METRICS, step)
+        metrics_file.truncate(self.path / METRICS, step, token_of(self.path))
 
     def _lines(self, kind: metrics_file.Kind) -> list[dict[str, Any]]:
         entries = metrics_file.read_lines(self.path / METRICS)
@@ -136,8 +169,12 @@ class Run:
     # ---- training state and final model
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Write the torch file `name` (LAST, FINAL) atomically."""
-        save_torch(self.path / name, state)
+        """Write the torch file `name` (LAST, FINAL) atomically.
+
+        The metrics up to it are on the disk before, also if the power fails.
+        """
+        sync(self.path / METRICS)
+        save_torch(self.path / name, state, token_of(self.path))
 
     def load(self, name: str) -> dict[str, Any]:
         """Read the torch file `name`. Raises UsageError if missing, DDQError if damaged."""
@@ -194,7 +231,11 @@ class Run:
         return f"`ddq finetune --resume --run-dir {self.path}` writes it again"
 
     def _write(self, name: str, content: bytes) -> None:
-        write_atomic(self.path / name, lambda temporary: temporary.write_bytes(content))
+        write_atomic(
+            self.path / name,
+            lambda temporary: temporary.write_bytes(content),
+            owner=token_of(self.path),
+        )
 
 
 class ReadOnlyRun(Run):

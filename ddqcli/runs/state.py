@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +10,45 @@ from ddqcli.errors import UsageError
 from ddqcli.runs.files import write_atomic
 
 
-def save_torch(path: Path, state: dict[str, Any]) -> None:
-    """Write a state atomically. Raises UsageError or DDQError if the disk refuses."""
+def save_torch(path: Path, state: dict[str, Any], owner: str) -> None:
+    """Write a state atomically. Raises UsageError or DDQError if the disk refuses.
+
+    `owner` is the run's token.
+    """
     import torch
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             torch.save(state, file)
 
-    write_atomic(path, write)
+    write_atomic(path, write, owner=owner)
 
 
 def load_torch(path: Path) -> dict[str, Any]:
-    """Read a state onto the CPU; no code in it runs. Raises if any bit is damaged."""
+    """Read a state onto the CPU; no code in it runs.
+
+    Raises if any bit is damaged, or if a tensor claims to be larger than the file.
+    """
     import torch
 
-    with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
-        if broken := archive.testzip():
-            raise zipfile.BadZipFile(f"the checksum of {broken} differs")
+    from ddqcli.checkpoint.torch_load import check_zip
+
+    size = os.stat(path).st_size
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    check_zip(path, size)
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     if not isinstance(state, dict):
         raise TypeError(f"{path} holds a {type(state).__name__}")
+    stack: list[Any] = [state]
+    seen: set[int] = set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
+            raise ValueError(f"a tensor of shape {list(value.shape)} is larger than {path}")
+        if isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            stack += value.values() if isinstance(value, dict) else value
     return state
 
 

@@ -39,6 +39,7 @@ def find_warnings(
         _small_batches(trainer),
         _much_stays_float(trainer),
         _constant_tensors(trainer),
+        _zero_inputs(trainer),
         _unused_levels(trainer),
         _idle_gates(trainer, metrics),
         _idle_dbps(trainer, metrics),
@@ -52,16 +53,16 @@ def find_warnings(
 def _far_below_float(trainer: Trainer, course: Course) -> str | None:
     metric, values = trainer.data.judged_by, {s.name: s.accuracy for s in course.stages}
     before, after = values["float"], values[course.delivered]
-    if metric.drop(before, after) <= metric.tolerance(_FAR_BELOW_FLOAT, before):
+    drop = metric.drop(before, after)
+    if drop <= metric.tolerance(_FAR_BELOW_FLOAT, before):
         return None
     recipe = trainer.recipe
     bits = f"a larger budget (now {recipe.budget.target})"
     if recipe.budget.target == "none":
         bits = f"a larger weights.max_bits (now {recipe.weights.max_bits})"
     return (
-        f"the quantized model is far below the float model ({metric.name} "
-        f"{metric.change(before, after)}); take {bits}, more training data, or more train.epochs "
-        f"(now {recipe.train.epochs})"
+        f"the quantized model is {metric.amount(drop)} worse than the float model; take {bits}, "
+        f"more training data, or more train.epochs (now {recipe.train.epochs})"
     )
 
 
@@ -156,6 +157,19 @@ def _constant_tensors(trainer: Trainer) -> str | None:
         f"every value of {_join(names)} is the same after quantization, so later layers learn "
         "nothing from it; give it more bits by an override (min_bits), or take a smaller "
         f"train.lr (now {trainer.recipe.train.lr:g})"
+    )
+
+
+def _zero_inputs(trainer: Trainer) -> str | None:
+    """Name the layers whose input was zero in all calibration samples."""
+    inputs = trainer.quantized.activations.items()
+    names = [name for name, quantizer in inputs if quantizer.saw_only_zeros]
+    if not names:
+        return None
+    return (
+        f"the input of {_join(names)} was zero in all samples that its levels were fitted to, so "
+        "any other value is cut off; give training samples where it is not, or keep it in float by "
+        "an override (act_bits: 0)"
     )
 
 

@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddqcli.data.batches import WHOLE, Shard
 from ddqcli.data.fingerprint import sha256_of_tensors
-from ddqcli.errors import DDQError
+from ddqcli.errors import DDQError, UsageError
+
+_TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # which it sets beside WORLD_SIZE
 
 # gloo and NCCL have no exception class for this.
 _LOST_PEER_MESSAGES = ("closed by peer", "reset by peer", "remote process exit")
@@ -30,9 +32,22 @@ _LOST_PEER_MESSAGES = ("closed by peer", "reset by peer", "remote process exit")
 
 
 def shard() -> Shard:
-    """Return this process's rank and the world size, read from torchrun's environment."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return Shard(int(os.environ["RANK"]), world_size) if world_size > 1 else WHOLE
+    """Return this process's rank and the world size, read from torchrun's environment.
+
+    Other launchers set some of its variables, too: without a world size above 1, there is one
+    process. Raises UsageError if there are several and torchrun's variables are incomplete.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return WHOLE
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    rank, world_size = os.environ.get("RANK", ""), os.environ["WORLD_SIZE"]
+    if not missing and rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size):
+        return Shard(int(rank), int(world_size))
+    fault = f"{' and '.join(missing)} missing" if missing else f"RANK={rank} is no rank in it"
+    raise UsageError(
+        f"WORLD_SIZE={world_size} asks for several processes, but {fault}; start them with "
+        "torchrun, or unset WORLD_SIZE."
+    )
 
 
 def is_main() -> bool:

@@ -46,6 +46,7 @@ def build_report(
             rows,
             float_bytes=budget.float_bytes,
             overhead_bytes=budget.overhead_bytes,
+            manifest_bytes=budget.description_bytes,
             budget_bytes=budget.file_limit,
         ),
         metric=metric,

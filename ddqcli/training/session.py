@@ -24,6 +24,7 @@ from ddqcli.training.divergence import Diverged
 from ddqcli.training.evaluate import OnProgress, evaluate
 from ddqcli.training.listener import Listener
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMetrics
+from ddqcli.training.network_checks import refuse_batch_of_one
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.snapshot import is_snapshot_step, snapshot
 from ddqcli.training.start import choose_start
@@ -69,6 +70,8 @@ def build_trainer(
     trainer = Trainer(
         quantized, float_model if teacher is None else teacher, data, gates, recipe, steps
     )
+    if trainer.uses_batch_statistics and float_model is not None:
+        refuse_batch_of_one(float_model, data)
     if saved:
         trainer.load(saved)
         return trainer

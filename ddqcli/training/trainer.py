@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -33,6 +34,7 @@ from ddqcli.training.distillation import distillation, distillation_weight, flip
 from ddqcli.training.divergence import Diverged, explain_loss, require_finite
 from ddqcli.training.held_out import HeldOut, is_better, is_ruined
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMeans, StepMetrics
+from ddqcli.training.network_checks import is_reentrant
 from ddqcli.training.optimizers import make_optimizers
 from ddqcli.training.signals import hold_signals
 
@@ -73,6 +75,7 @@ class Trainer:
         self.best: Look | None = None  # of the state that is delivered if training ended now
         self._best_state: dict[str, Any] | None = None
         self.stages: dict[str, float] = {}  # metric on the evaluation data before training
+        self.reentrant = is_reentrant(self.model, data)
         self.device = next(self.model.parameters()).device
         self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0, steps}
         self.model.train()
@@ -229,7 +232,8 @@ class Trainer:
         """Return the loss, and the mean score of the batch."""
         self._set_learning_rates()
         self._seed()
-        with self.quantized.batched():  # backward too may quantize, under activation checkpointing
+        # Backward too may quantize, under activation checkpointing.
+        with nullcontext() if self.reentrant else self.quantized.batched():
             output, target, loss = self._forward(x, y)
             loss_value = float(loss.detach())
             self._backward(x, loss, loss_value)
@@ -258,7 +262,8 @@ class Trainer:
         bfloat16 = self.recipe.train.precision == "bfloat16"
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16),
-            parametrize.cached(),  # a weight that is read more than once is quantized once
+            # A weight that is read more than once is quantized once.
+            nullcontext() if self.reentrant else parametrize.cached(),
         ):
             target = self._target(x)
             output = call(self.parallel, x)

@@ -14,6 +14,7 @@ from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.tensors import ActivationTable
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import Checkpoint, load_checkpoint
+from ddqcli.checkpoint.torchvision_models import build_torchvision
 from ddqcli.data.batches import tree_to_device
 from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
@@ -22,6 +23,7 @@ from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.load import fill, to_torch
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.run import FINAL, Run
+from ddqcli.runs.trust import code_of
 from ddqcli.training.device import place_model, resolve_device
 from ddqcli.training.evaluate import OnProgress, evaluate
 from ddqcli.training.unlabelled import is_labelled, with_float_targets
@@ -97,28 +99,36 @@ def rebuild_model(
 ) -> nn.Module:
     """Return the run's network with these tensors, in eval mode on the device of its recipe.
 
-    Raises UsageError, which calls the tensors `source`, if the network cannot be built.
+    Raises UsageError, which calls the tensors `source`, if the network cannot be built, or only by
+    code that this user neither ran here nor trusts.
     """
     recipe = run.recipe()
-    if recipe.model.pickle and recipe.model.arch is None:  # the code is in the pickle alone
-        checkpoint = load_checkpoint(Path(recipe.model.checkpoint or ""), pickle=True)
-    else:
-        checkpoint = Checkpoint(Path(source), "", tensors, "")
-    named = checkpoint.module or recipe.model.arch
-    arch = recipe.model.arch if named else run.report().source.arch
-    model = build_model(checkpoint, arch, recipe.model.kwargs).model
-    fill(model, tensors, tables, source)
-    return place_model(model, _device(run)).eval()
+    with code_of(run):
+        if recipe.model.pickle and recipe.model.arch is None:  # the code is in the pickle alone
+            checkpoint = load_checkpoint(Path(recipe.model.checkpoint or ""), pickle=True)
+        else:
+            checkpoint = Checkpoint(Path(source), "", tensors, "")
+        if checkpoint.module or recipe.model.arch:
+            built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
+        else:  # the report names what was recognized
+            arch = run.report().source.arch
+            built = build_torchvision(checkpoint, arch, recipe.model.kwargs)
+    fill(built.model, tensors, tables, source)
+    return place_model(built.model, _device(run)).eval()
 
 
 def load_held_out(run: Run) -> Data:
-    """Load the data of the run. Raises UsageError or DataError if they are gone.
+    """Load the data of the run. Raises UsageError or DataError if they are gone or not trusted.
 
     Without labels, the float model's outputs are the targets: its checkpoint must still be there.
     """
     recipe = run.recipe()
-    data = load_data(recipe.data, seed=recipe.train.seed, device=_device(run))
-    return data if is_labelled(data) else with_float_targets(data, _float_model(run))
+    train = recipe.train
+    with code_of(run):
+        data = load_data(
+            recipe.data, seed=train.seed, device=_device(run), max_steps=train.max_steps
+        )
+        return data if is_labelled(data) else with_float_targets(data, _float_model(run))
 
 
 def _float_model(run: Run) -> nn.Module:

@@ -53,3 +53,13 @@ def test_faulty_files_have_their_own_errors(file: Path) -> None:
     for read in (read_artifact, decode_model):
         with pytest.raises(VerificationError, match="damaged or incomplete"):
             read(file)
+
+
+@pytest.mark.parametrize("size", [8, 9, 30, 49, 50, 113, 114, 200])
+def test_a_file_that_is_cut_short_is_damaged_and_not_of_another_kind(
+    tmp_path: Path, size: int
+) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((Path(__file__).parent / "golden.ddq").read_bytes()[:size])
+    with pytest.raises(VerificationError, match="incomplete"):
+        read_artifact(path)

@@ -30,7 +30,7 @@ from torch import nn
 from torchvision import models as zoo
 
 import ddqcli
-from ddqcli.onnx.export import write_onnx
+from ddqcli.onnx.export import make_onnx
 
 NETWORKS = ("resnet18", "mobilenet_v2")
 
@@ -78,7 +78,7 @@ def measure(name: str, folder: Path, threads: list[int], runs: int) -> list[dict
     plain, ddq = folder / f"{name}.float.onnx", folder / f"{name}.ddq.onnx"
     float_onnx(model, x[:2], plain)
     quantized = quantize(model, x, folder / f"{name}.safetensors")
-    write_onnx(ddq, ddqcli.load(quantized.path, model), quantized.weights, x, {})
+    ddq.write_bytes(make_onnx(ddqcli.load(quantized.path, model), quantized.weights, x, {}).raw)
     rows: list[dict[str, object]] = []
     for count in threads:
         sessions = [session(path, count) for path in (plain, ddq)]

@@ -312,8 +312,7 @@ def test_a_flag_or_a_named_recipe_allows_pickles(project: Path) -> None:
     assert (
         ddq("finetune", "--recipe", "ddq.yaml", "--run-dir", "runs/a", "--max-steps", "0").code == 0
     )
-    check_refusal("finetune --resume --run-dir runs/a", "recipe.yaml has model.pickle: true", 2)
-    assert ddq("finetune", "--resume", "--run-dir", "runs/a", "--allow-pickle").code == 0
+    assert ddq("finetune", "--resume", "--run-dir", "runs/a").code == 0, "made by this user"
 
 
 # ---- checkpoints

@@ -113,7 +113,9 @@ def test_completion_knows_commands_and_options() -> None:
     assert "_DDQ_COMPLETE=complete_bash" in script.stdout
     assert script.stdout.rstrip().endswith("ddq")
     assert completions("ddq fin", 1) == ["finetune"]
-    assert completions("ddq report --max", 2) == ["--max-size", "--max-bits", "--max-drop"]
+    assert completions("ddq report --max", 2) == [
+        *("--max-size", "--max-bits", "--max-drop", "--max")
+    ]
 
 
 def completions(words: str, index: int) -> list[str]:

@@ -13,7 +13,7 @@ from tiny_project import ddq, images
 
 import ddqcli
 from ddqcli.artifact.decoder import decode
-from ddqcli.commands import export as commands
+from ddqcli.runs import encode_run
 from ddqcli.runs.run import FINAL, Run
 
 RUN = Path("runs/done")
@@ -30,7 +30,7 @@ def test_the_file_holds_bit_for_bit_what_was_trained(finished: Path) -> None:
     for name, value in expected.items():
         assert np.array_equal(tensors[name], value.numpy()), name
     assert data["sizes"]["file"] == path.stat().st_size
-    assert data["sizes"]["payload"] == ddq("report", "--json").data["totals"]["bytes"]
+    assert data["sizes"]["file"] == ddq("report", "--json").data["totals"]["bytes"]
     assert data["verified"] == {
         "tensors": len(expected),
         "values": sum(v.numel() for v in expected.values()),
@@ -53,7 +53,7 @@ def test_every_kind_of_levels_can_be_exported_at_its_most_bits(
     report = ddq("finetune", "model.pt", *chosen, "--max-steps", "2", "--json", "-q").data
     most = {row["bits"] for row in report["layers"] if row["kind"] != "bias"}
     assert most == ({4} if levels == "power_of_two" else {8})
-    assert ddq("export", "--json").data["sizes"]["payload"] == report["totals"]["bytes"]
+    assert ddq("export", "--json").data["sizes"]["file"] == report["totals"]["bytes"]
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
@@ -67,6 +67,20 @@ def test_weights_that_are_zero_are_exported(project: Path, granularity: str) -> 
     for bits in ("3", "8"):
         assert ddq("finetune", "model.pt", "--set", f"budget.target_bits={bits}", *chosen).code == 0
         assert ddq("export").code == 0
+
+
+@pytest.mark.parametrize("target", ["2.3kB", "2500", "2600B", "50%"])
+def test_a_target_in_bytes_is_the_size_of_the_file(project: Path, target: str) -> None:
+    chosen = ["--target-size", target, "--epochs", "0", "--set", "weights.max_bits=8"]
+    totals = ddq("finetune", "model.pt", *chosen, "--json", "-q").data["totals"]
+    data = ddq("export", "--json").data
+    nbytes = Path(data["path"]).stat().st_size
+    assert nbytes == totals["bytes"] == data["sizes"]["file"]
+    limit = totals["budget_bytes"]
+    assert 0.9 * limit < nbytes <= limit
+    assert ddq("report", "--max-size", f"{nbytes}").code == 0
+    assert ddq("report", "--max-size", f"{nbytes - 1}").code == 3
+    assert ddq("report", data["path"], "--json").data["totals"]["bytes"] == nbytes
 
 
 def test_the_accuracy_of_the_file_is_the_reported_one(finished: Path) -> None:
@@ -107,7 +121,7 @@ def test_a_file_that_differs_from_what_was_trained_never_gets_its_name(finished:
 def test_shapes_and_dtypes_are_compared_too(
     finished: Path, changed: Callable[[np.ndarray], np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = commands.encode_artifact
+    encode = encode_run.encode_artifact
 
     def wrong(
         quantized: object, activations: object, floats: dict[str, np.ndarray], *rest: object
@@ -119,7 +133,7 @@ def test_shapes_and_dtypes_are_compared_too(
             *rest,
         )
 
-    monkeypatch.setattr(commands, "encode_artifact", wrong)
+    monkeypatch.setattr(encode_run, "encode_artifact", wrong)
     answer = ddq("export")
     assert answer.code == 4
     assert "differs from what was trained in 1.running_mean" in answer.err

@@ -14,8 +14,8 @@ from tiny_project import RECIPE, ddq
 
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import Artifact, read_artifact
-from ddqcli.commands.export import portable_recipe
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.encode_run import portable_recipe
 
 RUN, FILE = Path("runs/done"), Path("runs/done/model.safetensors")
 

@@ -75,7 +75,7 @@ def test_a_run_meets_its_budget_and_reports_it_in_its_folder_and_its_output(proj
     )
     folder = Path(data.pop("run_dir"))
     assert {p.name for p in folder.iterdir()} == {
-        "recipe.yaml", "metrics.jsonl", "last.pt", "final.pt", "report.json", ".lock",
+        "recipe.yaml", "metrics.jsonl", "last.pt", "final.pt", "report.json", ".lock", ".ddq",
     }  # fmt: skip
     assert data.items() <= ddq("report", "--json").data.items()
     assert steps(folder) == [10, 12]
@@ -108,10 +108,10 @@ def test_buffers_that_a_forward_pass_makes_are_within_the_budget(project: Path) 
     Path("buffered.py").write_text(BUFFERED)
     torch.save(torch.load("model.pt") | {"9.seen": torch.zeros(0)}, "model.pt")
     command = ["finetune", "model.pt", "--arch", "buffered.py:buffered", "--max-steps", "2"]
-    command += ["--target-size", "1800", "--set"]
+    command += ["--target-size", "2900", "--set"]
     report = ddq(*command, "model.kwargs.grows=once", "--run-dir", "once", "--json", "-q").data
     totals = report["totals"]
-    assert 1700 < totals["bytes"] <= 1800
+    assert 2750 < totals["bytes"] <= 2900
     final = torch.load("once/final.pt")
     assert len(final["floats"]["9.seen"]) == 100
     inputs = sum(row["bytes"] for row in report["activations"])
@@ -122,7 +122,7 @@ def test_buffers_that_a_forward_pass_makes_are_within_the_budget(project: Path) 
         "buffers grew while it ran; register those that need not be stored with persistent=False"
         in answer.err
     )
-    command[command.index("1800")] = "1000"
+    command[command.index("2900")] = "2200"
     answer = ddq(*command, "model.kwargs.grows=once", "--run-dir", "none", "-q")
     assert answer.code == 2
     assert "9.seen in float (400)" in answer.err
@@ -238,8 +238,8 @@ def test_a_kill_at_any_step_and_in_any_write_loses_nothing(
     expected_metrics = [(sorted(entry), entry["step"]) for entry in metrics("runs/count")]
     moments = range(int(Path("moments.txt").read_text()))
     assert len(moments) > 30
-    first, last = moments[2], moments[-1]  # before the first, the recipe is not yet in its place
-    for moment in [first, last, *random.Random(0).sample(moments[3:-1], 3)]:
+    first, last = moments[7], moments[-1]  # before the first, the recipe is not yet in its place
+    for moment in [first, last, *random.Random(0).sample(moments[8:-1], 3)]:
         shutil.rmtree(RUN, ignore_errors=True)
         assert exit_code(in_child(BEGIN, before=dying_at(moment))) == -signal.SIGKILL
         assert exit_code(in_child(RESUME, EXPORT)) == 0, (moment, Path("child.txt").read_text())

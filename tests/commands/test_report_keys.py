@@ -53,6 +53,7 @@ def test_json_keys_are_these(reports: list[dict]) -> None:
                 "average_bits",
                 "quantized_bytes",
                 "kept_bytes",
+                "manifest_bytes",
                 "weights",
             )
         ]

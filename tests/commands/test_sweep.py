@@ -138,13 +138,13 @@ def test_accuracy_is_held_against_the_checkpoint_and_so_is_distillation(
 
 def test_sizes_are_ordered_by_what_they_come_to(project: Path) -> None:
     data = ddq(
-        "finetune", "--target-size", "1400,40%, 1.6kB", "--max-steps", "2", "--json", "-q"
+        "finetune", "--target-size", "2000,45%, 2.3kB", "--max-steps", "2", "--json", "-q"
     ).data
-    assert [row["target"] for row in data["targets"]] == ["40%", "1.6kB", "1400"]
+    assert [row["target"] for row in data["targets"]] == ["45%", "2.3kB", "2000"]
     assert {path.name for path in Path(data["run_dir"]).iterdir() if path.is_dir()} == {
-        "40-percent",
-        "1.6kB",
-        "1400",
+        "45-percent",
+        "2.3kB",
+        "2000",
     }
     assert all(row["bytes"] <= row["budget_bytes"] for row in data["targets"])
 
@@ -186,7 +186,8 @@ def test_a_dry_run_warns_of_each_target_that_is_not_met_yet(project: Path) -> No
 
 def test_a_sweep_ends_with_a_table_and_a_picture(swept: Path) -> None:
     assert {path.name for path in swept.iterdir()} == {
-        *FOLDERS, "sweep.yaml", "sweep.json", "size-accuracy.png", "size-accuracy.svg", ".lock",
+        *FOLDERS, "sweep.yaml", "sweep.json", "size-accuracy.png", "size-accuracy.svg",
+        ".lock", ".ddq",
     }  # fmt: skip
     answer = ddq("finetune", "--resume", "--run-dir", SWEEP)  # which has nothing left to do
     lines = answer.out.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 import torch
 from image_files import CPU, load, same_batches, write_folder, write_npz
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ddqcli.data.batches import BatchOrder
+from ddqcli.data.batches import BatchOrder, Shard
 from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.errors import DataError
@@ -115,3 +116,59 @@ def test_samples_of_unequal_shape_cannot_be_stacked():
     ragged = [(torch.zeros(index + 1), 0) for index in range(4)]
     with pytest.raises(DataError, match="do not fit together"):
         list(LoadedBatches(ragged, BatchOrder(4, 4), CPU, seed=0, workers=0).epoch(0))
+
+
+class Stream(IterableDataset):
+    """Batches 0, 1, ... of 4 samples; without end if `batches` is None."""
+
+    def __init__(self, batches: int | None) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        for k in itertools.count():
+            if k == self.batches:
+                return
+            yield torch.full((4, 2), k), torch.full((4,), k)
+
+
+@pytest.mark.parametrize(("batches", "numbers"), [(None, range(7)), (3, [0, 1, 2, 0, 1, 2, 0])])
+def test_of_batches_without_length_an_epoch_has_the_steps_of_the_run(batches, numbers):
+    stream = ReadyBatches(Stream(batches), CPU, seed=0, steps=7)
+    assert (len(stream), stream.samples) == (7, 28)
+    assert [int(y[0]) for _, y in stream.epoch(0)] == list(numbers)
+    assert [int(y[0]) for _, y in stream.epoch(0, start=5)] == list(numbers)[5:]
+    assert [len(y) for _, y in stream.held_out().epoch(0)] == [3]
+    assert stream.fingerprint() == ReadyBatches(Stream(None), CPU, seed=0, steps=9).fingerprint()
+
+
+def test_batches_without_length_are_counted_if_nothing_limits_the_run():
+    stream = ReadyBatches(Stream(3), CPU, seed=0)
+    assert (len(stream), stream.samples, stream.last_batch) == (3, 12, 4)
+    loader = DataLoader(Stream(3), batch_size=None)
+    assert len(ReadyBatches(loader, CPU, seed=0)) == 3
+    with pytest.raises(DataError, match=r"The Stream has no length.*; give --max-steps"):
+        ReadyBatches(Stream(None), CPU, seed=0)
+
+
+@pytest.mark.parametrize(("samples", "size"), [(21, 5), (20, 5), (3, 5)])
+def test_the_size_of_the_last_batch_is_known(samples, size):
+    loader = DataLoader(Noisy(samples), batch_size=size)
+    expected = len(list(loader)[-1][1])
+    assert ReadyBatches(loader, CPU, seed=0).last_batch == expected
+    assert ReadyBatches(list(loader), CPU, seed=0).last_batch == expected
+    dropping = ReadyBatches(DataLoader(Noisy(21), batch_size=5, drop_last=True), CPU, seed=0)
+    assert dropping.last_batch == 5
+
+
+def test_a_batch_that_cannot_be_divided_counts_as_one_sample_and_is_for_one_process():
+    images = [torch.zeros(3, 4, 4), torch.zeros(3, 5, 4)]
+    boxes = [torch.zeros(2, 4), torch.zeros(7, 4)]
+    batches = [((images, [{"boxes": b} for b in boxes]), None)] * 10
+    ready = ReadyBatches(batches, CPU, seed=0)
+    assert (len(ready), ready.samples) == (10, 10)
+    (inputs, targets), *_ = ready.epoch(0)
+    assert [list(image.shape) for image in inputs[0]] == [[3, 4, 4], [3, 5, 4]]
+    assert targets is None
+    assert len(list(ready.held_out().epoch(0))) == 1
+    with pytest.raises(DataError, match="differ in their first dimension"):
+        next(ReadyBatches(batches, CPU, seed=0, shard=Shard(0, 2)).epoch(0))

@@ -10,6 +10,7 @@ import torch
 from image_files import load, reference, write_folder
 from PIL import Image
 
+from ddqcli.data.image_folder import open_folder
 from ddqcli.errors import DataError
 
 
@@ -96,3 +97,47 @@ def test_unreadable_image_is_named_when_training_reads_it(tmp_path):
     _not_an_image(tmp_path)
     with pytest.raises(DataError, match=r"^\S*bee/1.png cannot be read"):
         list(data.train.epoch(0))
+
+
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    root = write_folder(tmp_path / "data")
+    expected = open_folder(root)
+    for split in ("train", "val"):
+        (root / split / ".ipynb_checkpoints").mkdir()
+    first = next((root / "train").glob("*/*.png"))
+    (first.parent / f"._{first.name}").write_bytes(b"what macOS leaves")
+    (first.parent / ".ipynb_checkpoints").mkdir()
+    (first.parent / ".ipynb_checkpoints" / "copy.png").write_bytes(first.read_bytes())
+    found = open_folder(root)
+    assert found.classes == expected.classes
+    assert found.train.samples == expected.train.samples
+    assert found.val.samples == expected.val.samples
+
+
+def test_a_link_in_a_circle_adds_no_images_and_another_folder_does(tmp_path):
+    root = write_folder(tmp_path / "data")
+    expected = len(open_folder(root).train)
+    folder = next((root / "train").iterdir())
+    for place in (tmp_path, root, root / "train", folder):
+        (folder / "loop").symlink_to(place)
+        assert len(open_folder(root).train) == expected
+        (folder / "loop").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in folder.glob("*.png"):
+        (elsewhere / f"more-{path.name}").write_bytes(path.read_bytes())
+    (folder / "linked").symlink_to(elsewhere)
+    assert len(open_folder(root).train) == expected + len(list(elsewhere.iterdir()))
+
+
+def test_images_are_read_as_a_viewer_shows_them(tmp_path):
+    """Orientation 6 of EXIF: the camera was turned by a quarter."""
+    root = write_folder(tmp_path / "data")
+    path = next((root / "train").glob("*/*.png"))
+    pixels = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(path, exif=exif)
+    train = open_folder(root).train
+    index = [name for name, _ in train.samples].index(str(path))
+    assert np.array_equal(np.asarray(train[index][0]), np.rot90(pixels, -1))

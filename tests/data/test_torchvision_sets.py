@@ -57,3 +57,10 @@ def test_torchvision_set_with_a_split_argument(tmp_path):
 def test_unknown_keyword_arguments_of_torchvision(tmp_path):
     with pytest.raises(UsageError, match="cannot be opened with"):
         load(f"CIFAR10:{tmp_path}", kwargs={"color": True})
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "KMNIST", "QMNIST", "ImageNet"])
+def test_a_download_is_refused_also_where_the_class_does_not_name_it(tmp_path, name):
+    with pytest.raises(UsageError, match="ddq downloads nothing; fetch the data with"):
+        load(f"{name}:{tmp_path}", kwargs={"download": True})
+    assert not list(tmp_path.iterdir())

@@ -93,7 +93,7 @@ def test_the_page_of_a_run_has_all_sections_and_the_reports_numbers(run: Run, pa
             "32",
         ),
     ]
-    assert page.found["td"][9:12] == ["accuracy", "92.50 %", "91.25 %"]
+    assert page.found["td"][12:15] == ["accuracy", "92.50 %", "91.25 %"]
     for row in run.report().layers:
         start = page.found["td"].index(row.name)
         shown = page.found["td"][start : start + 9]

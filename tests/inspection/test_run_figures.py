@@ -67,10 +67,10 @@ def test_looks_and_the_delivered_step_are_drawn_over_the_loss(
 ) -> None:
     run = make_run(tmp_path / "run")
     draw(run)
-    looks, delivered = drawn["loss_over_time_figure"][3:]
+    looks, delivered, metric = drawn["loss_over_time_figure"][3:]
     assert [step for step, _, _ in looks] == [0, 20, 40, 60, 80, 100]
     assert looks[0] == (0, 0.12, 5)
-    assert delivered == 80
+    assert (delivered, metric) == (80, "accuracy, %")
 
 
 def test_the_dbps_of_a_run_of_sdq_are_drawn_until_they_freeze(

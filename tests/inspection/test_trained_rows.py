@@ -129,6 +129,7 @@ def test_json_keys_are_these(run: Run, file: Path) -> None:
                 "histogram_of",
                 "layers",
                 "totals",
+                "metric",
                 "accuracy",
                 "pictures",
             )

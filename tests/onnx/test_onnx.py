@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from torchvision.models.resnet import BasicBlock
 
 import ddqcli
 from ddqcli.errors import UsageError, VerificationError
-from ddqcli.onnx import kernel
-from ddqcli.onnx.export import require_onnx, write_onnx
+from ddqcli.onnx import kernel, packed
+from ddqcli.onnx.export import make_onnx, require_onnx
 from ddqcli.onnx.runtime import compare, session
 
 EXACT = 2e-6  # float32 sums in another order
@@ -32,7 +33,8 @@ def written(
     """Write the ONNX file of the model, quantized and loaded again; return it with both."""
     made = quantize(model, x, folder / "model.safetensors", **options)  # type: ignore[arg-type]
     loaded = ddqcli.load(made.path, model)
-    write_onnx(folder / "model.onnx", loaded, made.weights, x, {"source": "0123"})
+    raw = make_onnx(loaded, made.weights, x, {"source": "0123"}).raw
+    (folder / "model.onnx").write_bytes(raw)
     return folder / "model.onnx", loaded, made
 
 
@@ -308,19 +310,79 @@ def test_the_integers_are_those_of_the_file(tmp_path: Path) -> None:
         nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 17, 1))
     )
     path, _, made = written(model, torch.randn(2, 16, 6, 6), tmp_path)
-    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     for name, layout in (("0.weight", (0, 1, 2, 3)), ("3.weight", (1, 0))):
         tensor = made.weights[name]
         level = tensor.integers().astype(int) - int(tensor.zero_point[0])
-        integers, zero_point = stored[f"{name}.integers"], stored[f"{name}.zero_point"]
+        integers, zero_point = dequantized_inputs(path, name)
         assert integers.dtype == np.int8
         centered = integers.astype(int) - zero_point.astype(int).reshape(
             (-1, 1, 1, 1) if len(layout) == 4 else (1, -1)
         )
         assert np.array_equal(centered, level.reshape(level.shape[: len(layout)]).transpose(layout))
-    assert not [
-        name for name, array in stored.items() if array.dtype == np.float32 and array.ndim > 1
+    stored = [numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
+    assert not [array for array in stored if array.dtype == np.float32 and array.ndim > 1]
+
+
+def dequantized_inputs(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return integers and zero points of a weight as onnxruntime unpacks them."""
+    proto = onnx.load(path)
+    (node,) = [
+        node
+        for node in proto.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[1] == f"{name}.scale"
     ]
+    wanted = [node.input[0], node.input[2]]
+    proto.graph.output.extend(
+        onnx.helper.make_tensor_value_info(value, onnx.TensorProto.INT8, None) for value in wanted
+    )
+    runtime = onnxruntime.InferenceSession(proto.SerializeToString())
+    (given,) = runtime.get_inputs()
+    x = np.zeros([1, *given.shape[1:]], np.float32)
+    integers, zero_point = runtime.run(wanted, {given.name: x})
+    return integers, zero_point
+
+
+@pytest.mark.parametrize(("bits", "act_bits"), [(2, 8), (3, 8), (4, 8), (3, None)])
+def test_packed_weights_answer_bit_for_bit_as_plain_ones(
+    bits: int, act_bits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = shake(residual_net()), torch.randn(3, 3, 16, 16)
+    answers, sizes = [], []
+    for node_bytes in (packed._NODE_BYTES, 1 << 30):
+        monkeypatch.setattr(packed, "_NODE_BYTES", node_bytes)
+        path, _, _ = written(copy.deepcopy(model), x, tmp_path, bits=bits, act_bits=act_bits)
+        answers.append(both(path, x))
+        sizes.append(path.stat().st_size)
+    for ours, plain in zip(*answers, strict=True):
+        assert torch.equal(ours, plain)
+    values = sum(p.numel() for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3)
+    assert sizes[1] - sizes[0] > 0.7 * values * (1 - bits / 8)
+
+
+def test_a_tensor_with_two_names_is_stored_once(tmp_path: Path) -> None:
+    tied = nn.ModuleDict({"embed": nn.Embedding(64, 32), "head": nn.Linear(32, 64)})
+    tied["head"].weight = tied["embed"].weight  # type: ignore[assignment]
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = tied
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.layers["head"](self.layers["embed"](tokens.long()))
+
+    tokens = torch.arange(21.0).view(3, 7)
+    path, loaded, _ = written(uneven(Tied()), tokens, tmp_path, act_bits=None)
+    large = [t.name for t in onnx.load(path).graph.initializer if len(t.raw_data) >= 64 * 32 // 2]
+    assert len(large) == 1
+    for found in both(path, tokens):
+        assert distance(found, torch_answer(loaded, tokens)) < EXACT
+
+
+def test_bounds_of_activations_are_constants_that_onnxruntime_fuses(tmp_path: Path) -> None:
+    model = uneven(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU6()))
+    path, _, _ = written(model, torch.randn(2, 16, 8, 8), tmp_path, act_bits=None)
+    assert not kernels(path).keys() & {"Clip", "Cast", "CastLike", "DequantizeLinear", "Mul"}
 
 
 def test_the_file_is_the_same_each_time_and_tells_nothing_of_the_machine(tmp_path: Path) -> None:
@@ -340,7 +402,9 @@ def test_the_file_is_the_same_each_time_and_tells_nothing_of_the_machine(tmp_pat
         i.type.tensor_type.shape.dim[0].dim_param
         for i in (proto.graph.input[0], proto.graph.output[0])
     ] == ["batch"] * 2
-    assert {prop.key: prop.value for prop in proto.metadata_props} == {"source": "0123"}
+    about = {prop.key: prop.value for prop in proto.metadata_props}
+    assert about.keys() == {"source", "exporter", "sha256"}
+    assert about["source"] == "0123"
 
 
 # ---- what is refused, and what is noticed

@@ -9,8 +9,10 @@ import torch
 from small_models import random_data, trainer
 from torch import nn
 
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.qat.budget import make_budget
 from ddqcli.qat.convert import convert
+from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.base import Rule
 from ddqcli.qat.rules.registry import make_rule
@@ -101,6 +103,13 @@ def fewest_bits(model: QuantizedModel) -> dict[str, int]:
 
 def float_bytes(model: QuantizedModel) -> int:
     return sum(value.numel() * value.element_size() for value in model.float_tensors().values())
+
+
+def file_bytes(model: QuantizedModel) -> int:
+    """The bytes of the file with this model and no report."""
+    frozen = FrozenModel.from_state(freeze(model))
+    parts = frozen.quantized, frozen.activations, frozen.floats, frozen.aliases
+    return len(encode_artifact(*parts, {})[0])
 
 
 def assert_budget_kept(

@@ -10,6 +10,7 @@ from rule_runs import (
     bits_in_force,
     expected_cost,
     fewest_bits,
+    file_bytes,
     finished_run,
     float_bytes,
     network,
@@ -36,7 +37,9 @@ def test_an_impossible_budget_is_refused_with_the_smallest_size(budget: dict[str
     model = convert(network(), recipe)
     least = expected_cost(model, fewest_bits(model), eqn6="count" in budget)
     if "target_size" in budget:
-        least += float_bytes(model)
+        least += (
+            float_bytes(model) + make_budget(model, rule_recipe("fisher", None)).description_bytes
+        )
     unit = "by Eqn" if "count" in budget else "bytes"
     message = rf"smallest reachable size is {least:,} {unit}.*8.weight at 1 bit \("
     with pytest.raises(BudgetError, match=message) as caught:
@@ -133,6 +136,8 @@ def test_a_dry_run_that_only_unused_layers_make_possible_takes_the_fewest_bits()
     recipe = rule_recipe("fixed", {"target_size": "1"}, activations={"bits": 4})
     model = convert(network(), recipe)
     least = sum(kept_bytes(model).values()) + expected_cost(model, fewest_bits(model))
+    unlimited = rule_recipe("fixed", None, activations={"bits": 4})
+    least += make_budget(model, unlimited).description_bytes
     recipe = rule_recipe("fixed", {"target_size": f"{least - 50}"}, activations={"bits": 4})
     rule = rule_of(recipe, model, steps=0)
     rule.start()
@@ -144,7 +149,33 @@ def test_a_dry_run_that_only_unused_layers_make_possible_takes_the_fewest_bits()
 def test_the_smallest_possible_budget_is_accepted() -> None:
     model = convert(network(), rule_recipe("fisher", None))
     least = expected_cost(model, fewest_bits(model)) + float_bytes(model)
+    least += make_budget(model, rule_recipe("fisher", None)).description_bytes
     finished, _ = finished_run(rule_recipe("fisher", {"target_size": f"{least}"}), 3)
     assert bits_in_force(finished.gates.model) == (1, 8) * 5
     with pytest.raises(BudgetError):
         make_budget(model, rule_recipe("fisher", {"target_size": f"{least - 1}"}))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_files_keep_targets_in_bytes_to_the_byte_and_come_near(granularity: str) -> None:
+    sections = {"weights": {"granularity": granularity}, "activations": {"bits": 8}}
+    largest = file_bytes(convert(network(), rule_recipe("fixed", None, **sections)))
+    for target in range(largest // 2, largest + 200, 211):
+        rule = rule_of(rule_recipe("fixed", {"target_size": f"{target}"}, **sections), steps=0)
+        rule.start()
+        nbytes = file_bytes(rule.model)
+        assert nbytes <= target
+        assert rule.budget.file_limit == target
+        if target <= largest:
+            assert nbytes > 0.9 * target
+
+
+def test_header_and_manifest_are_counted_as_they_are() -> None:
+    model = convert(network(), rule_recipe("fixed", None, activations={"bits": 4}))
+    budget = make_budget(model, rule_recipe("fixed", None))
+    beside = file_bytes(model) - expected_cost(model) - budget.overhead_bytes
+    assert 0 <= budget.description_bytes - beside <= 8
+    meta = {"report": "0123456789" * 3}
+    described = make_budget(model, rule_recipe("fixed", None), meta=meta)
+    assert described.meta == meta
+    assert described.description_bytes > budget.description_bytes

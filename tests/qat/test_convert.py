@@ -236,6 +236,7 @@ def test_a_shared_tensor_is_quantized_once_and_stored_once() -> None:
     quantized = convert(model, recipe(max_bits=3))
     assert [t.name for t in quantized.tensors] == [
         "embedding.weight",
+        *(f"rnn.{kind}_{part}_l0" for kind in ("weight", "bias") for part in ("ih", "hh")),
         "head.bias",
         "last.weight",
         "last.bias",
@@ -249,7 +250,7 @@ def test_a_shared_tensor_is_quantized_once_and_stored_once() -> None:
     }
     assert torch.equal(model.embedding.weight, model.head.weight)
     assert model.head.weight.unique().numel() <= 8
-    assert len(list(quantizers(quantized))) == 4
+    assert len(list(quantizers(quantized))) == 8
     assert_round_trip(model, quantized, Language(), TOKENS)
 
 
@@ -351,7 +352,7 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     "norm": (lambda: nn.LayerNorm(4), "1.weight", "LayerNorm weight: no quantizer"),
     "running mean": (lambda: nn.BatchNorm1d(4), "1.running_mean", "a buffer"),
     "bilinear": (lambda: nn.Bilinear(4, 4, 4), "1.weight", "Bilinear weight: no quantizer"),
-    "lstm": (lambda: nn.LSTM(4, 4), "1.weight_hh_l0", "LSTM weight_hh_l0: no quantizer"),
+    "prelu": (lambda: nn.PReLU(4), "1.weight", "PReLU weight: no quantizer"),
     "max norm": (
         lambda: nn.Embedding(4, 4, max_norm=1),
         "1.weight",
@@ -461,7 +462,7 @@ class Complex(nn.Linear):
             id="no parameters",
         ),
         pytest.param(
-            lambda: nn.LSTM(3, 3), "Nothing in this LSTM can .*: LSTM weight_ih_l0", id="no layer"
+            lambda: nn.PReLU(3), "Nothing in this PReLU can .*: PReLU weight", id="no layer"
         ),
         pytest.param(
             lambda: small().half(),

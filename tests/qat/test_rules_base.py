@@ -14,6 +14,7 @@ from rule_runs import (
     bits_in_force,
     expected_cost,
     fewest_bits,
+    file_bytes,
     finished_run,
     network,
     rule_of,
@@ -22,8 +23,6 @@ from rule_runs import (
 from torch import Tensor, nn
 
 from ddqcli.errors import BudgetError, DDQError
-from ddqcli.qat.frozen import freeze
-from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import RULES
 from ddqcli.runs.report import RunFacts, Source
 from ddqcli.training.evaluate import evaluate
@@ -199,15 +198,7 @@ class Buffered(nn.Module):
         return x
 
 
-def file_bytes(model: QuantizedModel) -> int:
-    """Bytes of all tensors of the file, by what is frozen into it."""
-    final = freeze(model)
-    inputs = [len(a["levels"]) for a in final["activations"]]
-    return (
-        expected_cost(model)
-        + sum((levels if levels < 256 else 0) + 6 for levels in inputs)
-        + sum(value.numel() * value.element_size() for value in final["floats"].values())
-    )
+HEADER_STEP = 8  # a budget counts the header of a file with all weights at 8 bits
 
 
 @pytest.mark.parametrize("grows", ["once", "in training"])
@@ -217,7 +208,7 @@ def test_buffers_that_a_forward_pass_makes_are_in_the_budget(grows: str) -> None
     finished.gates.check_kept()
     assert len(finished.model[-1].seen) >= 160
     total = totals_of(finished)["bytes"]
-    assert total == file_bytes(finished.gates.model)
+    assert 0 <= total - file_bytes(finished.gates.model) <= HEADER_STEP
     assert total <= 7000
     assert grows != "once" or total > 0.98 * 7000
     recipe = rule_recipe("fisher", {"target_size": "4kB"}, weights={"min_bits": 2})
@@ -248,9 +239,10 @@ def test_the_input_of_a_layer_that_is_never_called_costs_nothing() -> None:
     finished = run_with("9kB")
     totals, model = totals_of(finished), finished.gates.model
     assert len(model.activations) == 5
-    assert totals["bytes"] == file_bytes(model)
+    assert 0 <= totals["bytes"] - file_bytes(model) <= HEADER_STEP
     assert 0.98 * 9000 < totals["bytes"] <= 9000
-    least = expected_cost(model, fewest_bits(model)) + totals["kept_bytes"]
-    assert file_bytes(run_with(f"{least}").gates.model) == least
+    beside = totals["kept_bytes"] + totals["manifest_bytes"]
+    least = expected_cost(model, fewest_bits(model)) + beside
+    assert 0 <= least - file_bytes(run_with(f"{least}").gates.model) <= HEADER_STEP
     with pytest.raises(BudgetError, match=f"smallest reachable size is {least:,} bytes"):
         run_with(f"{least - 1}")

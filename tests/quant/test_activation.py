@@ -202,17 +202,43 @@ def test_the_fitted_step_comes_close_to_the_best_one(bits, shape):
 
 
 @pytest.mark.parametrize("levels", ["learned", "uniform"])
-def test_it_observes_one_batch_and_then_quantizes(levels):
+def test_it_observes_all_inputs_and_then_quantizes(levels):
+    """About as well as levels that were fitted to all values at once."""
     quantizer = ActivationQuantizer(3, levels)
-    assert not quantizer.fit()  # no batch was observed
+    assert not quantizer.fit()  # no input was observed
     quantizer.observing = True
-    first, second = normal(100), normal(100, seed=1) * 50
-    assert quantizer(first) is first
-    assert quantizer(second) is second
+    inputs = [torch.zeros(50), normal(100), torch.zeros(0), normal(100, seed=1) * 50 + 20]
+    for x in inputs:
+        assert quantizer(x) is x
+    assert quantizer.values == 50
     assert quantizer.fit()
-    alone = fitted(first, 3, levels)
-    assert torch.equal(quantizer(second), alone(second))
-    assert quantizer(first).unique().numel() <= 8
+    everything = torch.cat(inputs)
+    alone = fitted(everything, 3, levels)
+    errors = [
+        float((q(everything) - everything).double().square().sum()) for q in (quantizer, alone)
+    ]
+    assert errors[0] < 1.02 * errors[1]
+    assert not quantizer.saw_only_zeros
+
+
+def test_of_a_large_input_some_values_stand_for_all_and_its_range_counts():
+    quantizer = ActivationQuantizer(8)
+    quantizer.observing = True
+    large = normal(400_000, seed=2)
+    large[399_999] = 7.5
+    for x in (torch.zeros(1000), large):
+        quantizer(x)
+    histogram = quantizer.histogram
+    assert histogram.high == 7.5
+    assert histogram.low == float(large.min())
+    assert histogram.count.sum() == pytest.approx(401_000)
+    assert histogram.square == pytest.approx(float(large.double().square().sum()), rel=0.02)
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(8, "uniform"), (3, "learned")])
+def test_zeros_alone_are_known_as_such(bits, levels):
+    assert fitted(torch.zeros(9), bits, levels).saw_only_zeros
+    assert not fitted(torch.full((9,), 1e-6), bits, levels).saw_only_zeros
 
 
 @pytest.mark.parametrize("levels", ["learned", "uniform"])

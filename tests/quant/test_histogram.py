@@ -62,3 +62,22 @@ def test_squared_error_takes_levels_in_any_order():
     assert squared_error(histogram, np.array([1.0, -1.0, 0.0])) == squared_error(
         histogram, np.array([-1.0, 0.0, 1.0])
     )
+
+
+def test_histograms_over_different_ranges_add_up():
+    """Counts, sums and squares stay; each bin moves as a whole to the bin of its mean."""
+    a, b = (np.random.default_rng(k).normal(4 * k, 1 + k, 3000).astype(np.float32) for k in (0, 1))
+    both, joint = Histogram.of(a) + Histogram.of(b), Histogram.of(np.concatenate([a, b]))
+    assert (both.low, both.high) == (joint.low, joint.high)
+    assert both.count.sum() == 6000
+    assert both.total.sum() == pytest.approx(joint.total.sum())
+    assert both.square == pytest.approx(joint.square)
+    width = (joint.high - joint.low) / len(joint.count)
+    levels = np.linspace(joint.low, joint.high, 7)
+    error, expected = squared_error(both, levels), squared_error(joint, levels)
+    assert error == pytest.approx(expected, rel=2 * width)
+    doubled = Histogram.of(a).scaled(2.0)
+    assert doubled.count.sum() == 6000
+    assert squared_error(doubled, levels) == pytest.approx(
+        2 * squared_error(Histogram.of(a), levels)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ddqcli.runs.names import MARKER
 from ddqcli.runs.run import Run
 
 
@@ -14,4 +15,5 @@ class Metrics:
 
 
 def names(run: Run) -> set[str]:
-    return {path.name for path in run.path.iterdir()}
+    """Return the names in a run folder, but for its marker."""
+    return {path.name for path in run.path.iterdir()} - {MARKER}

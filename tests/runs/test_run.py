@@ -94,3 +94,13 @@ def test_a_state_of_other_conditions_is_refused_and_they_are_named(run: Run) -> 
     ):
         with pytest.raises(UsageError, match=message):
             run.load_resume_state({**conditions, **changed})
+
+
+def test_a_recipe_that_is_cut_anywhere_is_refused(run: Run) -> None:
+    whole = (run.path / RECIPE).read_bytes()
+    for size in range(len(whole)):
+        (run.path / RECIPE).write_bytes(whole[:size])
+        with pytest.raises(UsageError):
+            run.recipe()
+    (run.path / RECIPE).write_bytes(whole)
+    assert run.recipe() == Recipe()

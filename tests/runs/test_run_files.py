@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,8 +68,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_good_state_survives(small_disk
 
 
 def test_a_folder_that_vanished_is_one_sentence(run: Run) -> None:
-    (run.path / RECIPE).unlink()
-    run.path.rmdir()
+    shutil.rmtree(run.path)
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
         run.write_report(make_report())
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):

@@ -75,8 +75,8 @@ def test_an_accuracy_far_below_the_float_models_is_reported(
     running = begin(budget=budget)
     (warning,) = find_warnings(running, [], course(50, 79.9))
     assert warning == (
-        f"the quantized model is 10.1 points below the float model; {remedy}, more training data, "
-        "or more train.epochs (now 5)"
+        f"the quantized model is 10.1 points worse than the float model; {remedy}, more training "
+        "data, or more train.epochs (now 5)"
     )
     assert find_warnings(running, [], course(50, 80)) == []
 

@@ -72,7 +72,8 @@ class Rule(ABC):
         Raises BudgetError if it cannot be met.
         """
         self.model.explain_buffers()
-        self.budget = make_budget(self.model, self.recipe, self.budget.float_bytes)
+        old = self.budget
+        self.budget = make_budget(self.model, self.recipe, old.float_bytes, old.meta)
 
     @abstractmethod
     def start(self) -> None:

@@ -1,0 +1,96 @@
+"""What a network does in training that quantizers must know of, seen in a trial on a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddqcli.data.load import Data
+from ddqcli.data.ready_batches import ReadyBatches
+from ddqcli.data.trees import Tree, call, copied, shared_length, sliced, tensors
+from ddqcli.errors import DataError, UsageError
+from ddqcli.qat.model import QuantizedModel
+
+_SAMPLES = 8
+_LARGER = 100.0  # factor on weights, so that any limit on their size takes effect
+_REENTRANT = "CheckpointFunctionBackward"  # in the graph of a part under torch's checkpoint
+
+
+def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: Data) -> None:
+    """Raise UsageError, naming the layer, if the network's forward writes a weight to quantize.
+
+    The layer would write what its quantizer returns, and not the weight behind it.
+    """
+    trial = copy.deepcopy(teacher).train()
+    parameters = {name: p.data for name, p in trial.named_parameters(remove_duplicate=False)}
+    before = {}
+    for tensor in quantized.tensors:
+        if tensor.name in parameters:
+            parameters[tensor.name].mul_(_LARGER)
+            before[tensor.name] = parameters[tensor.name].clone()
+    with suppress(Exception), torch.no_grad():  # so large weights may be too much for it
+        call(trial, _few_inputs(data))
+    after = dict(trial.named_parameters(remove_duplicate=False))
+    for tensor in quantized.tensors:
+        name = tensor.name
+        if name in before and not torch.equal(after[name].data, before[name]):
+            place = tensor.places[0]
+            kind = type(trial.get_submodule(place.layer)).__name__
+            raise UsageError(
+                f"The forward of {place.layer or 'the network'} ({kind}) writes its own {name}, "
+                "which would not be what its quantizer stores; keep the layer in float: --set "
+                f"'overrides=[{{match: {place.layer}, skip: true}}]'."
+            )
+
+
+def refuse_batch_of_one(model: nn.Module, data: Data) -> None:
+    """Raise DataError if training ends an epoch with one sample that BatchNorm cannot normalize."""
+    train = data.train
+    if not isinstance(train, ReadyBatches) or train.last_batch != 1 or len(train) == 1:
+        return
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            call(trial, sliced(_few_inputs(data), slice(1)))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            "The last training batch of an epoch holds one sample, of which BatchNorm has no "
+            "statistics; give the DataLoader drop_last=True, or --set train.batch_norm=held."
+        ) from error
+
+
+def is_reentrant(model: nn.Module, data: Data) -> bool:
+    """True if the network recomputes parts in its backward pass by torch's reentrant checkpoint.
+
+    Each recomputation is a backward pass of its own, so nothing can be quantized ahead for all.
+    """
+    trial = copy.deepcopy(model).train()
+    with suppress(Exception):
+        output = call(trial, _few_inputs(data))
+        return any(type(node).__name__ == _REENTRANT for node in _graph(output))
+    return False
+
+
+def _few_inputs(data: Data) -> Tree:
+    inputs, _ = next(iter(data.train.epoch(0)))
+    return copied(inputs if shared_length(inputs) is None else sliced(inputs, slice(_SAMPLES)))
+
+
+def _graph(output: Tree) -> Iterator[Any]:
+    """Yield the nodes of the autograd graph behind the tensors of an output."""
+    seen: set[Any] = set()
+    stack = [x.grad_fn for x in tensors(output)]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack += [following for following, _ in node.next_functions]

@@ -1,0 +1,116 @@
+"""`ddq export --format onnx`: the file holds what was trained, and answers as torch does."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from tiny_project import ddq
+
+from ddqcli.errors import VerificationError
+from ddqcli.onnx.seal import opened, sealed
+
+FILE = Path("runs/done/model.onnx")
+
+
+@pytest.fixture
+def exported(finished: Path) -> Path:
+    """The folder with a finished run and the ONNX file exported from it."""
+    assert ddq("export", "--format", "onnx", "-q").code == 0
+    return finished
+
+
+def test_a_good_file_is_confirmed_and_the_same_each_time(exported: Path) -> None:
+    raw = FILE.read_bytes()
+    answer = ddq("export", "--check", FILE)
+    assert (answer.code, answer.err) == (0, "")
+    assert "are unpacked as trained" in answer.out
+    data = ddq("export", "--format", "onnx", "--json").data
+    assert FILE.read_bytes() == raw
+    assert data["sizes"]["file"] == len(raw)
+    assert data["verified"] == {"tensors": 3, "values": 72 + 8 * 16 * 9 + 64}
+    assert data["bench"] is None
+
+
+def test_any_flipped_bit_is_exit_code_4(exported: Path) -> None:
+    raw, draw = FILE.read_bytes(), random.Random(0)
+    for bit in draw.sample(range(8 * len(raw)), 500):
+        damaged = bytearray(raw)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(VerificationError, match="damaged"):
+            opened(bytes(damaged), "file")
+    FILE.write_bytes(damaged)
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert answer.err.startswith(f"Error: {FILE} is damaged")
+
+
+def change(name: str, exporter: str | None = None) -> None:
+    """Change one number of an initializer, and the checksum with it."""
+    proto = onnx.load(FILE)
+    (tensor,) = [t for t in proto.graph.initializer if t.name.endswith(name)][:1]
+    array = numpy_helper.to_array(tensor).copy()
+    array.view(np.uint8).reshape(-1)[-1] ^= 1
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    about = {p.key: p.value for p in proto.metadata_props}
+    FILE.write_bytes(sealed(proto, about | ({"exporter": exporter} if exporter else {})))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["3.weight.values", "3.weight.packed", "3.weight.scale", "8.weight.minus_shift", "zero_point"],
+)
+def test_a_changed_number_under_a_right_checksum_is_named(exported: Path, name: str) -> None:
+    change(name)
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert f"{FILE} differs from what was trained in " in answer.err
+    assert name in answer.err
+
+
+def test_a_changed_node_under_a_right_checksum_is_noticed(exported: Path) -> None:
+    proto = onnx.load(FILE)
+    (node,) = [node for node in proto.graph.node if node.op_type == "ReduceMean"]
+    node.op_type = "ReduceMax"
+    FILE.write_bytes(sealed(proto, {p.key: p.value for p in proto.metadata_props}))
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert "in its nodes or metadata" in answer.err
+
+
+def test_a_file_of_another_exporter_is_compared_tensor_by_tensor(exported: Path) -> None:
+    raw = FILE.read_bytes()
+    proto = onnx.load(FILE)
+    about = {p.key: p.value for p in proto.metadata_props} | {"exporter": "torch 2.10.0"}
+    FILE.write_bytes(sealed(proto, about))
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 0
+    assert "unchecked  the nodes of" in answer.out
+    assert "torch 2.10.0" in answer.out
+    FILE.write_bytes(raw)
+    change("3.weight.packed", exporter="torch 2.10.0")
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert "3.weight.packed" in answer.err
+
+
+def test_what_is_no_file_of_ddq_is_exit_code_4(exported: Path) -> None:
+    for raw in (b"", b"\x00" * 49, b"onnx", FILE.read_bytes()[:-1]):
+        FILE.write_bytes(raw)
+        assert ddq("export", "--check", FILE).code == 4
+
+
+def test_bench_times_float_and_quantized_and_names_slow_layers(exported: Path) -> None:
+    data = ddq("export", "--check", FILE, "--bench", "--json").data["bench"]
+    assert data["float_ms"] > 0
+    assert data["quantized_ms"] > 0
+    assert data["speedup"] > 0
+    assert {layer["name"] for layer in data["layers"]} <= {"0", "1", "3", "4", "8"}
+    assert all(layer["quantized_ms"] > layer["float_ms"] for layer in data["layers"])
+    answer = ddq("export", "--format", "onnx", "--bench")
+    assert "ms a sample in float" in answer.out
+    assert ddq("export", "--bench").code == 2

@@ -1,0 +1,87 @@
+"""No command replaces what is not its own: inputs, a run's files, links, pipes, others' folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_project import ddq
+
+RUN = Path("runs/done")
+INPUTS = ["model.pt", "net.py", "images.npz", "hard.pt", "./runs/../model.pt"]
+OWN = ["final.pt", "last.pt", "recipe.yaml", "report.json", "metrics.jsonl", ".ddq", ".lock"]
+
+
+def content() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("out", [*INPUTS, *(f"runs/done/{name}" for name in OWN)])
+def test_an_export_replaces_no_input_and_no_file_of_the_run(finished: Path, out: str) -> None:
+    os.link("model.pt", "hard.pt")
+    before = content()
+    answer = ddq("export", "-o", out)
+    assert answer.code == 2
+    assert "it belongs to what this command reads" in answer.err
+    assert content() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["export -o out", "export -o out.onnx --format onnx", "report --html out.html"],
+)
+def test_a_link_or_a_pipe_is_not_replaced(finished: Path, command: str) -> None:
+    out = Path(next(word for word in command.split() if word.startswith("out")))
+    if out.suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    out.symlink_to("model.pt")
+    before = content()
+    assert ddq(*command.split()).code == 2
+    assert out.is_symlink()
+    out.unlink()
+    del before[str(out)]
+    os.mkfifo(out)
+    assert ddq(*command.split()).code == 2
+    assert out.is_fifo()
+    assert content() == before
+
+
+def test_an_earlier_export_is_replaced(finished: Path) -> None:
+    for _ in range(2):
+        assert ddq("export").code == 0
+        assert ddq("export", "-o", "a.safetensors").code == 0
+        assert ddq("report", "--html", "a.html").code == 0
+
+
+def test_a_folder_that_holds_a_checkpoint_is_not_made_a_run(project: Path) -> None:
+    shutil.copy("model.pt", "final.pt")
+    before = content()
+    answer = ddq("finetune", "final.pt", "--run-dir", ".")
+    assert answer.code == 2
+    assert "name a new or empty folder with --run-dir" in answer.err
+    assert content() == before
+
+
+def test_an_empty_folder_may_become_a_run(project: Path) -> None:
+    Path("empty").mkdir()
+    assert ddq("finetune", "model.pt", "--run-dir", "empty", "--max-steps", "0").code == 0
+
+
+def test_a_linked_run_folder_works(finished: Path) -> None:
+    Path("link").symlink_to(RUN)
+    assert ddq("export", "link", "--json").data["behaviour"]["outputs"] == 0
+    assert ddq("report", "link").code == 0
+
+
+def test_exports_at_once_leave_one_whole_file(finished: Path) -> None:
+    command = [sys.executable, "-m", "ddqcli", "export", "runs/done", "-o", "out.safetensors"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    started = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert ddq("export", "--check", "out.safetensors").code == 0
+    assert not list(Path().glob(".ddq-*"))
