@@ -34,6 +34,7 @@ from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
 from ddqcli.runs.trust import remember
 from ddqcli.training import distributed
+from ddqcli.training.check_inputs import input_warning
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
 from ddqcli.training.device import place_model, resolve_device
 from ddqcli.training.diagnostics import find_warnings
@@ -124,6 +125,9 @@ def finetune(
                 models.float_model, data, recipe, listener
             )
             introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
+            inputs_warning = _input_warning(models, data, baseline, recipe)
+            if inputs_warning:
+                introduce(f"warning: {inputs_warning}")
             _apply_augmentation(data, baseline.augmentation, introduce)
             _check_distillation(models, data, recipe, introduce)
             refuse_written_weights(models.quantized, models.float_model, data)
@@ -147,7 +151,12 @@ def finetune(
             if accuracy is None:
                 accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
             trainer.gates.check_kept()
-        report = _write_results(run, trainer, models, baseline, accuracy, listener)
+        warnings = find_warnings(trainer, run.metrics(), course(trainer, baseline, accuracy))
+        for warning in warnings:
+            listener.note(f"warning: {warning}")
+        if inputs_warning:
+            warnings.insert(0, inputs_warning)
+        report = _write_results(run, trainer, models, baseline, accuracy, warnings)
     return FinetuneResult(run.path, report)
 
 
@@ -336,6 +345,19 @@ def _measure_baseline(
     return FloatBaseline(accuracy, distributed.broadcast(detected))
 
 
+def _input_warning(
+    models: _Models, data: Data, baseline: FloatBaseline, recipe: Recipe
+) -> str | None:
+    """Return a warning if the data do not fit the float model; None on ranks other than 0."""
+    if not distributed.is_main():
+        return None
+    section = recipe.data
+    normalization = f"data.mean {section.mean}, data.std {section.std}"
+    if data.augment is None:
+        normalization = "your factory's"
+    return input_warning(models.float_model, data, baseline.accuracy, normalization)
+
+
 def _apply_augmentation(data: Data, detected: DetectedAugmentation, introduce: _Note) -> None:
     detected.apply(data)
     if detected.fill is not None:
@@ -384,23 +406,19 @@ def _write_results(
     models: _Models,
     baseline: FloatBaseline,
     accuracy: float,
-    listener: Listener,
+    warnings: list[str],
 ) -> Report:
     """Write final.pt and report.json; return the report.
 
     `accuracy` is the delivered model's metric.
     """
-    run_course = course(trainer, baseline, accuracy)
-    warnings = find_warnings(trainer, run.metrics(), run_course)
-    for warning in warnings:
-        listener.note(f"warning: {warning}")
     quantized = trainer.quantized
     report = build_report(
         quantized,
         trainer.gates.budget,
         metric=trainer.data.judged_by,
         accuracy=(baseline.accuracy, accuracy),
-        course=run_course,
+        course=course(trainer, baseline, accuracy),
         source=models.source,
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,

@@ -722,3 +722,12 @@ def test_out_of_memory_names_the_remedy(project: Path, monkeypatch: pytest.Monke
     assert answer.err.splitlines()[-1] == (
         "Error: Training failed: out of memory; try a smaller --set data.batch_size (now 16)."
     )
+
+
+def test_inputs_unlike_those_of_training_are_told_early_and_in_the_report(project: Path) -> None:
+    answer = ddq("finetune", "model.pt", "--max-steps", "1", "--set", "data.std=[0.05]", "--json")
+    lines = answer.err.splitlines()
+    (told,) = (n for n, line in enumerate(lines) if "the inputs are not as in training" in line)
+    assert "data.mean [0.5], data.std [0.05]" in lines[told]
+    assert lines[told - 1].startswith("float accuracy: ")
+    assert answer.data["warnings"][0] in lines[told]

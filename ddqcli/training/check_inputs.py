@@ -1,0 +1,84 @@
+"""Warn if the evaluation data are not what the float model was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddqcli.data.batches import take_samples
+from ddqcli.data.load import Data
+from ddqcli.data.trees import call, copied, tensors
+
+_SAMPLES = 64
+# Of the first BatchNorm's input, against its running statistics. Right preprocessing of four
+# networks gave a shift up to 0.11 and ratios of 0.76 to 1.11; halved inputs 0.19 to 0.28.
+_LARGE_SHIFT = 0.4  # standard deviations, root mean square over channels
+_LARGE_RATIO = 2.5  # of variances, geometric mean over channels
+_NEAR_CHANCE = 1.5  # times the accuracy of a random class
+
+
+@torch.no_grad()
+def input_warning(model: nn.Module, data: Data, accuracy: float, normalization: str) -> str | None:
+    """Return a sentence with a remedy if the float model and the evaluation data do not fit.
+
+    `accuracy` is the float model's, `normalization` the recipe's, in words.
+    """
+    inputs, targets = take_samples(next(iter(data.val.epoch(0))), slice(_SAMPLES))
+    moved = _Statistics(model)
+    output = call(model.eval(), copied(inputs))
+    moved.remove()
+    if moved.shift > _LARGE_SHIFT or not 1 / _LARGE_RATIO < moved.ratio < _LARGE_RATIO:
+        return (
+            f"the inputs are not as in training: the first BatchNorm ({moved.name}) sees means off "
+            f"by {moved.shift:.2g} standard deviations and {moved.ratio:.2g} times the variance; "
+            f"give the preprocessing of your training script ({normalization}; RGB or BGR)"
+        )
+    classes = _classes(output, targets, data)
+    if classes and accuracy < _NEAR_CHANCE * 100 / classes:
+        return (
+            f"the float accuracy is near that of a random class, {100 / classes:.1f} %; check the "
+            f"order of the classes, the checkpoint and the preprocessing ({normalization})"
+        )
+    return None
+
+
+class _Statistics:
+    """Compares the input of the first BatchNorm in a forward pass with its running statistics."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name, self.shift, self.ratio = "", 0.0, 1.0
+        self._handles = [
+            module.register_forward_pre_hook(self._hook(name))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.running_mean is not None
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def compare(norm: Any, args: tuple[Any, ...]) -> None:
+            if self.name or not args:
+                return
+            self.name = name
+            values = args[0].float().transpose(0, 1).flatten(1)
+            variance = norm.running_var + norm.eps
+            shift = (values.mean(1) - norm.running_mean).square() / variance
+            ratio = (values.var(1, correction=0) + norm.eps) / variance
+            self.shift, self.ratio = float(shift.mean().sqrt()), float(ratio.log().mean().exp())
+
+        return compare
+
+
+def _classes(output: Any, targets: Any, data: Data) -> int | None:
+    """Return K for scores [B, K] beside classes [B] that the default metric judges."""
+    scores, labels = tensors(output), tensors(targets)
+    if data.own_metric or not data.labelled or len(scores) != 1 or len(labels) != 1:
+        return None
+    score, label = scores[0], labels[0]
+    is_class = label.ndim == 1 and not label.is_floating_point()
+    return score.shape[1] if score.ndim == 2 and is_class else None
