@@ -256,8 +256,7 @@ class TrainSection(_Section):
     lr: Positive | None = None  # of weights; falls to 0 along a cosine. None: sgd 0.01, adamw 1e-4
     momentum: Fraction = 0.9  # sgd
     weight_decay: NonNegative = 1e-4
-    # Of levels (Adam), in steps of the level grid: 1/255 of the range. None: sgd 0.1, adamw 0.01.
-    levels_lr: Positive | None = None
+    levels_lr: Positive = 0.1  # of levels (Adam), in steps of the level grid: 1/255 of the range
     # Gradient correction (Eqn 9) as a multiple of the layer's Fisher information; 0 turns it off.
     correction: NonNegative = 1.0
     distill: DistillSection = DistillSection()

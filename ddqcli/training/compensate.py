@@ -55,18 +55,10 @@ class Compensation:
         quantized: at its first bits; its parameters hold float weights.
         teacher: the float model.
         x: training inputs, a tree of tensors [N, ...], drawn at random.
-        on_levels: move weights onto their levels; else just inside the levels' cells.
     """
 
-    def __init__(
-        self,
-        quantized: QuantizedModel,
-        teacher: nn.Module,
-        x: Tree,
-        *,
-        on_levels: bool = False,
-    ) -> None:
-        self.quantized, self.x, self.on_levels = quantized, x, on_levels
+    def __init__(self, quantized: QuantizedModel, teacher: nn.Module, x: Tree) -> None:
+        self.quantized, self.x = quantized, x
         self.layers = _weight_layers(quantized)
         self.patch_counts = _patch_counts(self.layers)
         self.biases = {
@@ -107,9 +99,7 @@ class Compensation:
         levels = row_levels(layer, level_values(quantizer), quantizer.axis)
         rounded = compensated_rounding(weight, levels, hessian, _PULL * correlation)
         assigned = from_matrix(layer, rounded, tensor.parameter.shape)
-        if not self.on_levels:
-            assigned = inside_cells(quantizer, tensor.parameter, assigned)
-        tensor.parameter.copy_(assigned)
+        tensor.parameter.copy_(inside_cells(quantizer, tensor.parameter, assigned))
 
     def _correct_norm(self, name: str, variances: bool, x: Tensor) -> None:
         """Move the statistics of a BatchNorm by what its input has moved."""

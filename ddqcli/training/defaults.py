@@ -8,7 +8,6 @@ MANY_SAMPLES = 200_000  # training samples that a run sees, repeats included
 LARGE_BATCH = 32
 SDQ_BIN_REGULARIZATION = 0.1  # the best in SDQ's Table 4
 LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-4}
-LEVELS_LEARNING_RATES = {"sgd": 0.1, "adamw": 0.01}
 
 
 def with_defaults(recipe: Recipe, steps: int, batch_size: int) -> Recipe:
@@ -27,7 +26,6 @@ def with_defaults(recipe: Recipe, steps: int, batch_size: int) -> Recipe:
     if batch_norm == "auto":
         batch_norm = "batch" if long_run and batch_size >= LARGE_BATCH else "held"
     lr = LEARNING_RATES[optimizer] if train.lr is None else train.lr
-    levels_lr = LEVELS_LEARNING_RATES[optimizer] if train.levels_lr is None else train.levels_lr
     bin_regularization = train.bin_regularization
     if bin_regularization is None:
         bin_regularization = SDQ_BIN_REGULARIZATION if recipe.method == "sdq" else 0.0
@@ -36,7 +34,6 @@ def with_defaults(recipe: Recipe, steps: int, batch_size: int) -> Recipe:
             "optimizer": optimizer,
             "batch_norm": batch_norm,
             "lr": lr,
-            "levels_lr": levels_lr,
             "bin_regularization": bin_regularization,
         }
     )

@@ -70,7 +70,6 @@ def _network_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimi
 
 def _levels_optimizer(quantized: QuantizedModel, train: TrainSection) -> Optimizer | None:
     """Adam, so that the learning rate is the size of a step, in units of the level grid."""
-    assert train.levels_lr is not None
     groups = level_groups(quantized, train.levels_lr)
     return torch.optim.Adam(groups, fused=True) if groups else None
 

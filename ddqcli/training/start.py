@@ -40,13 +40,7 @@ def choose_start(
     trainer.stages = {"quantized": evaluate()}
     if trainer.recipe.train.compensate and float_model is not None:
         plain_model, plain_gates = copy.deepcopy(model.state_dict()), gates.state()
-        # Near the border of its cell, a weight changes its level with the first step: AdamW's short
-        # runs would undo the rounding. SGD's long ones need what the float weights know, and so do
-        # sampled bits: between the levels of the first ones, others could not be told apart.
-        on_levels = trainer.recipe.train.optimizer != "sgd" and not gates.probabilities()
-        compensation = Compensation(
-            trainer.quantized, float_model, _samples(trainer.data), on_levels=on_levels
-        )
+        compensation = Compensation(trainer.quantized, float_model, _samples(trainer.data))
         # Each rank compensates on its own shard; the first one's results count.
         gates.fisher.error_share = distributed.broadcast(compensation.error_shares())
         gates.start()

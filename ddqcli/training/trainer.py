@@ -39,6 +39,7 @@ from ddqcli.training.optimizers import make_optimizers
 from ddqcli.training.signals import hold_signals
 
 _LOOKS = 8  # in a run, beside the one before the first step
+_SETTLED_LEVELS_LR = 0.1  # of train.levels_lr
 
 
 class Trainer:
@@ -65,6 +66,7 @@ class Trainer:
         self.quantized, self.data, self.gates, self.recipe = quantized, data, gates, recipe
         self.model, self.steps, self.step = quantized.model, steps, 0
         self.lr_scale = 1.0  # factor on every learning rate
+        self.settled = False  # weights are on their levels, which move less: see `_settle`
         self.gave_up = False  # training diverged twice: the best state is delivered
         self.distill_weight = distillation_weight(recipe.train.distill, data)
         self.teacher = teacher if self.distill_weight or not data.labelled else None
@@ -83,7 +85,7 @@ class Trainer:
         self.uses_batch_statistics = bool(batch_norms(self.model)) and not held
         self.bn_frozen_from = self._bn_freeze_step()
         self.parallel = distributed.data_parallel(self.model)
-        self.weights_optimizer, self.levels_optimizer = make_optimizers(quantized, recipe.train)
+        self._make_optimizers()
 
     # ---- the loop
 
@@ -134,7 +136,8 @@ class Trainer:
         """Look at the held-out samples, and keep this state if it is the best so far.
 
         Only a state within the budget counts. The best has the lowest loss among those whose
-        metric is not worse than that of the first. Raises Diverged if training has ruined it.
+        metric is not worse than that of the first. If AdamW has made the loss larger than the first
+        one, the run settles. Raises Diverged if training has ruined the model.
         """
         look = self.held_out.look(self.model, self.step)
         self._set_train_mode()
@@ -146,6 +149,9 @@ class Trainer:
         # Bits that still come down to the budget, or are sampled, raise the loss as well.
         start = self.start or look
         comparable = look if self.gates.probabilities() else start
+        if self._unsettles(look, comparable):
+            self._settle()
+            return look
         if self.step and is_ruined(look, comparable, self.data.judged_by):
             raise Diverged(
                 f"The held-out loss went from {start.held_out_loss:.3g} to "
@@ -158,6 +164,35 @@ class Trainer:
                 "gates": self.gates.state(),
             }
         return look
+
+    def _unsettles(self, look: Look, start: Look) -> bool:
+        """True at the first look at which small steps have done harm."""
+        if self.settled or self.best is None or self.recipe.train.optimizer != "adamw":
+            return False
+        return 0 < self.step < self.steps and not look.held_out_loss <= start.held_out_loss
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Continue from the best state, with weights on their levels and levels that move less.
+
+        Most weights of a compensated start lie near the borders of their cells, where the first
+        steps change their levels. A run of many steps, or one with much to gain, recovers from it.
+        For others, the middle of the cell keeps what compensation gained.
+        """
+        self.restore_best()
+        for tensor in self.quantized.tensors:
+            tensor.parameter.copy_(tensor.quantizer(tensor.parameter))
+        self.settled = True
+        self.model.zero_grad(set_to_none=True)
+        self._make_optimizers()
+        self._set_train_mode()
+
+    def _make_optimizers(self) -> None:
+        train = self.recipe.train
+        if self.settled:
+            levels_lr = _SETTLED_LEVELS_LR * train.levels_lr
+            train = train.model_copy(update={"levels_lr": levels_lr})
+        self.weights_optimizer, self.levels_optimizer = make_optimizers(self.quantized, train)
 
     def restore_best(self) -> bool:
         """Return to the best state. False if no state within the budget was seen."""
@@ -176,9 +211,7 @@ class Trainer:
         self.step, self.lr_scale = self.best.step, lr_scale
         self.looks = [look for look in self.looks if look.step <= self.step]
         self.model.zero_grad(set_to_none=True)
-        self.weights_optimizer, self.levels_optimizer = make_optimizers(
-            self.quantized, self.recipe.train
-        )
+        self._make_optimizers()
         return True
 
     def _batches(self) -> Iterator[Batch]:
@@ -360,6 +393,7 @@ class Trainer:
         return {
             "step": self.step,
             "lr_scale": self.lr_scale,
+            "settled": self.settled,
             "gave_up": self.gave_up,
             "model": self.model.state_dict(),
             "weights_optimizer": self.weights_optimizer.state_dict(),
@@ -379,7 +413,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         try:
             self.step, self.lr_scale = state["step"], state["lr_scale"]
-            self.gave_up = state["gave_up"]
+            self.settled, self.gave_up = state["settled"], state["gave_up"]
             self.load_model(state["model"])
             self.weights_optimizer.load_state_dict(state["weights_optimizer"])
             if self.levels_optimizer:

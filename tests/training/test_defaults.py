@@ -45,16 +45,9 @@ def test_the_learning_rate_fits_the_optimizer() -> None:
     assert filled(10_000, 64, optimizer="adamw") == ("adamw", 1e-4, "batch")
 
 
-@pytest.mark.parametrize(("steps", "levels_lr"), [(10, 0.01), (10_000, 0.1)])
-def test_levels_move_less_in_short_runs(steps: int, levels_lr: float) -> None:
-    assert with_defaults(Recipe(), steps, 64).train.levels_lr == levels_lr
-    given = Recipe.model_validate({"train": {"levels_lr": 0.5}})
-    assert with_defaults(given, steps, 64).train.levels_lr == 0.5
-
-
 def test_all_other_settings_stay() -> None:
     recipe = Recipe.model_validate({"name": "a", "train": {"epochs": 3, "seed": 7}})
     after = with_defaults(recipe, 10, 64)
-    left_open = {"optimizer", "lr", "levels_lr", "batch_norm", "bin_regularization"}
+    left_open = {"optimizer", "lr", "batch_norm", "bin_regularization"}
     assert after.model_dump(exclude={"train"}) == recipe.model_dump(exclude={"train"})
     assert after.train.model_dump(exclude=left_open) == recipe.train.model_dump(exclude=left_open)

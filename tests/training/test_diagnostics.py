@@ -188,7 +188,7 @@ def test_levels_that_no_weight_takes_are_named_and_counted() -> None:
     (warning,) = find_warnings(running, [])
     unused = f"levels that no weight takes cost bytes for nothing in 3.weight ({16 - used} of 16)"
     assert unused in warning
-    assert "take a smaller train.levels_lr (now 0.01)" in warning
+    assert "take a smaller train.levels_lr (now 0.1)" in warning
 
 
 def test_a_tensor_of_few_values_is_not_warned_of_unused_levels() -> None:

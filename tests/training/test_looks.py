@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from small_models import RandomBatches, random_data
-from tiny_training import begin, differences, recipe
+from tiny_training import (
+    before_each_step,
+    begin,
+    differences,
+    finish_at_last,
+    recipe,
+    stored,
+)
 from torch import Tensor, nn
 
 from ddqcli.data.load import Data
@@ -272,3 +279,93 @@ def test_a_ruined_state_ends_the_run_and_training_restarts_from_the_best() -> No
     assert [seen.step for seen in running.looks] == [0, 1]
     assert not differences(running.model.state_dict(), states[1])
     assert issubclass(Diverged, DDQError)
+
+
+# ---- small steps that do harm
+
+
+def begin_adamw(looks: dict[int, tuple[float, float]], **train: Any) -> Trainer:
+    train = {"optimizer": "adamw", "lr": 1e-3, **train}
+    running = begin(recipe(gates={"rule": "fixed"}, train=train), steps=8)
+    make_up_looks(running, looks)
+    return running
+
+
+def levels_lr(running: Trainer) -> float:
+    assert running.levels_optimizer
+    return float(running.levels_optimizer.param_groups[0]["initial_lr"])
+
+
+def test_a_look_above_the_first_one_settles_the_weights_on_the_levels_of_the_best_state() -> None:
+    running = begin_adamw(dict(enumerate([(5, 50), (4, 50), (6, 50), (5.5, 50)])))
+    before, settled_at = levels_lr(running), {}
+    best: dict[str, Tensor] = {}
+
+    def seen(look: Look) -> None:
+        settled_at[look.step] = running.settled
+        if look.step == 1:
+            best.update(copy.deepcopy(running.model.state_dict()))
+        if look.step == 2:
+            assert running.model.training
+            assert levels_lr(running) == pytest.approx(0.1 * before)
+            quantized = best | {
+                name: value
+                for name, value in running.model.state_dict().items()
+                if name.endswith("original")
+            }
+            assert not differences(running.model.state_dict(), quantized)
+            for tensor in running.quantized.tensors:
+                assert torch.equal(tensor.quantizer(tensor.parameter), tensor.parameter)
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        running.run(lambda metrics: None, seen, lambda: None)
+    assert settled_at == {1: False, 2: True}
+    assert running.step == 2  # no step is repeated
+    running.step = 3
+    running.look()  # above the first one again, and not ruined
+    assert running.best == Look(1, 4, 50)
+
+
+def test_a_run_settles_once_and_then_may_diverge() -> None:
+    running = begin_adamw({0: (1, 50), 1: (99, 10), 2: (99, 10)})
+    running.step = 1
+    running.look()
+    assert running.settled
+    running.step = 2
+    with pytest.raises(Diverged):
+        running.look()
+    assert running.restart_from_best(0.1)
+    assert levels_lr(running) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_sgd_and_improving_runs_do_not_settle(optimizer: str) -> None:
+    loss = 9 if optimizer == "sgd" else 0.9
+    running = begin_adamw({0: (1, 50), 1: (loss, 50)}, optimizer=optimizer)
+    running.step = 1
+    running.look()
+    assert not running.settled
+
+
+def test_a_settled_run_resumes_to_the_same_bytes() -> None:
+    looks = {0: (5, 50)} | {step: (6 - step / 10, 50) for step in range(1, 9)}
+    states = []
+    for stop in (None, 4):
+        running = begin_adamw(looks)
+        if stop:
+
+            def halt(step: int, stop: int = stop) -> None:
+                if step == stop:
+                    raise InterruptedError
+
+            before_each_step(running, halt)
+            with pytest.raises(InterruptedError):
+                finish_at_last(running)
+            saved = stored(running.state())
+            running = begin_adamw(looks)
+            running.load(saved)
+            assert running.settled
+        finish_at_last(running)
+        states.append(running.state())
+    assert not differences(*states)
