@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddqcli.data.batches import Shard
 from ddqcli.qat.convert import convert
-from ddqcli.qat.loss_increase import FisherEstimate, error_curve
+from ddqcli.qat.loss_increase import AS_IT_IS, FisherEstimate, bit_options, error_curve
 from ddqcli.quant.quantizer import DDQuantizer
 from ddqcli.training import distributed
 from ddqcli.training.calibrate import calibrate
@@ -101,3 +101,17 @@ def test_several_processes_calibrate_to_the_fisher_of_one(
     whole, parts = fisher(0, 1), [fisher(rank, processes) for rank in range(processes)]
     ratios = [statistics.mean(part[name] for part in parts) / whole[name] for name in whole]
     assert 0.75 < statistics.median(ratios) < 1.25, ratios
+
+
+def test_compensation_leaves_a_share_of_the_error_and_more_of_it_at_one_bit() -> None:
+    tensor = convert(network(), rule_recipe("fisher", None)).tensors[0]
+    plain, compensated = (FisherEstimate([tensor], 4, {tensor.name: 2.0}) for _ in range(2))
+    compensated.error_share = {tensor.name: 0.25, "another": 0.1}
+    costs = {AS_IT_IS: 9, 1: 10, 2: 20, 4: 40}
+    before, after = (
+        bit_options(tensor, costs, fisher, error_as_it_is=3.0).loss_increase
+        for fisher in (plain, compensated)
+    )
+    shares = {AS_IT_IS: 0.25, 1: 0.5, 2: 0.25, 4: 0.25}
+    assert after == pytest.approx({s: shares[s] * before[s] for s in costs})
+    assert before[AS_IT_IS] == pytest.approx(4 * 2.0 / 2 * 3.0)
