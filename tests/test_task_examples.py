@@ -11,7 +11,8 @@ import torch
 from tiny_project import ddq
 
 TEXT = (Path(__file__).parents[1] / "recipes" / "README.md").read_text(encoding="utf-8")
-EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", TEXT, re.M | re.S))
+_EXAMPLE = r"^### ([^\n]+)\n(?:(?!^###? ).)*?```python\n(.*?)```"
+EXAMPLES = dict(re.findall(_EXAMPLE, TEXT, re.M | re.S))
 METRICS = {  # that a report must speak of, where it is no accuracy
     "Autoencoder": "PSNR",
     "Segmentation": "mIoU",
@@ -24,7 +25,7 @@ FLAGS = {"Segmentation": ("--set", "train.distill.weight=0.9")}
 
 
 def test_there_is_an_example_of_each_kind() -> None:
-    assert len(EXAMPLES) == TEXT.count("\n## ") == 8
+    assert len(EXAMPLES) == TEXT.count("\n### ") == 8
     assert set(METRICS) | {"Classifier", "Two inputs, two tasks"} == set(EXAMPLES)
 
 

@@ -30,7 +30,7 @@ from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.encode_run import encode_run, file_meta
+from ddqcli.runs.encode_run import file_meta, with_file_size
 from ddqcli.runs.evaluation import Course, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
@@ -462,8 +462,7 @@ def _write_results(
         warnings=warnings,
     )
     frozen = freeze(quantized)
-    _, sizes = encode_run(FrozenModel.from_state(frozen), report, run.recipe(), {})
-    report = report.with_manifest(sizes.manifest + sizes.header)
+    report = with_file_size(report, FrozenModel.from_state(frozen), run.recipe())
     run.save(FINAL, frozen | {"probe": probe(quantized.model, trainer.data)})
     run.write_report(report)
     return report

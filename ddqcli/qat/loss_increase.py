@@ -80,8 +80,8 @@ def bit_options(
         return BitOptions(tensor.name, dict(costs), dict.fromkeys(costs, 0.0))
     weight = fisher.of(tensor) / 2 + 1e-30  # without gradients more bits are still better
     share = fisher.error_share.get(tensor.name, 1.0)
-    # Two levels leave little room to make up for errors: of 36 layers, some with a share of 0.2 kept
-    # 0.4 to 0.75 of their error at 1 bit, and none of them at 2 bits or more.
+    # Two levels leave little room to make up for errors: of 36 layers, some with a share of 0.2
+    # kept 0.4 to 0.75 of their error at 1 bit, and none of them at 2 bits or more.
     shares = {s: share**0.5 if s == 1 else share for s in costs}
     widths = [s for s in costs if s != AS_IT_IS]
     errors = {AS_IT_IS: error_as_it_is} | error_curve(tensor, range(min(widths), max(widths) + 1))

@@ -12,6 +12,8 @@ from ddqcli.qat.frozen import FrozenModel
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.report import Report
 
+_TEXT_STEP = 64  # bytes
+
 
 def encode_run(
     frozen: FrozenModel, report: Report, recipe: Recipe, extra: Mapping[str, Any]
@@ -34,6 +36,25 @@ def encode_run(
         if limit is None or sizes.file <= limit:
             break
     return raw, sizes
+
+
+def with_file_size(report: Report, frozen: FrozenModel, recipe: Recipe) -> Report:
+    """Return the report with the size of its own file, in which it is written.
+
+    A target in bits counts no text. Its budget in bytes grows if the file says more than was
+    reserved; in steps, since its digits are part of the text.
+    """
+    sized = _sized(report, frozen, recipe)
+    excess = sized.totals.bytes - (sized.totals.budget_bytes or sized.totals.bytes)
+    if excess <= 0 or recipe.budget.target_size is not None:
+        return sized
+    grown = sized.totals.bytes - excess + _TEXT_STEP * (excess // _TEXT_STEP + 1)
+    return _sized(report.with_budget(grown), frozen, recipe)
+
+
+def _sized(report: Report, frozen: FrozenModel, recipe: Recipe) -> Report:
+    _, sizes = encode_run(frozen, report, recipe, {})
+    return report.with_manifest(sizes.manifest + sizes.header)
 
 
 def file_meta(report: Report, recipe: Recipe) -> dict[str, Any]:

@@ -179,8 +179,14 @@ class Report(Record):
     def with_manifest(self, nbytes: int) -> Report:
         """Return the report of a file whose manifest and header take `nbytes`."""
         change = nbytes - self.totals.manifest_bytes
-        totals = {"bytes": self.totals.bytes + change, "manifest_bytes": nbytes}
-        return self.model_copy(update={"totals": self.totals.model_copy(update=totals)})
+        return self._with_totals(bytes=self.totals.bytes + change, manifest_bytes=nbytes)
+
+    def with_budget(self, nbytes: int) -> Report:
+        """Return the report with another budget."""
+        return self._with_totals(budget_bytes=nbytes)
+
+    def _with_totals(self, **values: int) -> Report:
+        return self.model_copy(update={"totals": self.totals.model_copy(update=values)})
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Report:

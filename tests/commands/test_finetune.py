@@ -728,3 +728,14 @@ def test_inputs_unlike_those_of_training_are_told_early_and_in_the_report(projec
     assert "data.mean [0.5], data.std [0.05]" in lines[told]
     assert lines[told - 1].startswith("float accuracy: ")
     assert answer.data["warnings"][0] in lines[told]
+
+
+def test_a_budget_of_bits_grows_with_the_text_in_the_file(project: Path) -> None:
+    """Here the file says more than is reserved for it: two warnings."""
+    data = ddq("finetune", "model.pt", "--max-steps", "2", "--json", "-q").data
+    totals = data["totals"]
+    assert len("".join(data["warnings"])) > 200
+    assert totals["quantized_bytes"] <= totals["weights"] * 4 / 8
+    assert totals["bytes"] <= totals["budget_bytes"]
+    assert ddq("export", data["run_dir"], "-o", "a.safetensors").code == 0
+    assert Path("a.safetensors").stat().st_size == totals["bytes"]
