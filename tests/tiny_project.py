@@ -96,10 +96,13 @@ def make_project(folder: Path) -> Path:
     scope: dict[str, Any] = {}
     exec(NET, scope)
     torch.manual_seed(0)
-    torch.save(scope["build"]().state_dict(), folder / "model.pt")
-    np.savez(
-        folder / "images.npz", **images(80, "x_train", "y_train"), **images(32, "x_test", "y_test")
-    )
+    model, train = scope["build"](), images(80, "x_train", "y_train")
+    for module in model:
+        module.momentum = 1.0  # BatchNorm then knows these images
+    with torch.no_grad():
+        model((torch.from_numpy(train["x_train"])[:, None] / 255 - 0.5) / 0.5)
+    torch.save(model.state_dict(), folder / "model.pt")
+    np.savez(folder / "images.npz", **train, **images(32, "x_test", "y_test"))
     return folder
 
 

@@ -16,7 +16,8 @@ _SAMPLES = 64
 # networks gave a shift up to 0.11 and ratios of 0.76 to 1.11; halved inputs 0.19 to 0.28.
 _LARGE_SHIFT = 0.4  # standard deviations, root mean square over channels
 _LARGE_RATIO = 2.5  # of variances, geometric mean over channels
-_NEAR_CHANCE = 1.5  # times the accuracy of a random class
+_NEAR_CHANCE = 1.5  # times the accuracy of a random class,
+_FEWEST_CLASSES = 5  # of so many: with fewer, a poor model is not far from it
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def input_warning(model: nn.Module, data: Data, accuracy: float, normalization: 
             f"give the preprocessing of your training script ({normalization}; RGB or BGR)"
         )
     classes = _classes(output, targets, data)
-    if classes and accuracy < _NEAR_CHANCE * 100 / classes:
+    if classes >= _FEWEST_CLASSES and accuracy < _NEAR_CHANCE * 100 / classes:
         return (
             f"the float accuracy is near that of a random class, {100 / classes:.1f} %; check the "
             f"order of the classes, the checkpoint and the preprocessing ({normalization})"
@@ -74,11 +75,11 @@ class _Statistics:
         return compare
 
 
-def _classes(output: Any, targets: Any, data: Data) -> int | None:
-    """Return K for scores [B, K] beside classes [B] that the default metric judges."""
+def _classes(output: Any, targets: Any, data: Data) -> int:
+    """Return K for scores [B, K] beside classes [B] that the default metric judges, else 0."""
     scores, labels = tensors(output), tensors(targets)
     if data.own_metric or not data.labelled or len(scores) != 1 or len(labels) != 1:
-        return None
+        return 0
     score, label = scores[0], labels[0]
     is_class = label.ndim == 1 and not label.is_floating_point()
-    return score.shape[1] if score.ndim == 2 and is_class else None
+    return score.shape[1] if score.ndim == 2 and is_class else 0

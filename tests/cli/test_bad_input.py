@@ -136,7 +136,7 @@ FLAGS = {
         "finetune model.pt --recipe my.yaml",
         "my.yaml cannot be read: No such file",
     ),
-    "a folder as recipe": ("finetune model.pt --recipe .", "cannot be read: Is a directory"),
+    "a folder as recipe": ("finetune model.pt --recipe .", "cannot be read: it is no regular file"),
     "no such checkpoint": ("finetune gone.pt", "There is no checkpoint gone.pt"),
     "a folder as checkpoint": ("finetune .", "is a folder; name the checkpoint file in it"),
     "unknown torchvision network": ("finetune model.pt --arch resnet81", "did you mean resnet18"),
@@ -382,8 +382,8 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
         "it lacks 1 tensors (3.bias)",
     ),
     "an unknown key": (
-        saved(lambda: {**weights(), "x": torch.ones(1)}),
-        "it has unknown 1 tensors (x)",
+        saved(lambda: {**weights(), "3.x": torch.ones(1)}),
+        "it has unknown 1 tensors (3.x)",
     ),
     "another shape": (
         saved(lambda: weights(**{"8_weight": lambda w: w[:, :3]})),

@@ -37,7 +37,9 @@ def test_gates_close_while_the_budget_is_exceeded() -> None:
 
 def test_gates_that_closed_too_many_are_opened_again() -> None:
     gates = {"freeze": 0.6, "lr": 1.0, "init": 1e-3, "alpha": -15.0}
-    recipe = rule_recipe("paper", {"target_bits": 4}, gates=gates)
+    recipe = rule_recipe(
+        "paper", {"target_bits": 4}, gates=gates, train={"optimizer": "sgd", "lr": 1e-4}
+    )
     running = trainer(network(), recipe, 10, random_data())
     used = []
     after_backward = running.gates.after_backward

@@ -245,16 +245,6 @@ def samples_of(*shapes: tuple[int, ...]) -> Tensor:
     return start._samples(data)
 
 
-@pytest.mark.parametrize("method", ["ddq", "sdq"])
-def test_weights_start_on_their_levels_unless_bits_are_sampled(method: str) -> None:
-    settings = recipe(compensate=True)
-    running, _ = begin(settings.model_copy(update={"method": method}))
-    assert "compensated" in running.stages
-    weights = [t for t in running.quantized.tensors if t.kind != "bias"]
-    on_levels = [torch.equal(t.quantizer(t.parameter), t.parameter) for t in weights]
-    assert on_levels == [method == "ddq"] * len(weights)
-
-
 def test_samples_come_from_at_most_twelve_batches() -> None:
     samples = samples_of(*[(8, 3)] * 14)
     assert samples.tolist() == [[float(n)] * 3 for n in range(12) for _ in range(8)]
