@@ -1,13 +1,13 @@
-"""Warn if the evaluation data are not what the float model was trained on."""
+"""Warn if the data are not what the float model was trained on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ddqcli.data.batches import take_samples
+from ddqcli.data.batches import batch_size, take_samples
 from ddqcli.data.load import Data
 from ddqcli.data.trees import call, copied, tensors
 
@@ -22,13 +22,18 @@ _FEWEST_CLASSES = 5  # of so many: with fewer, a poor model is not far from it
 
 @torch.no_grad()
 def input_warning(model: nn.Module, data: Data, accuracy: float, normalization: str) -> str | None:
-    """Return a sentence with a remedy if the float model and the evaluation data do not fit.
+    """Return a sentence with a remedy if the float model and the held-out samples do not fit.
 
-    `accuracy` is the float model's, `normalization` the recipe's, in words.
+    `accuracy` is the float model's, `normalization` the recipe's, in words. Samples are taken at
+    equal distances: data are often sorted by class.
     """
-    inputs, targets = take_samples(next(iter(data.val.epoch(0))), slice(_SAMPLES))
-    moved = _Statistics(model)
-    output = call(model.eval(), copied(inputs))
+    every = slice(None, None, max(1, -(-data.held_out.samples // _SAMPLES)))
+    moved, classes = _Statistics(model), 0
+    for batch in data.held_out.epoch(0):
+        if not batch_size(batch):
+            continue
+        inputs, targets = take_samples(batch, every)
+        classes = _classes(call(model.eval(), copied(inputs)), targets, data)
     moved.remove()
     if moved.shift > _LARGE_SHIFT or not 1 / _LARGE_RATIO < moved.ratio < _LARGE_RATIO:
         return (
@@ -36,7 +41,6 @@ def input_warning(model: nn.Module, data: Data, accuracy: float, normalization: 
             f"by {moved.shift:.2g} standard deviations and {moved.ratio:.2g} times the variance; "
             f"give the preprocessing of your training script ({normalization}; RGB or BGR)"
         )
-    classes = _classes(output, targets, data)
     if classes >= _FEWEST_CLASSES and accuracy < _NEAR_CHANCE * 100 / classes:
         return (
             f"the float accuracy is near that of a random class, {100 / classes:.1f} %; check the "
@@ -46,10 +50,12 @@ def input_warning(model: nn.Module, data: Data, accuracy: float, normalization: 
 
 
 class _Statistics:
-    """Compares the input of the first BatchNorm in a forward pass with its running statistics."""
+    """Compares the inputs of the first BatchNorm in forward passes with its running statistics."""
 
     def __init__(self, model: nn.Module) -> None:
         self.name, self.shift, self.ratio = "", 0.0, 1.0
+        self._moments: list[Tensor] = []  # of batches: mean and mean square [2, C]
+        self._counts: list[int] = []  # values a channel in each
         self._handles = [
             module.register_forward_pre_hook(self._hook(name))
             for name, module in model.named_modules()
@@ -63,13 +69,18 @@ class _Statistics:
 
     def _hook(self, name: str) -> Any:
         def compare(norm: Any, args: tuple[Any, ...]) -> None:
-            if self.name or not args:
+            if self.name not in ("", name) or not args:
                 return
             self.name = name
-            values = args[0].float().transpose(0, 1).flatten(1)
+            values = args[0].double().transpose(0, 1).flatten(1)
+            self._moments.append(torch.stack([values.mean(1), values.square().mean(1)]))
+            self._counts.append(values.shape[1])
+            weights = torch.tensor(self._counts, dtype=values.dtype, device=values.device)
+            moments = torch.stack(self._moments, -1) @ weights / weights.sum()
+            mean, square = moments
             variance = norm.running_var + norm.eps
-            shift = (values.mean(1) - norm.running_mean).square() / variance
-            ratio = (values.var(1, correction=0) + norm.eps) / variance
+            shift = (mean - norm.running_mean).square() / variance
+            ratio = (square - mean.square() + norm.eps) / variance
             self.shift, self.ratio = float(shift.mean().sqrt()), float(ratio.log().mean().exp())
 
         return compare
