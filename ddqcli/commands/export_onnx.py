@@ -160,7 +160,7 @@ def check_onnx(
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a run exports, and the torch model to compare it with."""
+    """The exported model of a run, and the torch model to compare it with."""
 
     model: OnnxModel
     reference: _Reference

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Choice:
-    """What a quantizer needs to know of the choice in force, for the gradient of the DBP.
+    """The choice in force, as a quantizer needs it for the gradient of the DBP.
 
     Attributes:
         difference: the tensor at the larger bit-width minus the tensor at the smaller one.

@@ -1,4 +1,4 @@
-"""What a network does in training that quantizers must know of, seen in a trial on a copy."""
+"""Behavior of a network in training that quantizers must know of, from a trial on a copy."""
 
 from __future__ import annotations
 

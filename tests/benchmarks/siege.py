@@ -76,7 +76,7 @@ SURROUNDINGS: dict[str, list[str | None]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """The end of a command."""
 
     code: int  # minus the signal that ended it
     out: str
