@@ -20,7 +20,7 @@ PACKAGE = Path(ddqcli.__file__).parent
 
 # From the bottom up. A module imports from its own layer and from those below.
 LAYERS = (
-    {"errors", "formatting"},
+    {"errors", "formatting", "hashing"},
     {"artifact", "recipe"},
     {"quant"},
     {"qat"},
@@ -38,6 +38,7 @@ LAYERS = (
 TORCH_FREE = {
     "errors",
     "formatting",
+    "hashing",
     "artifact",
     "recipe",
     "plots",

@@ -6,9 +6,8 @@ or safetensors. No code in the file runs unless the user allows it.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ddqcli.checkpoint.shards import INDEX, shard_files, weights_in
 from ddqcli.checkpoint.state_keys import bare_names, find_state
 from ddqcli.checkpoint.torch_load import first_line, load_torch_file
 from ddqcli.errors import CheckpointError
+from ddqcli.hashing import sha256_of_files
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def load_checkpoint(path: Path, *, pickle: bool = False) -> Checkpoint:
     note = f"{kind} {position}{stripped}"
     note += f", {others} entries that are no tensors left out" if others else ""
     note += f", in {len(files)} files" if len(files) > 1 else ""
-    return Checkpoint(path, _sha256(files), tensors, note, module)
+    return Checkpoint(path, sha256_of_files(*files), tensors, note, module)
 
 
 def _load_file(path: Path, pickle: bool) -> Any:
@@ -171,13 +171,3 @@ def _describe(content: Any) -> str:
         return f"its keys are {names}{', ...' if len(content) > 8 else ''}"
     article = "an empty" if isinstance(content, Mapping) else "a"
     return f"there is only {article} {type(content).__name__} in it"
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the files one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

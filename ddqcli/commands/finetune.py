@@ -158,12 +158,14 @@ def finetune(
             if accuracy is None:
                 accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
             trainer.gates.check_kept()
-        warnings = find_warnings(trainer, run.metrics(), course(trainer, baseline, accuracy))
+        run_course = course(trainer, baseline, accuracy)
+        warnings = find_warnings(trainer, run.metrics(), run_course)
         for warning in warnings:
             listener.note(f"warning: {warning}")
         if inputs_warning:
             warnings.insert(0, inputs_warning)
-        report = _write_results(run, trainer, models, baseline, accuracy, warnings)
+        accuracies = baseline.accuracy, accuracy
+        report = _write_results(run, trainer, models.source, accuracies, run_course, warnings)
     return FinetuneResult(run.path, report)
 
 
@@ -441,23 +443,23 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
 def _write_results(
     run: Run,
     trainer: Trainer,
-    models: _Models,
-    baseline: FloatBaseline,
-    accuracy: float,
+    source: Source,
+    accuracy: tuple[float, float],
+    run_course: Course,
     warnings: list[str],
 ) -> Report:
     """Write final.pt and report.json; return the report.
 
-    `accuracy` is the delivered model's metric.
+    `accuracy` is the metric of the float and of the delivered model.
     """
     quantized = trainer.quantized
     report = build_report(
         quantized,
         trainer.gates.budget,
         metric=trainer.data.judged_by,
-        accuracy=(baseline.accuracy, accuracy),
-        course=course(trainer, baseline, accuracy),
-        source=models.source,
+        accuracy=accuracy,
+        course=run_course,
+        source=source,
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,
     )

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
+from ddqcli.hashing import sha256_of_files
+
 WHOLE_BYTES = 2 << 30  # of data, in the order of names, are read whole; of the rest both ends
 _END = 1 << 16  # bytes of an end
 _THREADS = 8
@@ -53,13 +55,9 @@ def _files(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _hash(path: Path, size: int, whole: bool) -> str:
-    digest = hashlib.sha256()
+    if whole or size <= 2 * _END:
+        return sha256_of_files(path)
     with path.open("rb") as file:
-        if whole or size <= 2 * _END:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        else:
-            digest.update(file.read(_END))
-            file.seek(-_END, os.SEEK_END)
-            digest.update(file.read(_END))
-    return digest.hexdigest()
+        begin = file.read(_END)
+        file.seek(-_END, os.SEEK_END)
+        return hashlib.sha256(begin + file.read(_END)).hexdigest()

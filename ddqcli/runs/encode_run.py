@@ -45,11 +45,11 @@ def with_file_size(report: Report, frozen: FrozenModel, recipe: Recipe) -> Repor
     reserved; in steps, since its digits are part of the text.
     """
     sized = _sized(report, frozen, recipe)
-    excess = sized.totals.bytes - (sized.totals.budget_bytes or sized.totals.bytes)
-    if excess <= 0 or recipe.budget.target_size is not None:
+    budget = sized.totals.budget_bytes
+    if recipe.budget.target_size is not None or budget is None or sized.totals.bytes <= budget:
         return sized
-    grown = sized.totals.bytes - excess + _TEXT_STEP * (excess // _TEXT_STEP + 1)
-    return _sized(report.with_budget(grown), frozen, recipe)
+    steps = (sized.totals.bytes - budget) // _TEXT_STEP + 1
+    return _sized(report.with_budget(budget + steps * _TEXT_STEP), frozen, recipe)
 
 
 def _sized(report: Report, frozen: FrozenModel, recipe: Recipe) -> Report:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli.errors import DDQError
+from ddqcli.hashing import sha256_of_files
 from ddqcli.recipe.consent import code_fields, code_file, code_rule, describe_code
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.files import write_atomic
@@ -116,7 +117,7 @@ def _describe(code: str) -> dict[str, Any] | None:
     names = sorted(str(path.relative_to(folder)) for path in files if not _is_installed(path))
     return {
         "folder": str(folder),
-        "files": {name: _sha256(folder / name) for name in names},
+        "files": {name: sha256_of_files(folder / name) for name in names},
         "importable": _importable(folder, names) if ":" in code else [],
     }
 
@@ -132,7 +133,7 @@ def _change(code: str, known: dict[str, Any] | None) -> str | None:
     if file.resolve().name not in files:
         return f"{file} has come to be"
     for name, digest in files.items():
-        if _sha256(folder / name) != digest:
+        if sha256_of_files(folder / name) != digest:
             return f"{folder / name} has changed"
     if ":" in code:
         stems = {Path(name).parts[0].partition(".")[0] for name in files}
@@ -187,11 +188,3 @@ def _read_record(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{path} may be another user's")
         record: dict[str, Any] = json.loads(file.read(_MAX_RECORD))
     return record
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

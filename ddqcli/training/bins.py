@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.quant.bin_regularization import bin_regularization
+from ddqcli.quant.cells import level_values
 from ddqcli.quant.grid import LEVEL_BITS
 from ddqcli.quant.layout import by_group
 
@@ -22,15 +22,8 @@ def regularize_bins(quantized: QuantizedModel, weight: float) -> None:
     for tensor in quantized.tensors:
         quantizer, parameter = tensor.quantizer, tensor.parameter
         if tensor.kind != "bias" and parameter.requires_grad and LEVEL_BITS not in quantizer.bits:
-            positions, scale, zero_point = quantizer.effective_levels()
-            levels = (_same_length(positions) - zero_point[:, None]) * scale[:, None]
-            values = by_group(parameter, quantizer.axis, len(positions)).float()
+            levels = level_values(quantizer)
+            values = by_group(parameter, quantizer.axis, len(levels)).float()
             terms.append(bin_regularization(values, levels))
     if terms:
         torch.autograd.backward(weight * torch.stack(terms).sum())
-
-
-def _same_length(levels: list[Tensor]) -> Tensor:
-    """Return [G, n]; groups of fewer bits repeat their last level."""
-    most = max(map(len, levels))
-    return torch.stack([torch.cat([row, row[-1:].expand(most - len(row))]) for row in levels])

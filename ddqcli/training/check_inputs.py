@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,17 +29,17 @@ def input_warning(model: nn.Module, data: Data, accuracy: float, normalization: 
     equal distances: data are often sorted by class.
     """
     every = slice(None, None, max(1, -(-data.held_out.samples // _SAMPLES)))
-    moved, classes = _Statistics(model), 0
-    for batch in data.held_out.epoch(0):
-        if not batch_size(batch):
-            continue
-        inputs, targets = take_samples(batch, every)
-        classes = _classes(call(model.eval(), copied(inputs)), targets, data)
-    moved.remove()
-    if moved.shift > _LARGE_SHIFT or not 1 / _LARGE_RATIO < moved.ratio < _LARGE_RATIO:
+    classes = 0
+    with _FirstBatchNorm(model.eval()) as norm:
+        for batch in data.held_out.epoch(0):
+            if batch_size(batch):
+                inputs, targets = take_samples(batch, every)
+                classes = _classes(call(model, copied(inputs)), targets, data)
+    shift, ratio = norm.compare()
+    if shift > _LARGE_SHIFT or not 1 / _LARGE_RATIO < ratio < _LARGE_RATIO:
         return (
-            f"the inputs are not as in training: the first BatchNorm ({moved.name}) sees means off "
-            f"by {moved.shift:.2g} standard deviations and {moved.ratio:.2g} times the variance; "
+            f"the inputs are not as in training: the first BatchNorm ({norm.name}) sees means off "
+            f"by {shift:.2g} standard deviations and {ratio:.2g} times the variance; "
             f"give the preprocessing of your training script ({normalization}; RGB or BGR)"
         )
     if classes >= _FEWEST_CLASSES and accuracy < _NEAR_CHANCE * 100 / classes:
@@ -49,41 +50,46 @@ def input_warning(model: nn.Module, data: Data, accuracy: float, normalization: 
     return None
 
 
-class _Statistics:
-    """Compares the inputs of the first BatchNorm in forward passes with its running statistics."""
+class _FirstBatchNorm:
+    """Observes the inputs of the first BatchNorm that forward passes reach, in a `with` block."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.name, self.shift, self.ratio = "", 0.0, 1.0
+        self.model, self.name = model, ""
         self._moments: list[Tensor] = []  # of batches: mean and mean square [2, C]
         self._counts: list[int] = []  # values a channel in each
+
+    def __enter__(self) -> _FirstBatchNorm:
         self._handles = [
-            module.register_forward_pre_hook(self._hook(name))
-            for name, module in model.named_modules()
+            module.register_forward_pre_hook(partial(self._observe, name))
+            for name, module in self.model.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
             and module.running_mean is not None
         ]
+        return self
 
-    def remove(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Any:
-        def compare(norm: Any, args: tuple[Any, ...]) -> None:
-            if self.name not in ("", name) or not args:
-                return
+    def _observe(self, name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.name in ("", name) and args:
             self.name = name
             values = args[0].double().transpose(0, 1).flatten(1)
             self._moments.append(torch.stack([values.mean(1), values.square().mean(1)]))
             self._counts.append(values.shape[1])
-            weights = torch.tensor(self._counts, dtype=values.dtype, device=values.device)
-            moments = torch.stack(self._moments, -1) @ weights / weights.sum()
-            mean, square = moments
-            variance = norm.running_var + norm.eps
-            shift = (mean - norm.running_mean).square() / variance
-            ratio = (square - mean.square() + norm.eps) / variance
-            self.shift, self.ratio = float(shift.mean().sqrt()), float(ratio.log().mean().exp())
 
-        return compare
+    def compare(self) -> tuple[float, float]:
+        """Return shift and ratio against the running statistics; 0 and 1 without a BatchNorm."""
+        if not self._moments:
+            return 0.0, 1.0
+        norm: Any = self.model.get_submodule(self.name)
+        moments = torch.stack(self._moments, -1)
+        weights = torch.tensor(self._counts, dtype=moments.dtype, device=moments.device)
+        mean, square = moments @ weights / weights.sum()
+        variance = norm.running_var + norm.eps
+        shift = (mean - norm.running_mean).square() / variance
+        ratio = (square - mean.square() + norm.eps) / variance
+        return float(shift.mean().sqrt()), float(ratio.log().mean().exp())
 
 
 def _classes(output: Any, targets: Any, data: Data) -> int:

@@ -73,6 +73,21 @@ def check_same_outputs(output: Tree, teacher_output: Tree, name: str) -> None:
     check_distillable(teacher_output)
 
 
+def training_loss(
+    data: Data, output: Tree, y: Tree, target: Tree | None, weight: float, temperature: float
+) -> Tensor:
+    """Return `weight` parts of `distillation` towards `target`, the rest of the data's own loss.
+
+    What has no part is not computed. Without a `target`, all is the data's own loss.
+    """
+    if target is None or not weight:
+        return data.loss(output, y)
+    divergence = distillation(output, target, temperature, y)
+    if weight == 1:
+        return divergence
+    return weight * divergence + (1 - weight) * data.loss(output, y)
+
+
 def distillation(output: Tree, target: Tree, temperature: float, labels: Tree = None) -> Tensor:
     """Return the distance of the quantized model's output from the teacher's.
 

@@ -14,7 +14,7 @@ from ddqcli.data.trees import Tree, as_float32, call, copied
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.evaluation import Metric
 from ddqcli.training import distributed
-from ddqcli.training.distillation import distillation, distillation_weight
+from ddqcli.training.distillation import distillation_weight, training_loss
 from ddqcli.training.metrics import Look
 
 # Training has left the region it started in if, against the start,
@@ -59,13 +59,8 @@ class HeldOut:
         return Look(step, mean_loss, metric.scale * score / count)
 
     def _loss(self, output: Tree, y: Tree, number: int) -> Tensor:
-        if not self.weight:
-            return self.data.loss(output, y)
-        target = self._teacher_outputs()[number]
-        divergence = distillation(output, target, self.distill.temperature, y)
-        if self.weight == 1:
-            return divergence
-        return self.weight * divergence + (1 - self.weight) * self.data.loss(output, y)
+        target = self._teacher_outputs()[number] if self.weight else None
+        return training_loss(self.data, output, y, target, self.weight, self.distill.temperature)
 
     def _teacher_outputs(self) -> list[Tree]:
         """Return the teacher's outputs for each batch, computed once."""

@@ -30,7 +30,7 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.training import distributed
 from ddqcli.training.batch_norm import batch_norms, reestimate_batch_norm
 from ddqcli.training.bins import regularize_bins
-from ddqcli.training.distillation import distillation, distillation_weight, flips_at_random
+from ddqcli.training.distillation import distillation_weight, flips_at_random, training_loss
 from ddqcli.training.divergence import Diverged, explain_loss, require_finite
 from ddqcli.training.held_out import HeldOut, is_better, is_ruined
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMeans, StepMetrics
@@ -317,14 +317,8 @@ class Trainer:
         return map_tensors(lambda *views: torch.stack(views).mean(0), *outputs)
 
     def _loss(self, output: Tree, y: Tree, target: Tree | None) -> Tensor:
-        if target is None or not self.distill_weight:
-            return self.data.loss(output, y)
-        divergence = distillation(output, target, self.recipe.train.distill.temperature, y)
-        if self.distill_weight == 1:
-            return divergence
-        return self.distill_weight * divergence + (1 - self.distill_weight) * self.data.loss(
-            output, y
-        )
+        temperature = self.recipe.train.distill.temperature
+        return training_loss(self.data, output, y, target, self.distill_weight, temperature)
 
     def _backward(self, x: Tree, loss: Tensor, loss_value: float) -> None:
         """Lines 4 and 5: gradients of weights, levels and gates, with gradient correction (Eqn 9).
