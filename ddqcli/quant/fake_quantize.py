@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ddqcli.quant import kernels
+from ddqcli.quant.device_constants import device_constant
 from ddqcli.quant.lookup import LookupTables
 
 COMPILE_FROM = 2**16  # values of a tensor from which a compiled kernel is worth its call
@@ -85,7 +86,10 @@ def fake_quantize_many(
         tables: of G groups.
         corrections: lambda of Eqn (9) for each tensor.
     """
-    factors = tables.cells.half_step.new_tensor(corrections) if any(corrections) else None
+    device = tables.values.device
+    factors = None
+    if any(corrections):
+        factors = device_constant(tuple(corrections), device, torch.float32)
     return _apply(xs, tables, factors, 0, False)
 
 

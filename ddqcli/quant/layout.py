@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ddqcli.quant.device_constants import device_constant
+
 
 class Rows:
     """Two views of tensors: their own shapes, and rows for the kernels.
@@ -41,7 +43,8 @@ class Rows:
         """Parameters [G, 1] in the shape that broadcasts against the rows: [G, 1] or [1, N]."""
         if len(self.tensors) == 1:
             return list(per_group)
-        repeats, total = torch.tensor(self.sizes, device=self.tensors[0].device), sum(self.sizes)
+        device, total = self.tensors[0].device, sum(self.sizes)
+        repeats = device_constant(tuple(self.sizes), device, torch.int64)
         return [t.view(-1).repeat_interleave(repeats, output_size=total)[None] for t in per_group]
 
 
