@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,20 @@ class Rows:
         parts: tuple[Tensor, ...] = rows.split(self.sizes, 1)  # type: ignore[no-untyped-call]
         pairs = zip(parts, self.tensors, strict=True)
         return tuple(from_rows(part.clone(), like, 0) for part, like in pairs)
+
+    @property
+    def starts(self) -> Tensor:
+        """Where each group begins in the joined rows, and where the last ends: int64 [G + 1]."""
+        sizes = self.group_sizes
+        ends = tuple(itertools.accumulate(sizes, initial=0))
+        return device_constant(ends, self.tensors[0].device, torch.int64)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Number of values of each group."""
+        if len(self.tensors) > 1:
+            return self.sizes
+        return [self.sizes[0] // self.groups] * self.groups
 
     def spread(self, *per_group: Tensor) -> list[Tensor]:
         """Parameters [G, 1] in the shape that broadcasts against the rows: [G, 1] or [1, N]."""
