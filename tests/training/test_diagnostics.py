@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import random_data, trainer
-from torch import nn
+from torch import Tensor, nn
 
 from ddqcli.qat.model import QuantizedParameter
 from ddqcli.recipe.schema import Recipe
@@ -286,7 +286,7 @@ def test_the_warning_of_idle_gates_agrees_with_a_real_run(lr: float, idle: bool)
     reported: list[dict[str, Any]] = []
     after_backward = running.gates.after_backward
 
-    def report(step: int, loss: float) -> None:
+    def report(step: int, loss: Tensor) -> None:
         after_backward(step, loss)
         bits = {
             t.name: sum(t.quantizer.bits) / len(t.quantizer.bits) for t in running.quantized.tensors
