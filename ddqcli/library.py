@@ -139,7 +139,8 @@ def save(model: nn.Module, path: str | Path) -> Sizes:
     """Write a quantized model as one safetensors file, and compare every bit that is read back.
 
     The quantizers are found in the model, which may be a copy of the one that was quantized, or
-    contain it.
+    contain it. Of BatchNorm, the file holds scale and shift (FORMAT.md), so the loaded network's
+    outputs may differ from the model's by a few roundings; the model stays as it is.
 
     Returns:
         The sizes of the file's parts in bytes; a budget in bytes counts `file`.
@@ -153,7 +154,12 @@ def save(model: nn.Module, path: str | Path) -> Sizes:
     path = Path(path)
     frozen = FrozenModel.from_state(freeze(QuantizedModel.of(model)))
     raw, sizes = encode_artifact(
-        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, _META
+        frozen.quantized,
+        frozen.activations,
+        frozen.floats,
+        frozen.aliases,
+        _META,
+        frozen.constants,
     )
 
     def write(temporary: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.qat.convert import convert
-from ddqcli.qat.frozen import FrozenModel, freeze
+from ddqcli.qat.frozen import FrozenModel, deliver, freeze
 from ddqcli.recipe.schema import Recipe
 
 
@@ -47,9 +47,16 @@ def quantize(
         quantized.model(x)
     for quantizer in quantized.activations.values():
         quantizer.fit()
-    frozen = FrozenModel.from_state(freeze(quantized))
+    state = freeze(quantized)
+    deliver(quantized, state)
+    frozen = FrozenModel.from_state(state)
     raw, _ = encode_artifact(
-        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, {}
+        frozen.quantized,
+        frozen.activations,
+        frozen.floats,
+        frozen.aliases,
+        {},
+        frozen.constants,
     )
     path.write_bytes(raw)
     return Quantized(quantized.model, path, frozen.weights())

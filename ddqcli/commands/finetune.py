@@ -25,7 +25,7 @@ from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
-from ddqcli.qat.frozen import FrozenModel, freeze
+from ddqcli.qat.frozen import FrozenModel, deliver, freeze
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
@@ -154,7 +154,10 @@ def finetune(
             run.truncate_metrics(trainer.step)
         with explain_user_errors("Training failed", DDQError, recipe):
             train(trainer, run, identity, baseline, listener)
-            accuracy = start_accuracy(trainer)
+            final = freeze(trainer.quantized)
+            # What the file holds is what is measured.
+            changed = deliver(trainer.quantized, final)
+            accuracy = None if changed else start_accuracy(trainer)
             if accuracy is None:
                 accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
             trainer.gates.check_kept()
@@ -165,7 +168,9 @@ def finetune(
         if inputs_warning:
             warnings.insert(0, inputs_warning)
         accuracies = baseline.accuracy, accuracy
-        report = _write_results(run, trainer, models.source, accuracies, run_course, warnings)
+        report = _write_results(
+            run, trainer, final, models.source, accuracies, run_course, warnings
+        )
     return FinetuneResult(run.path, report)
 
 
@@ -271,6 +276,7 @@ def _load_trained_weights(model: nn.Module, run: Run) -> None:
     """Copy a finished run's float weights, and all else that stayed float, into the float model."""
     final = run.load(FINAL)
     trained = final["weights"] | final["floats"]  # shared tensors under one of their names
+    trained |= final.get("unfolded", {})
     for name, value in model.state_dict().items():
         # A buffer that a forward pass resizes may differ in shape.
         if name in trained and trained[name].shape == value.shape:
@@ -443,6 +449,7 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
 def _write_results(
     run: Run,
     trainer: Trainer,
+    final: dict[str, Any],
     source: Source,
     accuracy: tuple[float, float],
     run_course: Course,
@@ -450,7 +457,7 @@ def _write_results(
 ) -> Report:
     """Write final.pt and report.json; return the report.
 
-    `accuracy` is the metric of the float and of the delivered model.
+    `final` is the delivered model's state, `accuracy` the metric of the float model and of it.
     """
     quantized = trainer.quantized
     report = build_report(
@@ -463,9 +470,8 @@ def _write_results(
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,
     )
-    frozen = freeze(quantized)
-    report = with_file_size(report, FrozenModel.from_state(frozen), run.recipe())
-    run.save(FINAL, frozen | {"probe": probe(quantized.model, trainer.data)})
+    report = with_file_size(report, FrozenModel.from_state(final), run.recipe())
+    run.save(FINAL, final | {"probe": probe(quantized.model, trainer.data)})
     run.write_report(report)
     return report
 

@@ -19,6 +19,7 @@ from ddqcli.qat.kept_float import (
     reason_to_keep_input_float,
 )
 from ddqcli.qat.layer_config import LayerConfig, attached_configs
+from ddqcli.qat.norms import FOLDED, FoldedNorms, fold_norms
 from ddqcli.qat.parameters import (
     Place,
     float_state,
@@ -143,13 +144,18 @@ class QuantizedModel:
         state = float_state(self.model)
         return {name: value for name, value in state.items() if name not in elsewhere}
 
+    def folded_norms(self) -> FoldedNorms:
+        """Return the scales, shifts and constants that the file holds of BatchNorm."""
+        return fold_norms(self.model, self.float_tensors())
+
     def explain_buffers(self) -> None:
         """Add the buffers to `kept_float`; a forward pass may have made new ones.
 
         Raises UsageError for complex tensors.
         """
+        constants = self.folded_norms().constants
         for name, value in self.float_tensors().items():
-            self.kept_float.setdefault(name, BUFFER)
+            self.kept_float.setdefault(name, FOLDED if name in constants else BUFFER)
             if value.is_complex():
                 raise UsageError(
                     f"{name} holds {value.dtype}, which no exported file can; "
