@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.qat.convert import convert
-from ddqcli.qat.frozen import FrozenModel, deliver, freeze
+from ddqcli.qat.frozen import FrozenModel, freeze
+from ddqcli.qat.norms import fold_norms
 from ddqcli.recipe.schema import Recipe
 
 
@@ -40,16 +41,14 @@ def quantize(
     `weights`: fields of the recipe's section of that name.
     """
     sections = {"weights": {"max_bits": bits, **weights}, "activations": {"bits": act_bits}}
-    quantized = convert(copy.deepcopy(model).eval(), Recipe.model_validate(sections))
+    quantized = convert(_folded(copy.deepcopy(model).eval()), Recipe.model_validate(sections))
     for quantizer in quantized.activations.values():
         quantizer.observing = True
     with torch.no_grad():
         quantized.model(x)
     for quantizer in quantized.activations.values():
         quantizer.fit()
-    state = freeze(quantized)
-    deliver(quantized, state)
-    frozen = FrozenModel.from_state(state)
+    frozen = FrozenModel.from_state(freeze(quantized))
     raw, _ = encode_artifact(
         frozen.quantized,
         frozen.activations,
@@ -60,6 +59,15 @@ def quantize(
     )
     path.write_bytes(raw)
     return Quantized(quantized.model, path, frozen.weights())
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Give BatchNorm the values that the file holds, as a delivered network has them."""
+    state = model.state_dict()
+    norms = fold_norms(model, state)
+    for name, value in (norms.vectors | norms.constants).items():
+        state[name].copy_(value)
+    return model
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -72,16 +72,18 @@ def read_artifact(path: Path) -> Artifact:
     return Artifact(quantized, tables, floats, aliases, meta, sizes, constants)
 
 
-def decode_model(path: Path) -> tuple[dict[str, Array], dict[str, ActivationTable]]:
-    """Return what a network needs: every tensor as an array, and the level tables of activations.
+def decode_model(
+    path: Path,
+) -> tuple[dict[str, Array], dict[str, ActivationTable], dict[str, Any]]:
+    """Return every tensor as an array, the level tables of activations, and the meta.
 
     Raises as `read_artifact`.
     """
     with _translated_errors(path):
-        packed, activations, aliases, _ = decoder.read(path)
+        packed, activations, aliases, meta = decoder.read(path)
         tensors = {name: decoder.to_array(tensor) for name, tensor in packed.items()}
         tensors |= {name: tensors[target] for name, target in aliases.items()}
-        return tensors, _tables(activations)
+        return tensors, _tables(activations), meta
 
 
 def _tables(activations: Mapping[str, PackedTensor]) -> dict[str, ActivationTable]:

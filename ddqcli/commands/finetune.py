@@ -25,7 +25,7 @@ from ddqcli.data.trees import call, copied
 from ddqcli.errors import DDQError, Interrupted, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
-from ddqcli.qat.frozen import FrozenModel, deliver, freeze
+from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
@@ -154,12 +154,10 @@ def finetune(
             run.truncate_metrics(trainer.step)
         with explain_user_errors("Training failed", DDQError, recipe):
             train(trainer, run, identity, baseline, listener)
-            final = freeze(trainer.quantized)
-            # What the file holds is what is measured.
-            changed = deliver(trainer.quantized, final)
-            accuracy = None if changed else start_accuracy(trainer)
+            accuracy = start_accuracy(trainer)
             if accuracy is None:
-                accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
+                with trainer.quantized.folded():
+                    accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
             trainer.gates.check_kept()
         run_course = course(trainer, baseline, accuracy)
         warnings = find_warnings(trainer, run.metrics(), run_course)
@@ -168,9 +166,7 @@ def finetune(
         if inputs_warning:
             warnings.insert(0, inputs_warning)
         accuracies = baseline.accuracy, accuracy
-        report = _write_results(
-            run, trainer, final, models.source, accuracies, run_course, warnings
-        )
+        report = _write_results(run, trainer, models.source, accuracies, run_course, warnings)
     return FinetuneResult(run.path, report)
 
 
@@ -449,7 +445,6 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
 def _write_results(
     run: Run,
     trainer: Trainer,
-    final: dict[str, Any],
     source: Source,
     accuracy: tuple[float, float],
     run_course: Course,
@@ -457,7 +452,7 @@ def _write_results(
 ) -> Report:
     """Write final.pt and report.json; return the report.
 
-    `final` is the delivered model's state, `accuracy` the metric of the float model and of it.
+    `accuracy` is the metric of the float and of the delivered model.
     """
     quantized = trainer.quantized
     report = build_report(
@@ -470,8 +465,11 @@ def _write_results(
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
         warnings=warnings,
     )
-    report = with_file_size(report, FrozenModel.from_state(final), run.recipe())
-    run.save(FINAL, final | {"probe": probe(quantized.model, trainer.data)})
+    frozen = freeze(quantized)
+    report = with_file_size(report, FrozenModel.from_state(frozen), run.recipe())
+    with quantized.folded():
+        probed = probe(quantized.model, trainer.data)
+    run.save(FINAL, frozen | {"probe": probed})
     run.write_report(report)
     return report
 

@@ -144,22 +144,6 @@ def freeze(model: QuantizedModel) -> dict[str, Any]:
         }
 
 
-def deliver(model: QuantizedModel, state: Mapping[str, Any]) -> bool:
-    """Give a model the values that its file holds. True if that changes any.
-
-    `state` is what `freeze` returned for this model.
-    """
-    import torch
-
-    tensors, changed = model.float_tensors(), False
-    with torch.no_grad():
-        for name in state["unfolded"]:
-            value = (state["floats"] | state["constants"])[name].to(tensors[name].device)
-            changed |= not torch.equal(tensors[name], value)
-            tensors[name].copy_(value)
-    return changed
-
-
 def _quantized_entry(tensor: QuantizedParameter) -> dict[str, Any]:
     import torch
 

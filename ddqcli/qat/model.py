@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -148,6 +148,17 @@ class QuantizedModel:
         """Return the scales, shifts and constants that the file holds of BatchNorm."""
         return fold_norms(self.model, self.float_tensors())
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Compute with the values that the file holds of BatchNorm, so that these are measured."""
+        norms, tensors = self.folded_norms(), self.float_tensors()
+        before = {name: tensors[name].clone() for name in norms.vectors | norms.constants}
+        try:
+            _write(tensors, norms.vectors | norms.constants)
+            yield
+        finally:
+            _write(tensors, before)
+
     def explain_buffers(self) -> None:
         """Add the buffers to `kept_float`; a forward pass may have made new ones.
 
@@ -175,6 +186,12 @@ class QuantizedModel:
         remove_input_quantizer(self.model.get_submodule(name))
         del self.activations[name]
         self.kept_float[name + INPUT] = reason
+
+
+@torch.no_grad()
+def _write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)
 
 
 def quantizers(model: QuantizedModel) -> Iterator[DDQuantizer | ActivationQuantizer]:
