@@ -49,6 +49,5 @@ def _is_of_timm(arch: str, path: Path) -> bool:
         return False
     if importlib.util.find_spec("timm") is None:
         raise UsageError(f"{path} was made from {arch}; run pip install timm.")
-    import timm
-
+    timm = importlib.import_module("timm")
     return bool(timm.is_model(arch.removeprefix(_TIMM)))
