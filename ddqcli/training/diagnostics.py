@@ -145,7 +145,12 @@ def _small_batches(trainer: Trainer) -> str | None:
 def _much_stays_float(trainer: Trainer) -> str | None:
     """Name the largest tensors that stay float if they are most of the file."""
     quantized = trainer.quantized
-    float_bytes = {name: nbytes([value]) for name, value in quantized.float_tensors().items()}
+    constants = quantized.folded_norms().constants
+    float_bytes = {
+        name: nbytes([value])
+        for name, value in quantized.float_tensors().items()
+        if name not in constants
+    }
     in_float = sum(float_bytes.values())
     total = sum(map(stored_bytes, quantized.tensors)) + sum(kept_bytes(quantized).values())
     if in_float <= _LARGE_FLOAT_SHARE * total:
