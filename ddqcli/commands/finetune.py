@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,11 +71,12 @@ class FinetuneResult:
 
     run_dir: Path | None
     report: Report
+    seconds: float  # that the command took; of a resumed run, since it was resumed
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         run_dir = None if self.run_dir is None else str(self.run_dir)
-        return {"run_dir": run_dir, **self.report.data()}
+        return {"run_dir": run_dir, "seconds": round(self.seconds, 1), **self.report.data()}
 
 
 def finetune(
@@ -101,12 +103,13 @@ def finetune(
         dry_run: stop before the data are read.
         listener: receives notes, progress and metrics.
     """
+    began = time.monotonic()
     listener = main_listener(listener)
     introduce = SilentListener().note if introduced else listener.note
     recipe = recipe.with_checkpoint(checkpoint_path)
     models = _load_and_convert(checkpoint_path, recipe, start, introduce)
     if dry_run:
-        return FinetuneResult(None, _dry_run_report(models, recipe))
+        return FinetuneResult(None, _dry_run_report(models, recipe), time.monotonic() - began)
     with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
         data = _load_data(recipe, models, introduce)
         _record_code(run, recipe, introduce)
@@ -166,7 +169,7 @@ def finetune(
             warnings.insert(0, inputs_warning)
         accuracies = baseline.accuracy, accuracy
         report = _write_results(run, trainer, models.source, accuracies, run_course, warnings)
-    return FinetuneResult(run.path, report)
+    return FinetuneResult(run.path, report, time.monotonic() - began)
 
 
 # ---- load and convert

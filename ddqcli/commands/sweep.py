@@ -6,6 +6,7 @@ Each further target starts from the trained weights of the one before.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +34,12 @@ class SweepResult:
 
     run_dir: Path | None
     table: SweepTable
+    seconds: float  # that the command took; of a resumed sweep, since it was resumed
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         run_dir = None if self.run_dir is None else str(self.run_dir)
-        return {"run_dir": run_dir, **self.table.data()}
+        return {"run_dir": run_dir, "seconds": round(self.seconds, 1), **self.table.data()}
 
 
 def sweep(
@@ -54,12 +56,13 @@ def sweep(
     `run` is an unfinished sweep to continue; without it, a new one is made at `run_dir`. All
     targets are checked before the first is trained. Raises DDQError and its children.
     """
+    began = time.monotonic()
     listener = main_listener(listener)
     recipes = [recipe.with_checkpoint(checkpoint_path) for recipe in recipes]
     checked = _check_targets(checkpoint_path, recipes)
     if dry_run:
         rows = [SweepRow.of(recipe.budget.target, report, None) for recipe, report in checked]
-        return SweepResult(None, SweepTable.of(checked[0][1], rows))
+        return SweepResult(None, SweepTable.of(checked[0][1], rows), time.monotonic() - began)
     recipes_by_size = [recipe for recipe, _ in checked]
     device = distributed.local_device(resolve_device(recipes[0].train.device))
     with distributed.process_group(device), _in_folder(run, run_dir, recipes) as run:
@@ -72,7 +75,7 @@ def sweep(
         if distributed.is_main():
             _write_picture(table, run.path)
             run.write_sweep(table.data())
-    return SweepResult(run.path, table)
+    return SweepResult(run.path, table, time.monotonic() - began)
 
 
 def _check_targets(checkpoint_path: Path, recipes: Sequence[Recipe]) -> list[tuple[Recipe, Report]]:

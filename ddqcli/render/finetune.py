@@ -7,6 +7,7 @@ import shlex
 from rich.console import Console
 
 from ddqcli.commands.finetune import FinetuneResult
+from ddqcli.formatting import duration
 from ddqcli.render.report import total_lines
 
 
@@ -21,6 +22,7 @@ def show(result: FinetuneResult, console: Console) -> None:
             soft_wrap=True,
         )
         return
+    console.print(f"time       {duration(result.seconds)}", soft_wrap=True)
     console.print(f"run        {result.run_dir}", markup=False, soft_wrap=True)
     folder = shlex.quote(str(result.run_dir))
     console.print(f"next       ddq report {folder}", markup=False, soft_wrap=True)

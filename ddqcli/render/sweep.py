@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddqcli.commands.sweep import PICTURE, SweepResult
+from ddqcli.formatting import duration
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.report import SweepTable
 
@@ -23,6 +24,7 @@ def show(result: SweepResult, console: Console) -> None:
         console.print("dry run    all budgets can be met; nothing was trained", soft_wrap=True)
         return
     for line in (
+        f"time       {duration(result.seconds)}",
         f"runs       {result.run_dir}",
         f"picture    {result.run_dir}/{PICTURE}.png",
         f"next       ddq report {result.run_dir}/{result.table.targets[-1].run}",

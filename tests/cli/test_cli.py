@@ -219,9 +219,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_stdout_carries_only_the_result(project: Path) -> None:
     answer = ddq("finetune", "model.pt")
-    assert "train 12/12" in answer.err
+    assert "step 12/12" in answer.err
     assert "data: 70 train, 10 held-out and 32 evaluation images" in answer.err
-    assert not re.search(r"^train ", answer.out, re.M)
+    assert not re.search(r"^step ", answer.out, re.M)
     assert "accuracy" in answer.out
     assert "accuracy   " not in answer.err
 
@@ -242,14 +242,15 @@ def test_without_a_terminal_progress_is_plain_lines(
     monkeypatch.setattr("ddqcli.render.progress.HEARTBEAT_SECONDS", 0.0)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # set by GitHub Actions, whose log is no terminal
     answer = ddq("finetune", "model.pt", "--max-steps", "30", "--epochs", "10")
-    train_lines = [line for line in answer.err.splitlines() if line.startswith("train ")]
+    train_lines = [line for line in answer.err.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in train_lines] == [
-        "train 10/30",
-        "train 20/30",
-        "train 30/30",
+        "step 10/30",
+        "step 20/30",
+        "step 30/30",
     ]
     assert re.search(
-        r"^train 10/30: loss \d\.\d+, \d+\.\d %, held-out \d+\.\d %, \d\.\d+ bits, \d:\d\d left$",
+        r"^step 10/30: train loss \d\.\d+, held-out loss \d\.\d+, held-out accuracy \d+\.\d+ %, "
+        r"\d\.\d+ bits, \d:\d\d elapsed, \d:\d\d left$",
         answer.err,
         re.M,
     )

@@ -238,7 +238,7 @@ def test_a_recipe_that_was_changed_between_targets_is_refused(project: Path) -> 
 
 def test_its_json_keys_are_these(swept: Path) -> None:
     data = ddq("finetune", "--resume", "--run-dir", SWEEP, "--json").data
-    assert list(data) == ["run_dir", "version", "metric", "float", "targets", "source"]
+    assert list(data) == ["run_dir", "seconds", "version", "metric", "float", "targets", "source"]
     assert list(data["float"]) == ["bytes", "accuracy"]
     for row in data["targets"]:
         assert list(row) == [
@@ -252,6 +252,7 @@ def test_its_json_keys_are_these(swept: Path) -> None:
             "run",
             "warnings",
         ]
+    assert data.pop("seconds") > 0
     assert data == {"run_dir": SWEEP, **json.loads((swept / "sweep.json").read_text())}
 
 
