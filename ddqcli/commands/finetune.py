@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ from torch import Tensor, nn
 from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
+from ddqcli.commands.run_folder import record_code, run_folder
 from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
 from ddqcli.data.source import list_names
 from ddqcli.data.source_files import fingerprint_of_files
 from ddqcli.data.trees import call, copied
-from ddqcli.errors import DDQError, Interrupted, UsageError
+from ddqcli.errors import DDQError, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
@@ -34,8 +33,7 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.encode_run import file_meta, with_file_size
 from ddqcli.runs.evaluation import Course, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
-from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
-from ddqcli.runs.trust import remember
+from ddqcli.runs.run import FINAL, Run
 from ddqcli.training import distributed
 from ddqcli.training.check_inputs import input_warning
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
@@ -110,9 +108,10 @@ def finetune(
     models = _load_and_convert(checkpoint_path, recipe, start, introduce)
     if dry_run:
         return FinetuneResult(None, _dry_run_report(models, recipe), time.monotonic() - began)
-    with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
+    in_folder = run_folder(run, run_dir, recipe, introduce)
+    with distributed.process_group(models.device), in_folder as run:
         data = _load_data(recipe, models, introduce)
-        _record_code(run, recipe, introduce)
+        record_code(run, recipe, introduce)
         listener.judged_by(data.judged_by)
         identity = RunIdentity(
             sha256=models.source.sha256,
@@ -325,15 +324,6 @@ def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
     return with_float_targets(data, models.float_model)
 
 
-def _record_code(run: Run, recipe: Recipe, introduce: _Note) -> None:
-    """Record on this machine that its user made the run, now that all of its code is imported."""
-    if distributed.is_main() and (reason := remember(run, recipe)):
-        introduce(
-            f"this machine keeps no record of the run ({reason}), so `ddq export` checks its "
-            "outputs, and --resume goes on with it, only with --trust"
-        )
-
-
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
     """Return the baseline that a run of the same checkpoint and data has measured, on every rank.
 
@@ -471,46 +461,3 @@ def _write_results(
     run.save(FINAL, frozen | {"probe": probe(quantized.model, trainer.data)})
     run.write_report(report)
     return report
-
-
-# ---- run folder
-
-
-def opened(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Run:
-    """Return `run`, or a new run at `run_dir`. Ranks other than 0 get it read-only."""
-    if distributed.is_main():
-        name = recipe.name or Path(recipe.model.checkpoint or "model").stem
-        run = run or Run.create(run_dir, name)
-    path = distributed.broadcast(run and run.path)
-    return run if run and distributed.is_main() else ReadOnlyRun(path)
-
-
-@contextmanager
-def _run_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterator[Run]:
-    """Hold the folder of `run`, or of a new run, locked.
-
-    If an error ends a new run before its first checkpoint, the folder is removed. Errors that leave
-    something to resume say how.
-    """
-    is_new, run = run is None, opened(run, run_dir, recipe)
-    remedy = f"`ddq finetune --resume --run-dir {run.path}` continues it."
-    with run.locked():
-        try:
-            if is_new:
-                if distributed.is_main():
-                    remember(run, recipe)  # first: a run that can be resumed is a known one
-                run.write_recipe(recipe)
-            distributed.barrier()
-            yield run
-        except (KeyboardInterrupt, Interrupted) as stop:
-            number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
-            raise Interrupted(f"{str(stop) or 'Interrupted'}; {remedy}", number) from stop
-        except Exception as error:
-            if distributed.is_lost_peer(error):
-                raise DDQError(
-                    "Another process of this run ended, and this one cannot continue alone; "
-                    f"{remedy}"
-                ) from error
-            if is_new:
-                run.remove_if_untrained()
-            raise

@@ -5,7 +5,6 @@ Each further target starts from the trained weights of the one before.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli import plots
-from ddqcli.commands.finetune import finetune, opened
+from ddqcli.commands.finetune import finetune
+from ddqcli.commands.run_folder import opened
 from ddqcli.errors import BudgetError, DDQError, UsageError
 from ddqcli.inspection.layer_figures import output_folder
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.find import target_folder
 from ddqcli.runs.report import Report, SweepRow, SweepTable
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.runs.trust import remember
@@ -65,10 +66,10 @@ def sweep(
         return SweepResult(None, SweepTable.of(checked[0][1], rows), time.monotonic() - began)
     recipes_by_size = [recipe for recipe, _ in checked]
     device = distributed.local_device(resolve_device(recipes[0].train.device))
-    with distributed.process_group(device), _in_folder(run, run_dir, recipes) as run:
+    with distributed.process_group(device), _in_folder(run, run_dir, recipes, listener) as run:
         reports = _finetune_each(checkpoint_path, recipes_by_size, run, listener)
         rows = [
-            SweepRow.of(recipe.budget.target, report, _folder_name(recipe))
+            SweepRow.of(recipe.budget.target, report, target_folder(recipe.budget.target))
             for recipe, report in zip(recipes_by_size, reports, strict=True)
         ]
         table = SweepTable.of(reports[0], rows)
@@ -114,7 +115,7 @@ def _finetune_each(
     start: Run | None = None
     introduced = False
     for number, recipe in enumerate(recipes):
-        run = Run(sweep_run.path / _folder_name(recipe))
+        run = Run(sweep_run.path / target_folder(recipe.budget.target))
         origin = f", starting from {start.path}" if start and start.report().is_trained else ""
         listener.note(
             f"target {recipe.budget.target} ({number + 1} of {len(recipes)}): {run.path}{origin}"
@@ -151,12 +152,14 @@ def _is_complete(run: Run) -> bool:
 
 
 @contextmanager
-def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe]) -> Iterator[Run]:
+def _in_folder(
+    run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe], listener: Listener
+) -> Iterator[Run]:
     """Hold the folder of the sweep to continue, or a new one.
 
     A new folder is removed again if an error leaves nothing in it.
     """
-    new, run = run is None, opened(run, run_dir, recipes[0])
+    new, run = run is None, opened(run, run_dir, recipes[0], listener.note)
     with run.locked():
         try:
             if distributed.is_main():
@@ -168,11 +171,6 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe])
             if new:
                 run.remove_if_untrained()
             raise
-
-
-def _folder_name(recipe: Recipe) -> str:
-    """Return `4-bits`, `150kB`, `12-percent`."""
-    return re.sub(r"[^\w.-]+", "-", recipe.budget.target.replace("%", " percent"))
 
 
 def _write_picture(table: SweepTable, folder: Path) -> None:

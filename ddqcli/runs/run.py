@@ -13,7 +13,7 @@ from typing import Any
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe.file import differences, dump_recipes, load_recipes, require_whole
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs import folder
+from ddqcli.runs import find, folder
 from ddqcli.runs import metrics as metrics_file
 from ddqcli.runs.files import sync, write_atomic
 from ddqcli.runs.marker import token_of
@@ -50,12 +50,12 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | None, *, trust: bool = False) -> Run:
-        """Return the finished run at `path`, or the newest one under runs/ for None.
+        """Return the finished run at `path`, or the newest one for None.
 
         `trust` allows the code it names (see `ddqcli.runs.trust`). Raises UsageError if there is
         no run.
         """
-        return cls(folder.find_finished(path), trust)
+        return cls(find.find_finished(path), trust)
 
     @classmethod
     def unfinished(
@@ -66,7 +66,7 @@ class Run:
         A run inside a sweep stands for the whole sweep. If there is none, returns None with
         `or_none` and raises UsageError otherwise.
         """
-        path = folder.find_unfinished(path, or_none=or_none)
+        path = find.find_unfinished(path, or_none=or_none)
         return None if path is None else cls(path, trust)
 
     def locked(self) -> AbstractContextManager[None]:
@@ -228,7 +228,7 @@ class Run:
         """Return the advice for a damaged file."""
         if name == LAST:
             return "begin a new run"
-        return f"`ddq finetune --resume --run-dir {self.path}` writes it again"
+        return f"`{folder.resume_command(self.path)}` writes it again"
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomic(
