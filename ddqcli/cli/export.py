@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ddqcli.cli.options import Json, Quiet, Trust, examples
+from ddqcli.cli.options import Json, Quiet, Target, Trust, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
@@ -25,8 +25,11 @@ EXAMPLES = examples(
 def export(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN", help="Run folder; default: newest run.", show_default=False),
+        typer.Argument(
+            metavar="RUN", help="Run folder or sweep; default: newest run.", show_default=False
+        ),
     ] = None,
+    target: Target = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +80,7 @@ def export(
         from ddqcli.commands import export_onnx as onnx
         from ddqcli.errors import UsageError
         from ddqcli.render.progress import ProgressReporter
+        from ddqcli.runs.find import find_finished
 
         use_onnx = file_format == "onnx" or (check is not None and check.suffix == ".onnx")
         if check is not None and (out or half):
@@ -85,19 +89,20 @@ def export(
             raise UsageError("--half applies to the ddq format; an ONNX file keeps float32.")
         if (bench or openvino) and not use_onnx:
             raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
+        folder = find_finished(run, target) if target is not None else run
         with ProgressReporter(quiet=quiet) as reporter:
             progress = reporter.progress
             if use_onnx and check is not None:
                 return onnx.check_onnx(
-                    check, run, timed=bench, openvino=openvino, trust=trust, on_progress=progress
+                    check, folder, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
             if use_onnx:
                 return onnx.export_onnx(
-                    run, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
+                    folder, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
             if check is not None:
-                return ddq.check(check, run, trust=trust, on_progress=progress)
-            return ddq.export(run, out, half=half, trust=trust, on_progress=progress)
+                return ddq.check(check, folder, trust=trust, on_progress=progress)
+            return ddq.export(folder, out, half=half, trust=trust, on_progress=progress)
 
     run_command("export", work, _show, as_json)
 

@@ -254,4 +254,4 @@ def _show(result: FinetuneResult | SweepResult) -> None:
     if isinstance(result, FinetuneResult):
         finetune.show(result, console.out)
     else:
-        sweep.show(result, console.out)
+        sweep.show_result(result, console.out)

@@ -110,11 +110,11 @@ def _new_row(
     runs: tuple[RunRow, ...] = (),
 ) -> RunRow:
     marker = read_marker(folder)
-    made = marker and datetime.fromtimestamp(marker.created // 10**9, timezone.utc).isoformat()
+    made = datetime.fromtimestamp(marker.created // 10**9, timezone.utc) if marker else None
     return RunRow(
         path=folder,
         state=state,
-        created=made,
+        created=made.isoformat() if made else None,
         targets=tuple(targets),
         done=done,
         bytes=report.totals.bytes if report else None,

@@ -51,7 +51,7 @@ def _name(row: RunRow, depth: int) -> str:
 def _cells(row: RunRow, result: RunsResult) -> tuple[str, str, str, str]:
     """Return state, target, bytes and metric."""
     is_sweep = len(row.targets) > 1
-    state = row.state
+    state = str(row.state)
     if row.state in ("unfinished", "running") and row.done is not None:
         state += f" {100 * row.done:.0f}%"
     metric, accuracy = row.metric, row.accuracy

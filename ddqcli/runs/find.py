@@ -47,31 +47,27 @@ def find_finished(path: Path | None, target: str | None = None) -> Path:
     For None, the newest run or sweep under runs/ or elsewhere stands for `path`. Raises UsageError
     if there is no such run, or if a sweep is meant and no target given.
     """
-    folder = newest_finished() if path is None else path
+    folder = _newest_finished() if path is None else path
+    if folder.is_file() and target is not None:
+        raise UsageError(f"{folder} is no sweep; omit --target.")
     if not folder.is_dir():
         raise UsageError(f"{folder} is no run folder; `ddq finetune` makes one under {RUNS}/.")
     if is_sweep(folder):
         return _run_of_target(folder, target)
     if target is not None:
-        raise UsageError(f"{folder} is the run of one target; omit --target.")
+        raise UsageError(f"{folder} is no sweep; omit --target.")
     if not (folder / REPORT).is_file():
         raise UsageError(f"{folder} holds no finished run: {REPORT} is missing.")
     return folder
 
 
-def newest_finished() -> Path:
-    """Return the newest finished run or sweep. Of an unfinished sweep, its finished runs count.
+def find_sweep(path: Path | None) -> Path | None:
+    """Return the finished sweep at `path`, or the newest for None; None if a run is there.
 
-    Raises UsageError if there is none.
+    Raises UsageError for None if there is no finished run at all.
     """
-    known = known_folders()
-    if finished := _newest_first(_finished_in(known)):
-        return finished[0]
-    there = f"{len(known)} unfinished and no finished run" if known else "no run"
-    raise UsageError(
-        f"There is {there} under {Path(RUNS).resolve()}; `ddq finetune MODEL` makes one, or name "
-        "a run folder."
-    )
+    folder = _newest_finished() if path is None else path
+    return folder if is_sweep(folder) and is_finished(folder) else None
 
 
 def find_unfinished(path: Path | None, *, or_none: bool = False) -> Path | None:
@@ -95,6 +91,21 @@ def find_unfinished(path: Path | None, *, or_none: bool = False) -> Path | None:
     raise UsageError(f"There is no unfinished run {where}.")
 
 
+def _newest_finished() -> Path:
+    """Return the newest finished run or sweep. Of an unfinished sweep, its finished runs count.
+
+    Raises UsageError if there is none.
+    """
+    known = known_folders()
+    if finished := _newest_first(_finished_in(known)):
+        return finished[0]
+    there = f"{len(known)} unfinished and no finished run" if known else "no run"
+    raise UsageError(
+        f"There is {there} under {Path(RUNS).resolve()}; `ddq finetune MODEL` makes one, or name "
+        "a run folder."
+    )
+
+
 def _finished_in(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
         if is_finished(folder):
@@ -112,7 +123,10 @@ def _run_of_target(sweep: Path, target: str | None) -> Path:
         )
     targets = ", ".join(name.removesuffix("-bits").replace("-percent", "%") for name in runs)
     if target is None:
-        raise UsageError(f"{sweep} holds several runs; pick one with --target: {targets}.")
+        raise UsageError(
+            f"{sweep} holds several runs; name one, such as {next(iter(runs.values()))}, or pick "
+            f"it with --target: {targets}."
+        )
     names = [target_folder(target)]
     with suppress(ValueError):
         names.append(target_folder(f"{float(target):g} bits"))

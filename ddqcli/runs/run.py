@@ -27,7 +27,7 @@ from ddqcli.runs.names import (
     SWEEP,
     SWEEP_RECIPE,
 )
-from ddqcli.runs.report import Report
+from ddqcli.runs.report import Report, SweepTable
 from ddqcli.runs.state import check_resumable, load_torch, save_torch
 
 __all__ = ["FINAL", "LAST", "METRICS", "RECIPE", "REPORT", "ReadOnlyRun", "Run"]
@@ -49,13 +49,13 @@ class Run:
         return cls(folder.create_folder(path, name))
 
     @classmethod
-    def open(cls, path: Path | None, *, trust: bool = False) -> Run:
-        """Return the finished run at `path`, or the newest one for None.
+    def open(cls, path: Path | None, target: str | None = None, *, trust: bool = False) -> Run:
+        """Return the finished run at `path`, or the newest one for None; of a sweep, a `target`'s.
 
         `trust` allows the code it names (see `ddqcli.runs.trust`). Raises UsageError if there is
         no run.
         """
-        return cls(find.find_finished(path), trust)
+        return cls(find.find_finished(path, target), trust)
 
     @classmethod
     def unfinished(
@@ -207,6 +207,16 @@ class Run:
     def write_sweep(self, table: dict[str, Any]) -> None:
         """Write the table of a sweep, which marks it as finished."""
         self._write(SWEEP, json.dumps(table, indent=1).encode())
+
+    def sweep_table(self) -> SweepTable:
+        """Read sweep.json. Raises UsageError if it cannot be read, DDQError if it is damaged."""
+        path = self.path / SWEEP
+        try:
+            return SweepTable.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise DDQError(f"{path} is damaged; {self._remedy(SWEEP)}.") from error
 
     def write_report(self, report: Report) -> None:
         data = report.data()

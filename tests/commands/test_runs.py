@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import make_run
+from made_run import make_run, make_sweep
 from tiny_project import ddq
 
-from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.run import LAST, RECIPE, REPORT, Run
 
 ROW = ["path", "kind", "state", "created", "targets", "done", "bytes", "metric", "accuracy"]
@@ -22,23 +21,10 @@ def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def recipes(*targets: float) -> list[Recipe]:
-    return [Recipe.model_validate({"budget": {"target_bits": target}}) for target in targets]
-
-
 def unfinished(folder: str) -> Run:
     run = make_run(Path(folder))
     (run.path / REPORT).unlink()
     return run
-
-
-def sweep_of(folder: str, *targets: int) -> Run:
-    """Make an unfinished sweep."""
-    sweep = Run.create(Path(folder), "made")
-    sweep.write_recipe(*recipes(*targets))
-    for target in targets:
-        make_run(sweep.path / f"{target}-bits").write_recipe(*recipes(target))
-    return sweep
 
 
 def rows(*args: str) -> list[dict[str, Any]]:
@@ -97,7 +83,7 @@ def test_the_command_that_goes_on_finishes_the_run(project: Path) -> None:
 
 
 def test_a_sweep_is_listed_with_its_runs() -> None:
-    sweep = sweep_of("runs/s", 4, 3)
+    sweep = make_sweep(Path("runs/s"), 4, 3, finished=False)
     (sweep.path / "3-bits" / REPORT).unlink()
     (row,) = rows()
     assert (row["kind"], row["state"], row["done"]) == ("sweep", "unfinished", 0.5)
