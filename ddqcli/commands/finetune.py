@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,12 @@ from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
 from ddqcli.training.trainer import Trainer
+from ddqcli.training.trial import try_data
 from ddqcli.training.unlabelled import is_labelled, with_float_targets
 from ddqcli.training.user_errors import explain_user_errors
 
 _SAME_OUTPUTS = 0.01  # a typical sample's difference on another machine, as a share of the outputs
+_CANNOT_RUN = "The model cannot run on these data"
 _Note = Callable[[str], None]
 
 
@@ -98,7 +101,7 @@ def finetune(
         start: a finished run of the same checkpoint and data. If it was trained, training starts
             from its float weights. Baseline accuracy and distillation refer to the checkpoint.
         introduced: leave out the notes on model and data, which the listener has had before.
-        dry_run: stop before the data are read.
+        dry_run: check model, budget and one batch of the data; train nothing.
         listener: receives notes, progress and metrics.
     """
     began = time.monotonic()
@@ -107,7 +110,9 @@ def finetune(
     recipe = recipe.with_checkpoint(checkpoint_path)
     models = _load_and_convert(checkpoint_path, recipe, start, introduce)
     if dry_run:
-        return FinetuneResult(None, _dry_run_report(models, recipe), time.monotonic() - began)
+        warnings = _try_data(models, recipe, introduce)
+        report = _first_report(models, recipe, warnings)
+        return FinetuneResult(None, report, time.monotonic() - began)
     in_folder = run_folder(run, run_dir, recipe, introduce)
     with distributed.process_group(models.device), in_folder as run:
         data = _load_data(recipe, models, introduce)
@@ -127,14 +132,14 @@ def finetune(
             run.load_resume_state(identity.state()) if distributed.is_main() else None
         )
         known_baseline = FloatBaseline.from_state(saved) if saved else start_baseline
-        with explain_user_errors("The model cannot run on these data", UsageError, recipe):
+        with explain_user_errors(_CANNOT_RUN, UsageError, recipe):
             if known_baseline:
                 _check_same_model(models.float_model, data, known_baseline)
             baseline = known_baseline or _measure_baseline(
                 models.float_model, data, recipe, listener
             )
             introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
-            inputs_warning = _input_warning(models, data, baseline, recipe)
+            inputs_warning = _input_warning(models, data, baseline.accuracy, recipe)
             if inputs_warning:
                 introduce(f"warning: {inputs_warning}")
             _apply_augmentation(data, baseline.augmentation, introduce)
@@ -169,6 +174,16 @@ def finetune(
         accuracies = baseline.accuracy, accuracy
         report = _write_results(run, trainer, models.source, accuracies, run_course, warnings)
     return FinetuneResult(run.path, report, time.monotonic() - began)
+
+
+def plan(checkpoint_path: Path, recipe: Recipe) -> Report:
+    """Return the report of the first bits, before any training and without data.
+
+    Raises DDQError and its children, such as BudgetError for a budget that cannot be met.
+    """
+    recipe = recipe.with_checkpoint(checkpoint_path)
+    models = _load_and_convert(checkpoint_path, recipe, None, SilentListener().note)
+    return _first_report(models, recipe)
 
 
 # ---- load and convert
@@ -279,13 +294,13 @@ def _load_trained_weights(model: nn.Module, run: Run) -> None:
             value.copy_(trained[name])
 
 
-def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
-    """Return the report of the first bits, before any training."""
+def _first_report(models: _Models, recipe: Recipe, warnings: Sequence[str] = ()) -> Report:
+    """Return the report of the first bits, before any training; `warnings` are added to its own."""
     gates = make_rule(
         recipe.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
     )
     gates.start()
-    warnings = []
+    warnings = [*warnings]
     if models.budget.limit is not None and gates.cost() > models.budget.limit:
         warnings.append(
             "these are the first bits; gates.rule=paper comes down to the budget while training"
@@ -322,6 +337,17 @@ def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
         return data
     introduce("the data have no labels: the targets are the outputs of the float model")
     return with_float_targets(data, models.float_model)
+
+
+def _try_data(models: _Models, recipe: Recipe, introduce: _Note) -> list[str]:
+    """Raise what a run would raise at its first batches; return a warning of the inputs, if any."""
+    data = _load_data(recipe, models, introduce)
+    with explain_user_errors(_CANNOT_RUN, UsageError, recipe):
+        try_data(models.float_model, data, recipe.train.distill)
+        warning = _input_warning(models, data, math.nan, recipe)  # a batch may be of one class
+        _check_distillation(models, data, recipe, introduce)
+        refuse_written_weights(models.quantized, models.float_model, data)
+    return [warning] if warning else []
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
@@ -378,9 +404,7 @@ def _check_same_model(float_model: nn.Module, data: Data, baseline: FloatBaselin
         )
 
 
-def _input_warning(
-    models: _Models, data: Data, baseline: FloatBaseline, recipe: Recipe
-) -> str | None:
+def _input_warning(models: _Models, data: Data, accuracy: float, recipe: Recipe) -> str | None:
     """Return a warning if the data do not fit the float model; None on ranks other than 0."""
     if not distributed.is_main():
         return None
@@ -388,7 +412,7 @@ def _input_warning(
     normalization = f"data.mean {section.mean}, data.std {section.std}"
     if data.augment is None:
         normalization = "your factory's"
-    return input_warning(models.float_model, data, baseline.accuracy, normalization)
+    return input_warning(models.float_model, data, accuracy, normalization)
 
 
 def _apply_augmentation(data: Data, detected: DetectedAugmentation, introduce: _Note) -> None:

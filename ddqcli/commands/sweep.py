@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli import plots
-from ddqcli.commands.finetune import finetune
+from ddqcli.commands.finetune import finetune, plan
 from ddqcli.commands.run_folder import opened
 from ddqcli.errors import BudgetError, DDQError, UsageError
 from ddqcli.inspection.layer_figures import output_folder
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.find import target_folder
+from ddqcli.runs.names import SWEEP_PICTURE
 from ddqcli.runs.report import Report, SweepRow, SweepTable
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.runs.trust import remember
 from ddqcli.training import distributed
 from ddqcli.training.device import resolve_device
 from ddqcli.training.listener import Listener, main_listener
-
-PICTURE = "size-accuracy"
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ def sweep(
     recipes = [recipe.with_checkpoint(checkpoint_path) for recipe in recipes]
     checked = _check_targets(checkpoint_path, recipes)
     if dry_run:
+        finetune(checkpoint_path, recipes[0], dry_run=True, listener=listener)  # for its data
         rows = [SweepRow.of(recipe.budget.target, report, None) for recipe, report in checked]
         return SweepResult(None, SweepTable.of(checked[0][1], rows), time.monotonic() - began)
     recipes_by_size = [recipe for recipe, _ in checked]
@@ -80,12 +80,12 @@ def sweep(
 
 
 def _check_targets(checkpoint_path: Path, recipes: Sequence[Recipe]) -> list[tuple[Recipe, Report]]:
-    """Return each recipe with the report of its dry run, the largest budget first.
+    """Return each recipe with the report of its first bits, the largest budget first.
 
     Raises BudgetError, which names the target, if one cannot be met, and UsageError if two are the
     same size.
     """
-    checked = [(recipe, _dry_run(checkpoint_path, recipe)) for recipe in recipes]
+    checked = [(recipe, _plan(checkpoint_path, recipe)) for recipe in recipes]
     target_of_size: dict[int | None, str] = {}
     for recipe, report in checked:
         target, size = recipe.budget.target, report.totals.budget_bytes
@@ -100,9 +100,9 @@ def _check_targets(checkpoint_path: Path, recipes: Sequence[Recipe]) -> list[tup
     )
 
 
-def _dry_run(checkpoint_path: Path, recipe: Recipe) -> Report:
+def _plan(checkpoint_path: Path, recipe: Recipe) -> Report:
     try:
-        return finetune(checkpoint_path, recipe, dry_run=True).report
+        return plan(checkpoint_path, recipe)
     except BudgetError as error:
         raise BudgetError(f"Target {recipe.budget.target}: {error}") from error
 
@@ -181,7 +181,7 @@ def _write_picture(table: SweepTable, folder: Path) -> None:
         figure = plots.size_against_accuracy_figure(
             {"quantized": points}, float_model, table.metric.label
         )
-        plots.save(figure, folder / PICTURE)
+        plots.save(figure, folder / SWEEP_PICTURE)
 
 
 def _value(accuracy: float | None) -> float:

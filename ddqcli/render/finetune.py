@@ -17,8 +17,8 @@ def show(result: FinetuneResult, console: Console) -> None:
         console.print(line, markup=False, soft_wrap=True)
     if result.run_dir is None:
         console.print(
-            "dry run    the budget can be met; nothing was trained, so the bits follow from the "
-            "weights alone",
+            "dry run    the budget can be met, and model and data fit; nothing was trained, so the "
+            "bits follow from the weights alone",
             soft_wrap=True,
         )
         return

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from ddqcli.commands.sweep import PICTURE, SweepResult
 from ddqcli.formatting import duration
 from ddqcli.render.curve import curve_lines
 from ddqcli.render.data import csv_text, markdown_table
 from ddqcli.runs.evaluation import Metric
+from ddqcli.runs.names import SWEEP_PICTURE
 from ddqcli.runs.report import SweepTable
+
+if TYPE_CHECKING:
+    from ddqcli.commands.sweep import SweepResult
 
 CSV_COLUMNS = ("target", "bytes", "budget_bytes", "average_bits", "accuracy", "drop", "run")
 _TEXT_COLUMNS = ("target", "run")
@@ -23,12 +27,15 @@ def show_result(result: SweepResult, console: Console) -> None:
     """Print table, curve and warnings of a sweep just made, the folder, and what to type next."""
     show(result.table, console)
     if result.run_dir is None:
-        console.print("dry run    all budgets can be met; nothing was trained", soft_wrap=True)
+        console.print(
+            "dry run    all budgets can be met, and model and data fit; nothing was trained",
+            soft_wrap=True,
+        )
         return
     for line in (
         f"time       {duration(result.seconds)}",
         f"runs       {result.run_dir}",
-        f"picture    {result.run_dir}/{PICTURE}.png",
+        f"picture    {result.run_dir}/{SWEEP_PICTURE}.png",
         *next_lines(result.run_dir, result.table),
     ):
         console.print(line, markup=False, soft_wrap=True)
