@@ -7,6 +7,7 @@ import shlex
 from rich.console import Console
 
 from ddqcli.commands.finetune import FinetuneResult
+from ddqcli.formatting import duration
 from ddqcli.render.report import total_lines
 
 
@@ -16,11 +17,12 @@ def show(result: FinetuneResult, console: Console) -> None:
         console.print(line, markup=False, soft_wrap=True)
     if result.run_dir is None:
         console.print(
-            "dry run    the budget can be met; nothing was trained, so the bits follow from the "
-            "weights alone",
+            "dry run    the budget can be met, and model and data fit; nothing was trained, so the "
+            "bits follow from the weights alone",
             soft_wrap=True,
         )
         return
+    console.print(f"time       {duration(result.seconds)}", soft_wrap=True)
     console.print(f"run        {result.run_dir}", markup=False, soft_wrap=True)
     folder = shlex.quote(str(result.run_dir))
     console.print(f"next       ddq report {folder}", markup=False, soft_wrap=True)
