@@ -243,7 +243,7 @@ def test_the_loss_figure_shows_looks_and_the_delivered_step(delivered: int, labe
     for axes, values in zip(figure.axes, ([2, 0.5], [5, 80]), strict=True):
         assert axes.lines[1].get_xydata().tolist() == [[0, values[0]], [30, values[1]]]
         assert set(axes.lines[2].get_xdata()) == {delivered}
-    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["training batches", "held-out samples", label]
 
 
