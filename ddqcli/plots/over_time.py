@@ -80,7 +80,7 @@ def levels_over_time_figure(
     """
     with settings():
         figure = new_figure(WIDTH, HEIGHT)
-        axes = add_axes(figure, 0.62, 0.85, 2.5, HEIGHT - 1.3)
+        axes = add_axes(figure, 0.62, 0.85, 2.4, HEIGHT - 1.3)
         changes = [k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])]
         for first, end in pairwise([0, *changes, len(levels)]):
             part = np.array(levels[first:end], float)
@@ -107,7 +107,7 @@ def levels_over_time_figure(
         axes.set_xlabel("step")
         axes.set_ylabel("level")
         axes.grid()
-        right = add_axes(figure, 3.25, 0.85, 0.95, HEIGHT - 1.3, sharey=axes)
+        right = add_axes(figure, 3.3, 0.85, 0.92, HEIGHT - 1.3, sharey=axes)
         right.stairs(
             counts, edges, orientation="horizontal", fill=True, color=BLUE, alpha=0.45, lw=0
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -45,13 +46,15 @@ def size_against_accuracy_figure(
             axes.axhline(value, color=GRAY, lw=1, ls="--", label=f"its {metric.partition(',')[0]}")
         for k, (name, of_series) in enumerate(series.items()):
             scaled = [(size / factor, value, label) for size, value, label in sorted(of_series)]
-            _draw_series(axes, name, scaled, k)
+            _draw_series(axes, name, scaled, k, alternate=len(series) == 1)
         if marked := [(size / factor, value) for size, value, label in points if label == this]:
             x, y = zip(*marked, strict=True)
             ring = {"mfc": "none", "mec": INK, "ms": 11, "clip_on": False}
             axes.plot(x, y, "o", label="this run", **ring)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        sizes = [point[0] for point in points] + ([stored[0]] if stored else [])
+        close = max(sizes) < 8 * min(sizes)  # then 1, 2, 5 would be few ticks
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if close else (1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.margins(0.1, 0.15)
@@ -63,22 +66,43 @@ def size_against_accuracy_figure(
     return figure
 
 
-def _draw_series(axes: Axes, name: str, points: Sequence[Point], k: int) -> None:
-    """Draw the k-th series. Labels stand above left and, for every other series, below right."""
-    color, above = CYCLE[k % 6], k % 2 == 0
+def _draw_series(
+    axes: Axes, name: str, points: Sequence[Point], k: int, *, alternate: bool
+) -> None:
+    """Draw the k-th series.
+
+    Labels stand above or, for every other series, below the points; of an only series they
+    alternate.
+    """
+    color = CYCLE[k % 6]
     x, y, labels = zip(*points, strict=True)
     style = {"color": color, "marker": "osD^vP"[k % 6], "ms": 5, "lw": 1.2, "clip_on": False}
     axes.plot(x, y, label=name, **style)
     halo = [Stroke(linewidth=2, foreground=PAPER), Normal()]
-    for point, label in zip(zip(x, y, strict=True), labels, strict=True):
+    for j, label in enumerate(labels):
+        below = (k + alternate * (j + 1)) % 2 == 1
+        side = _free_side(y, j, -1 if below else 1)
+        if side is None:  # a peak or a valley
+            below, side = not below, "center"
         axes.annotate(
             label,
-            point,
-            (-3, 5) if above else (4, -5),
+            (x[j], y[j]),
+            ({"right": -3, "center": 0, "left": 3}[side], -6 if below else 6),
             textcoords="offset points",
             fontsize=6.5,
             color=color,
-            ha="right" if above else "left",
-            va="bottom" if above else "top",
+            ha=side,
+            va="top" if below else "bottom",
             path_effects=halo,
         )
+
+
+def _free_side(y: Sequence[float], j: int, sign: int) -> Literal["left", "center", "right"] | None:
+    """Return the alignment that keeps the label of point j off the lines to its neighbors.
+
+    None if both are in the way. `sign` is 1 above the point and -1 below it.
+    """
+    before, after = (0 <= n < len(y) and sign * (y[n] - y[j]) > 0 for n in (j - 1, j + 1))
+    if before and after:
+        return None
+    return "right" if after else "left" if before else "center"
