@@ -52,7 +52,7 @@ def _layer(row: CheckpointRow) -> plots.Layer:
 
 def _sections(result: CheckpointResult, pictures: LayerPictures) -> list[html.Section]:
     text = [
-        "Bars: weights; their color is the shape of the distribution. Lines: the levels that fit "
+        "Bars: weights, colored by the shape of their distribution. Lines: the levels that fit "
         f"them best at {LEVEL_BITS} bits."
     ]
     sections = [

@@ -43,6 +43,7 @@ def write_report_page(source: Path, report: Report, path: Path) -> Path:
 
 def _layers(report: Report) -> html.Section:
     total = max(1, report.totals.quantized_bytes)
+    largest = max((row.bytes for row in report.layers), default=1)
     header = ["tensor", "kind", "shape", "bits", "levels"]
     header += ["float bytes", "bytes", "share, %", "error, %"]
     rows = [
@@ -61,7 +62,7 @@ def _layers(report: Report) -> html.Section:
     ]
     bars = {
         3: [row.bits / MAX_BITS for row in report.layers],
-        7: [row.bytes / total for row in report.layers],
+        7: [row.bytes / largest for row in report.layers],
     }
-    text = [f"{ERROR_NOTE} Blue bars: bits, of {MAX_BITS}, and the share of all quantized bytes."]
+    text = [f"{ERROR_NOTE} Bars: bits, of {MAX_BITS}, and bytes, of those of the largest tensor."]
     return html.Section("Quantized tensors", text, html.Table(header, rows, 3, bars))

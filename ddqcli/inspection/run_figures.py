@@ -84,9 +84,7 @@ def _draw_bits_over_time(
     return RunFigure("bits-over-time", figure, caption)
 
 
-def _draw_probabilities(
-    metrics: Sequence[dict[str, Any]], names: Sequence[str]
-) -> list[RunFigure]:
+def _draw_probabilities(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[RunFigure]:
     """Draw the DBPs of a run of SDQ, up to the freeze; other runs have none."""
     sampled = [entry for entry in metrics if entry.get("probabilities")]
     if not sampled:

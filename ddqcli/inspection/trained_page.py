@@ -17,8 +17,8 @@ from ddqcli.runs.run import Run
 
 KINDS = ("trained", "uniform", "power_of_two", "best")
 HISTOGRAM_NOTES = {
-    "run": "Bars: the float weights after finetuning; their color is the shape of the distribution. "
-    "Lines: the levels in force, to which each weight is rounded. Layers of 8 bits show no lines, as "
+    "run": "Bars: the float weights after finetuning, colored by the shape of their distribution. "
+    "Lines: the levels in force, to which each weight is rounded. Layers of 8 bits show no lines: "
     "their 256 levels are a dense, even grid.",
     "artifact": "An exported file holds no float weights. Bars: the number of stored values at "
     "each level, or, where 256 levels are too dense to draw, in each bin.",

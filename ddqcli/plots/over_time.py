@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -95,7 +97,7 @@ def levels_over_time_figure(
                 )
             if first:
                 axes.axvline(steps[first], color=GRAY, lw=0.7, ls=":")
-        handles = [Line2D([], [], color=BLUE, label="levels, in two blues")]
+        handles: list[Artist] = [Line2D([], [], color=BLUE, label="levels, in two blues")]
         if changes:
             handles.append(Line2D([], [], color=GRAY, ls=":", label="another bit-width"))
         if steps[0] > 0:
@@ -154,7 +156,7 @@ def loss_over_time_figure(
         ):
             each.plot(steps, training, color=BLUE, lw=1.2, label="training batches")
             if looks:
-                style = {"color": VERMILLION, "ms": 4, "clip_on": False}
+                style: Any = {"color": VERMILLION, "ms": 4, "clip_on": False}
                 each.plot(look_steps, held_out, "o", label="held-out samples", **style)
             for step, label, color, dashes in marks:
                 each.axvline(step, color=color, lw=1, ls=dashes, label=label)

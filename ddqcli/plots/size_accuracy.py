@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator
 
 from ddqcli.plots.layout import (
@@ -19,7 +18,7 @@ from ddqcli.plots.layout import (
     limit_shares,
     new_figure,
 )
-from ddqcli.plots.style import CYCLE, GRAY, INK, PAPER, settings
+from ddqcli.plots.style import CYCLE, GRAY, INK, settings
 
 Point = tuple[float, float, str]  # size, value, label
 
@@ -49,7 +48,7 @@ def size_against_accuracy_figure(
             _draw_series(axes, name, scaled, k, alternate=len(series) == 1)
         if marked := [(size / factor, value) for size, value, label in points if label == this]:
             x, y = zip(*marked, strict=True)
-            ring = {"mfc": "none", "mec": INK, "ms": 11, "clip_on": False}
+            ring: Any = {"mfc": "none", "mec": INK, "ms": 11, "clip_on": False}
             axes.plot(x, y, "o", label="this run", **ring)
         axes.set_xscale("log")
         sizes = [point[0] for point in points] + ([stored[0]] if stored else [])
@@ -76,9 +75,8 @@ def _draw_series(
     """
     color = CYCLE[k % 6]
     x, y, labels = zip(*points, strict=True)
-    style = {"color": color, "marker": "osD^vP"[k % 6], "ms": 5, "lw": 1.2, "clip_on": False}
+    style: Any = {"color": color, "marker": "osD^vP"[k % 6], "ms": 5, "lw": 1.2, "clip_on": False}
     axes.plot(x, y, label=name, **style)
-    halo = [Stroke(linewidth=2, foreground=PAPER), Normal()]
     for j, label in enumerate(labels):
         below = (k + alternate * (j + 1)) % 2 == 1
         side = _free_side(y, j, -1 if below else 1)
@@ -93,7 +91,6 @@ def _draw_series(
             color=color,
             ha=side,
             va="top" if below else "bottom",
-            path_effects=halo,
         )
 
 
