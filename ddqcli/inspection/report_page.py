@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ddqcli import plots
 from ddqcli.inspection import html
 from ddqcli.inspection.layer_figures import output_folder, page_file, page_picture
 from ddqcli.inspection.result_sections import detail_sections, head_section
 from ddqcli.inspection.run_figures import draw_bits, draw_run
 from ddqcli.inspection.sweep_page import sections_of_sweep
-from ddqcli.inspection.trained_rows import ERROR_NOTE
+from ddqcli.inspection.trained_rows import ERROR_NOTE, short_kind
 from ddqcli.runs.report import Report
 from ddqcli.runs.run import Run
-
-MAX_BITS = 8  # of a weight
 
 
 def write_report_page(source: Path, report: Report, path: Path) -> Path:
@@ -49,7 +48,7 @@ def _layers(report: Report) -> html.Section:
     rows = [
         [
             row.name,
-            row.kind,
+            short_kind(row.kind),
             "×".join(map(str, row.shape)),
             f"{row.bits:g}",
             str(row.levels),
@@ -61,8 +60,10 @@ def _layers(report: Report) -> html.Section:
         for row in report.layers
     ]
     bars = {
-        3: [row.bits / MAX_BITS for row in report.layers],
+        3: [row.bits / plots.MAX_BITS for row in report.layers],
         7: [row.bytes / largest for row in report.layers],
     }
-    text = [f"{ERROR_NOTE} Bars: bits, of {MAX_BITS}, and bytes, of those of the largest tensor."]
+    text = [
+        f"{ERROR_NOTE} Bars: bits, of {plots.MAX_BITS}, and bytes, of those of the largest tensor."
+    ]
     return html.Section("Quantized tensors", text, html.Table(header, rows, 3, bars))

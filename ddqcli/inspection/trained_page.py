@@ -94,7 +94,8 @@ def _notes(result: TrainedResult) -> list[str]:
 def _table(result: TrainedResult) -> html.Table:
     kinds = KINDS if result.what == "run" else KINDS[:1]
     header = ["layer", "kind", "shape", "distribution", "parameters", "bytes", "bits", "levels"]
-    header += ["min", "max", *(kind.replace("power_of_two", "pow2") for kind in kinds)]
+    header += ["min", "max"]
+    header += [f"error {kind.replace('power_of_two', 'pow2')}" for kind in kinds]
     rows = [
         [
             row.name,
@@ -111,4 +112,5 @@ def _table(result: TrainedResult) -> html.Table:
         ]
         for row in result.layers
     ]
-    return html.Table(header, rows, text=4)
+    bars = {header.index("bits"): [row.bits / plots.MAX_BITS for row in result.layers]}
+    return html.Table(header, rows, 4, bars)

@@ -1,6 +1,7 @@
 """Matplotlib figures from plain arrays, and their files."""
 
 from ddqcli.plots.bits import (
+    MAX_BITS,
     bits_by_layer_figure,
     bits_over_time_figure,
     probabilities_over_time_figure,
@@ -19,6 +20,7 @@ from ddqcli.plots.size_accuracy import size_against_accuracy_figure
 
 __all__ = [
     "HEIGHT",
+    "MAX_BITS",
     "WIDTH",
     "Layer",
     "bits_by_layer_figure",

@@ -88,7 +88,7 @@ def _draw_series(
             ({"right": -3, "center": 0, "left": 3}[side], -6 if below else 6),
             textcoords="offset points",
             fontsize=6.5,
-            color=color,
+            color=INK if alternate else color,
             ha=side,
             va="top" if below else "bottom",
         )
