@@ -273,6 +273,7 @@ class Trainer:
             probabilities={
                 name: round(share, 4) for name, share in self.gates.probabilities().items()
             },
+            batch_norm_step=self.bn_frozen_from if self.uses_batch_statistics else None,
         )
 
     def _at(self, step: int) -> str:
