@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddqcli.formatting import duration
+from ddqcli.render.console import print_lines
 from ddqcli.render.curve import curve_lines
 from ddqcli.render.data import csv_text, markdown_table
 from ddqcli.runs.evaluation import Metric
@@ -63,9 +64,8 @@ def show(sweep: SweepTable, console: Console) -> None:
         for line in lines:
             console.print(line, soft_wrap=True)
         console.print()
-    for target in sweep.targets:
-        for warning in target.warnings:
-            console.print(f"warning    {target.target}: {warning}", markup=False, soft_wrap=True)
+    warnings = [(row.target, warning) for row in sweep.targets for warning in row.warnings]
+    print_lines([f"warning    {target}: {warning}" for target, warning in warnings], console)
 
 
 def as_csv(sweep: SweepTable) -> str:
