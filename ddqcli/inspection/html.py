@@ -39,8 +39,8 @@ tbody tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal;
   overflow-wrap: normal; }
 .text { text-align: left; }
-tr > :first-child { position: sticky; left: 0; min-width: min(12rem, 45vw);
-  background: var(--paper); white-space: normal; }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; }
+.name { min-width: min(12rem, 45vw); }
 .long { min-width: 16rem; white-space: normal; }
 .bar { background: linear-gradient(to right, var(--bar) var(--share), transparent 0)
   left bottom / 100% 3px no-repeat; }
@@ -57,7 +57,7 @@ figcaption { padding: .25rem .5rem; color: var(--soft); font-size: .85rem; }
 .wide svg { min-width: 60rem; }
 """
 
-_LONG = 40  # characters of a cell from which it may take several lines
+_LONG_NAME, _LONG = 16, 40  # characters from which the first cell, another one may be wrapped
 _NARROW = 4  # columns of a table that is not as wide as the page
 
 
@@ -182,7 +182,9 @@ def _table(table: Table, title: str) -> str:
         inner = []
         for column, text in enumerate(cells):
             attributes = ' class="text"' if column < table.text else ""
-            if len(text) > _LONG:
+            if column == 0 and len(text) > _LONG_NAME:
+                attributes = ' class="text name"'
+            elif len(text) > _LONG:
                 attributes = ' class="text long"'
             if number is not None and column in table.bars:
                 share = 100 * table.bars[column][number]
