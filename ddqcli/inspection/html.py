@@ -40,7 +40,7 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: 
   overflow-wrap: normal; }
 .text { text-align: left; }
 tr > :first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; }
-.name { min-width: min(12rem, 45vw); }
+.name { width: 22rem; min-width: min(12rem, 45vw); }
 .long { min-width: 16rem; white-space: normal; }
 .bar { background: linear-gradient(to right, var(--bar) var(--share), transparent 0)
   left bottom / 100% 3px no-repeat; }
