@@ -29,7 +29,7 @@ p { max-width: 60rem; margin: .5rem 0; }
   gap: 1rem; margin: 1rem 0; }
 .facts div { padding: .75rem 1rem; background: var(--card); border-radius: 6px; }
 .facts dt, .facts dd { margin: 0; color: var(--soft); font-size: .85rem; }
-.facts .value { color: var(--ink); font-size: 1.35rem; font-weight: 600; line-height: 1.3; }
+.facts .value { color: var(--ink); font-size: 1.25rem; font-weight: 600; line-height: 1.3; }
 .table { overflow-x: auto; margin: .75rem 0; border: 1px solid var(--line); border-radius: 6px; }
 .narrow { width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; font-size: .82rem; white-space: nowrap;
@@ -44,7 +44,7 @@ tr > :first-child { position: sticky; left: 0; background: var(--paper); white-s
 .long { min-width: 16rem; white-space: normal; }
 .bar { background: linear-gradient(to right, var(--bar) var(--share), transparent 0)
   left bottom / 100% 3px no-repeat; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr));
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr));
   grid-auto-flow: dense; gap: 1rem; }
 .beside { display: grid; align-items: start; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }

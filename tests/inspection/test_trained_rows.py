@@ -186,7 +186,7 @@ def test_the_page_of_a_run_has_its_figures_its_table_then_labeled_pictures(
         *("Layers", "Pictures", "Weights and their levels", "Details", "Tensors that stay float")
     ]
     assert page.all("dt") == ["Size of the file", "Accuracy", "Average"]
-    assert "92.50 % → 91.25 %" in page.all("dd")
+    assert "92.50\N{NO-BREAK SPACE}% → 91.25\N{NO-BREAK SPACE}%" in page.all("dd")
     assert page.places["dl"][0] < page.places["table"][0] < page.places["figure"][0]
     assert isinstance(found, TrainedResult)
     for row in found.layers:
