@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -143,16 +144,31 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    """Refuse to wait: by the operators that would, and on CUDA by PyTorch's own check."""
+    if device == "cpu":
+        with NoWaiting():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ("paper", "sdq")])
-def test_no_step_waits_for_the_device(name: str) -> None:
-    running, step = deferred(RUNS[name]), Trainer._train_step
+def test_no_step_waits_for_the_device(name: str, device: str) -> None:
+    running, step = deferred(RUNS[name], device=device), Trainer._train_step
     free = []
 
     def watched(x: Tensor, y: Tensor) -> None:
         if running.step == 0 or running.gates.reads_device(running.step):  # bits are new
             step(running, x, y)
             return
-        with NoWaiting():
+        with no_waiting(device):
             step(running, x, y)
         free.append(running.step)
 
