@@ -15,6 +15,7 @@ from tiny_training import STEPS, begin, differences, finish, network, recipe, st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddqcli.data.augment import normalize_images
 from ddqcli.errors import DDQError
 from ddqcli.training.step_results import StepResults
 from ddqcli.training.trainer import Trainer
@@ -175,6 +176,18 @@ def test_no_step_waits_for_the_device(name: str, device: str) -> None:
     running._train_step = watched  # type: ignore[method-assign]
     finish(running)
     assert len(free) >= STEPS - 5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_normalizing_a_batch_does_not_wait_either(device: str) -> None:
+    pixels = torch.arange(2 * 4 * 5 * 3).view(2, 4, 5, 3).to(torch.uint8)
+    images, mean, std = pixels.to(device), *torch.rand(2, 3).to(device)
+    with no_waiting(device):
+        found = normalize_images(images, mean, std)
+    expected = (pixels.permute(0, 3, 1, 2).double() / 255 - mean[:, None, None].cpu()) / std[
+        :, None, None
+    ].cpu()
+    torch.testing.assert_close(found.cpu().double(), expected)
 
 
 def test_waiting_is_noticed() -> None:
