@@ -22,6 +22,8 @@ class StepMetrics:
         seconds: time of all steps so far at this process's pace.
         bits: bit-width by tensor, mean over its groups.
         probabilities: of the larger of two bit-widths by tensor, while bits are sampled (SDQ).
+        batch_norm_step: step at which BatchNorm's statistics are estimated anew and frozen; None if
+            they never move.
     """
 
     step: int
@@ -34,6 +36,7 @@ class StepMetrics:
     seconds: float
     bits: dict[str, float]
     probabilities: dict[str, float]
+    batch_norm_step: int | None = None
 
     @property
     def remaining(self) -> float:

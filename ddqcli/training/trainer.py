@@ -145,9 +145,10 @@ class Trainer:
     def look(self) -> Look:
         """Look at the held-out samples, and keep this state if it is the best so far.
 
-        Only a state within the budget counts. The best has the lowest loss among those whose
-        metric is not worse than that of the first. If AdamW has made the loss larger than the first
-        one, the run settles. Raises Diverged if training has ruined the model.
+        Only a state within the budget counts. The best is the first, or the state of the lowest
+        loss if that is below the first one's by more than chance, and the metric is not worse. If
+        AdamW has made the loss larger than the first one, the run settles. Raises Diverged if
+        training has ruined the model.
         """
         look = self.held_out.look(self.model, self.step)
         self._set_train_mode()
@@ -167,13 +168,16 @@ class Trainer:
                 f"The held-out loss went from {start.held_out_loss:.3g} to "
                 f"{look.held_out_loss:.3g} {self._at(self.step)}"
             )
-        if fits and (self.best is None or is_better(look, self.best, start, self.data.judged_by)):
+        if fits and (self.best is None or self._is_better(look, self.best, start)):
             self.best = look
             self._best_state = {
                 "model": {k: v.clone() for k, v in self.model.state_dict().items()},
                 "gates": self.gates.state(),
             }
         return look
+
+    def _is_better(self, look: Look, best: Look, start: Look) -> bool:
+        return is_better(look, best, start, self.data.judged_by, self.held_out.least_gain)
 
     def _unsettles(self, look: Look, start: Look) -> bool:
         """True at the first look at which small steps have done harm."""
@@ -269,6 +273,7 @@ class Trainer:
             probabilities={
                 name: round(share, 4) for name, share in self.gates.probabilities().items()
             },
+            batch_norm_step=self.bn_frozen_from if self.uses_batch_statistics else None,
         )
 
     def _at(self, step: int) -> str:

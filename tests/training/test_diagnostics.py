@@ -89,6 +89,20 @@ def test_training_that_did_not_improve_the_start_says_so() -> None:
     )
 
 
+def test_a_gain_within_chance_is_reported_and_a_start_as_good_as_float_is_not() -> None:
+    running = begin()
+    running.looks = [Look(0, 0.5, 85), Look(4, 0.48, 86), Look(STEPS, 0.49, 86)]
+    running.held_out.samples = 100  # chance: 10 %
+    (warning,) = find_warnings(running, [], course(85))
+    assert warning == (
+        "training lowered the loss on 100 held-out samples by 4.0%, which may be chance, so the "
+        "start is delivered: 32 training samples may be too few, or train.lr (now 0.0001) does not "
+        "fit"
+    )
+    assert find_warnings(running, [], course(89.5)) == []
+    assert len(find_warnings(running, [], course(89.4))) == 1
+
+
 def test_a_run_without_training_needs_no_improvement() -> None:
     running = trainer(nn.Sequential(nn.Flatten(), nn.Linear(108, 10)), Recipe(), 0, random_data())
     assert find_warnings(running, [], course(85, looks=1)) == []
