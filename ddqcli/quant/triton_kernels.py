@@ -3,7 +3,7 @@
 Those of learned levels take G groups of values, one after another: group g begins at `starts[g]`
 and ends at `starts[g + 1]`. Values are float32, bfloat16 or float16; the arithmetic is float32.
 Each program writes its own sums, and a second kernel adds them in a fixed order. Without atomics,
-the same input gives the same bytes.
+the same input gives the same bytes. Counts of programs are no reason to compile a kernel again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _finite_or_nan(x, value):
     return tl.where(x - x == 0.0, value, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def quantize_kernel(
     x_ptr,
     out_ptr,
@@ -65,7 +65,7 @@ def quantize_kernel(
     tl.store(out_ptr + row + index, _finite_or_nan(x, nearest), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def straight_through_kernel(
     grad_ptr,
     x_ptr,
@@ -90,7 +90,7 @@ def straight_through_kernel(
     tl.store(out_ptr + row + index, tl.where(inside, grad, 0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def level_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -160,7 +160,7 @@ def level_sums_kernel(
         tl.store(out_ptr + SUMS - N + slots, tl.sum(grad_by_level, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def level_gradients_kernel(
     partial_ptr,
     values_ptr,
@@ -229,7 +229,7 @@ def uniform_quantize_kernel(x_ptr, out_ptr, scale_ptr, low, high, size, BLOCK: t
     tl.store(out_ptr + index, _finite_or_nan(x, code * scale), mask=mask)
 
 
-@triton.jit(do_not_specialize=["low", "high"])
+@triton.jit(do_not_specialize=["low", "high", "programs"])
 def uniform_gradients_kernel(
     grad_ptr,
     x_ptr,
