@@ -1,4 +1,4 @@
-"""Number of test processes; and a small user's project, with and without a finished run."""
+"""Test processes and GPUs; and a small user's project, with and without a finished run."""
 
 from __future__ import annotations
 
@@ -27,10 +27,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(4, os.cpu_count() or 1) if whole_suite else 0
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs but from `pytest -m cuda`, which `test_on_a_gpu.py` runs where there is one.
+
+    So all else is the same on every machine. It could not pass beside a GPU: once autograd has
+    started the threads of one, no fork of this process can train.
+    """
+    if config.option.markexpr != "cuda":
+        os.environ.setdefault("DDQ_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs CUDA where there is none."""
+    """Skip what needs a GPU where there is none, or where it is hidden."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device is available here")
+        pytest.skip("needs a GPU, and `pytest -m cuda`")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -88,8 +88,11 @@ class Nested(nn.Module):
 class RandomBatches:
     """Noisy patterns, one for each class. A function of epoch and batch number alone."""
 
-    def __init__(self, count: int = 4, size: int = 8, side: int = 6, classes: int = 10) -> None:
+    def __init__(
+        self, count: int = 4, size: int = 8, side: int = 6, classes: int = 10, device: str = "cpu"
+    ) -> None:
         self.count, self.size, self.side, self.classes = count, size, side, classes
+        self.device = device
         self.samples = count * size
 
     def __len__(self) -> int:
@@ -102,14 +105,11 @@ class RandomBatches:
         for number in range(start, self.count):
             random = torch.Generator().manual_seed(1000 * epoch + number)
             y = torch.randint(self.classes, (self.size,), generator=random)
-            yield (
-                patterns[y]
-                + 0.5 * torch.randn(self.size, 3, self.side, self.side, generator=random),
-                y,
-            )
+            noise = torch.randn(self.size, 3, self.side, self.side, generator=random)
+            yield (patterns[y] + 0.5 * noise).to(self.device), y.to(self.device)
 
 
-def random_data(**sizes: int) -> Data:
+def random_data(**sizes: Any) -> Data:
     batches = RandomBatches(**sizes)
     return Data(
         batches,

@@ -45,8 +45,8 @@ def normalize_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     batch, height, width, channels = images.shape
     # Rows of W * C values are faster to process than pixels of C.
     rows = images.flatten(2).to(torch.float32)
-    # A Python 255 would make CUDA multiply by the rounded 1 / 255.
-    rows.div_(torch.tensor(255.0, device=images.device))
+    # A Python 255 would make CUDA multiply by the rounded 1 / 255; torch.tensor would wait for it.
+    rows.div_(torch.full((), 255.0, device=images.device))
     rows.sub_(mean.repeat(width)).div_(std.repeat(width))
     return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 

@@ -13,6 +13,12 @@ import triton.language as tl
 
 _CELLS = tl.constexpr(512)  # grid.GRID_CELLS, entries of a table
 
+# Arguments whose value or alignment is no reason to compile a kernel again: read once a program.
+_PLAIN = [
+    *("blocks", "programs", "low", "high"),
+    *("starts_ptr", "values_ptr", "half_step_ptr", "zero_cell_ptr", "correction_ptr", "scale_ptr"),
+]
+
 
 # ---- learned levels
 
@@ -42,7 +48,7 @@ def _finite_or_nan(x, value):
     return tl.where(x - x == 0.0, value, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def quantize_kernel(
     x_ptr,
     out_ptr,
@@ -65,7 +71,7 @@ def quantize_kernel(
     tl.store(out_ptr + row + index, _finite_or_nan(x, nearest), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def straight_through_kernel(
     grad_ptr,
     x_ptr,
@@ -90,7 +96,7 @@ def straight_through_kernel(
     tl.store(out_ptr + row + index, tl.where(inside, grad, 0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def level_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -160,7 +166,7 @@ def level_sums_kernel(
         tl.store(out_ptr + SUMS - N + slots, tl.sum(grad_by_level, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def level_gradients_kernel(
     partial_ptr,
     values_ptr,
@@ -219,7 +225,7 @@ def _round(x):
     return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: from there on, floats are whole numbers
 
 
-@triton.jit(do_not_specialize=["low", "high"])
+@triton.jit(do_not_specialize=_PLAIN)
 def uniform_quantize_kernel(x_ptr, out_ptr, scale_ptr, low, high, size, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask, scale = index < size, tl.load(scale_ptr)
@@ -229,7 +235,7 @@ def uniform_quantize_kernel(x_ptr, out_ptr, scale_ptr, low, high, size, BLOCK: t
     tl.store(out_ptr + index, _finite_or_nan(x, code * scale), mask=mask)
 
 
-@triton.jit(do_not_specialize=["low", "high"])
+@triton.jit(do_not_specialize=_PLAIN)
 def uniform_gradients_kernel(
     grad_ptr,
     x_ptr,

@@ -2,12 +2,13 @@
 
     python tests/benchmarks/step_time.py                 # ResNet-20, batch 128, 2 threads
     python tests/benchmarks/step_time.py --model mlp     # most of the time goes to the weights
-    python tests/benchmarks/step_time.py --model mobilenet_v2 --size 224 --batch 256 --device cuda
+    python tests/benchmarks/step_time.py --model mobilenet_v2 --size 224 --batch 256 \\
+        --device cuda --precision bfloat16
     python tests/benchmarks/step_time.py --json > step_time.json
 
 All methods alternate within one process. A ratio is the median over rounds of a method's time
-divided by the float step's time in the same round. Brevitas needs `pip install brevitas`. Takes a
-few minutes on two cores.
+divided by the float step's time in the same round. On CUDA it also shows the most memory that a
+step allocates. Brevitas needs `pip install brevitas`. Takes a few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ from ddqcli.training.distillation import distillation
 from ddqcli.training.optimizers import make_optimizers
 
 Step = Callable[[], None]
+
+bfloat16 = False  # of all methods' forward passes; set by --precision
+
+
+def forward(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+        return model(x).float()
 
 
 class Block(nn.Module):
@@ -84,7 +92,7 @@ def training_step(
     """Return a plain training step on one batch."""
 
     def step() -> None:
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(forward(model, x), y).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -131,9 +139,9 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
     def step() -> None:
         number = next(counter)
         with torch.no_grad():
-            targets = [teacher(x.flip(-1) if mirrored else x) for mirrored in range(views)]
+            targets = [forward(teacher, x.flip(-1) if flip else x) for flip in range(views)]
         with quantized.batched():
-            output = model(x)
+            output = forward(model, x)
             loss = F.cross_entropy(output, y)
             if targets:
                 loss = 0.9 * distillation(output, torch.stack(targets).mean(0), 4.0) + 0.1 * loss
@@ -164,7 +172,9 @@ def torch_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) -> 
         )
         if act_bits:
             module.act = fake_quant(act_bits, False).to(x.device)
-            module.register_forward_pre_hook(lambda m, inputs: (m.act(inputs[0]), *inputs[1:]))
+            module.register_forward_pre_hook(
+                lambda m, inputs: (m.act(inputs[0].float()), *inputs[1:])
+            )
     return training_step(model, sgd(model), x, y)
 
 
@@ -247,7 +257,18 @@ def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[s
     return seconds
 
 
+def peak_mib(step: Step, device: torch.device) -> float | None:
+    """Return the most memory that a step allocates beyond what lasts; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+
+
 def main() -> None:
+    global bfloat16
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -257,23 +278,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    bfloat16 = args.precision == "bfloat16"
     device = torch.device(args.device)
     x = torch.randn(args.batch, 3, args.size, args.size, device=device).to(
         memory_format=torch.channels_last
     )
     y = torch.randint(0, 10, (args.batch,), device=device)
     model = build(args.model).to(device, memory_format=torch.channels_last)
-    seconds = measure(make_steps(model, x, y), args.rounds, device)
+    steps = make_steps(model, x, y)
+    seconds = measure(steps, args.rounds, device)
     rows = {
         name: {
             "ms": round(1000 * statistics.median(times), 2),
             "ratio": round(
                 statistics.median(t / f for t, f in zip(times, seconds["float"], strict=True)), 3
             ),
+            "mib": peak_mib(steps[name], device),
         }
         for name, times in seconds.items()
     }
@@ -281,12 +306,15 @@ def main() -> None:
         facts = {
             **vars(args),
             "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
+            "processor": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else platform.processor() or platform.machine(),
         }
         print(json.dumps({"settings": facts, "rows": rows}, indent=1))
         return
     for name, row in rows.items():
-        print(f"{name:44} {row['ms']:9.1f} ms   {row['ratio']:.2f}")
+        memory = f"   {row['mib']:8.1f} MiB" if row["mib"] is not None else ""
+        print(f"{name:44} {row['ms']:9.1f} ms   {row['ratio']:.2f}{memory}")
 
 
 if __name__ == "__main__":

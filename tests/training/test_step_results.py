@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny_training import STEPS, begin, differences, finish, network, recipe, st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddqcli.data.augment import normalize_images
 from ddqcli.errors import DDQError
 from ddqcli.training.step_results import StepResults
 from ddqcli.training.trainer import Trainer
@@ -143,22 +145,49 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    """Refuse to wait: by the operators that would, and on CUDA by PyTorch's own check."""
+    if device == "cpu":
+        with NoWaiting():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ("paper", "sdq")])
-def test_no_step_waits_for_the_device(name: str) -> None:
-    running, step = deferred(RUNS[name]), Trainer._train_step
+def test_no_step_waits_for_the_device(name: str, device: str) -> None:
+    running, step = deferred(RUNS[name], device=device), Trainer._train_step
     free = []
 
     def watched(x: Tensor, y: Tensor) -> None:
         if running.step == 0 or running.gates.reads_device(running.step):  # bits are new
             step(running, x, y)
             return
-        with NoWaiting():
+        with no_waiting(device):
             step(running, x, y)
         free.append(running.step)
 
     running._train_step = watched  # type: ignore[method-assign]
     finish(running)
     assert len(free) >= STEPS - 5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_normalizing_a_batch_does_not_wait_either(device: str) -> None:
+    pixels = torch.arange(2 * 4 * 5 * 3).view(2, 4, 5, 3).to(torch.uint8)
+    images, mean, std = pixels.to(device), *torch.rand(2, 3).to(device)
+    with no_waiting(device):
+        found = normalize_images(images, mean, std)
+    expected = (pixels.permute(0, 3, 1, 2).double() / 255 - mean[:, None, None].cpu()) / std[
+        :, None, None
+    ].cpu()
+    torch.testing.assert_close(found.cpu().double(), expected)
 
 
 def test_waiting_is_noticed() -> None:

@@ -50,10 +50,10 @@ def recipe(**sections: Any) -> Recipe:
     return Recipe.model_validate({**base, **sections})
 
 
-def begin(recipe: Recipe, steps: int = STEPS, seed: int = 0) -> Trainer:
+def begin(recipe: Recipe, steps: int = STEPS, seed: int = 0, device: str = "cpu") -> Trainer:
     """A trainer at its first step, with another network as the float model."""
-    teacher = network().eval().requires_grad_(False)
-    return trainer(network(seed), recipe, steps, random_data(), teacher)
+    teacher = network().to(device).eval().requires_grad_(False)
+    return trainer(network(seed).to(device), recipe, steps, random_data(device=device), teacher)
 
 
 def finish(running: Trainer) -> list[StepMetrics]:
