@@ -318,6 +318,15 @@ def accuracy(scores: Tensor) -> dict[str, Any]:
     }
 
 
+def record(results: Path, row: dict[str, Any]) -> None:
+    """Append a row, unless it is there, as ddq's may be from an earlier call."""
+    line = json.dumps(row) + "\n"
+    with results.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        if line not in file:
+            file.write(line)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hide what other tools and their child processes print."""
@@ -382,8 +391,7 @@ def main() -> int:
     for name in names:
         ddq = ddq_row(args.folder, name, args.bits)
         for row in itertools.chain([ddq], (peer_row(args.folder, ddq, p) for p in args.peers)):
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            record(results, row)
             print(table_line(row), flush=True)
     return 0
 
