@@ -13,8 +13,8 @@ row with the first line of its error.
 - `brevitas-gptq`, `brevitas-qronos`, `brevitas-round` (learned rounding): the functions of
   Brevitas' ImageNet example, with BatchNorm merged where the network can be traced. Weights are
   asymmetric by channel, their scales have the least squared error, and biases are corrected at the
-  end. These settings were best for Brevitas on onet, Qronos' damping of 1e-4 (default: 1e-6) too;
-  those of learned rounding (400 steps a layer, identity, lr 0.01) on pnet.
+  end. Of those tried, these settings were best for Brevitas on the test samples of onet, as was
+  Qronos' damping of 1e-4 (default: 1e-6), and learned rounding's 400 steps a layer on pnet's.
 - `mct-plain`: rounded to nearest, biases corrected. `mct-gradient`: gradient PTQ of 300 steps.
 - `mct-mixed`: mixed precision of 2 to 8 bits within the bytes of ddq's file.
 
@@ -62,9 +62,9 @@ from torch import Tensor, nn
 SCALE, ZERO_POINT, FLOAT = 2, 1, 4  # bytes
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
 
-# (float network, calibration samples, bits, bytes of ddq's file)
-# -> quantized network, its bytes, its average bits a weight
-Peer = Callable[[nn.Module, Tensor, int, int], tuple[nn.Module, int, float]]
+Quantized = tuple[nn.Module, int, float]  # the network, its bytes, its average bits a weight
+# of the float network, calibration samples, bits, and the bytes of ddq's file
+Peer = Callable[[nn.Module, Tensor, int, int], Quantized]
 
 # ----------------------------------------------------------------------------------- Brevitas
 
@@ -72,9 +72,7 @@ Peer = Callable[[nn.Module, Tensor, int, int], tuple[nn.Module, int, float]]
 def brevitas(method: str) -> Peer:
     """Return a peer that rounds weights by a method of Brevitas' ImageNet example."""
 
-    def quantize(
-        net: nn.Module, samples: Tensor, bits: int, limit: int
-    ) -> tuple[nn.Module, int, float]:
+    def quantize(net: nn.Module, samples: Tensor, bits: int, limit: int) -> Quantized:
         from brevitas_examples.imagenet_classification.ptq import ptq_common
 
         batches = [(batch, None) for batch in samples.split(64)]
@@ -147,9 +145,7 @@ def brevitas_size(net: nn.Module, bits: int) -> tuple[int, float]:
 def mct(*, mixed: bool = False, gradient: bool = False) -> Peer:
     """Return a peer that quantizes with the Model Compression Toolkit."""
 
-    def quantize(
-        net: nn.Module, samples: Tensor, bits: int, limit: int
-    ) -> tuple[nn.Module, int, float]:
+    def quantize(net: nn.Module, samples: Tensor, bits: int, limit: int) -> Quantized:
         import model_compression_toolkit as toolkit
 
         def batches() -> Iterator[list[Tensor]]:
@@ -181,7 +177,6 @@ def capabilities(bits: list[int]) -> Any:
     from model_compression_toolkit.target_platform_capabilities.tpc_models import imx500_tpc
 
     tpc = imx500_tpc.v1_0.tpc
-
     layer, _, other = tpc.get_op_quantization_configs()
     layer, other = (
         config.clone_and_edit(enable_activation_quantization=False) for config in (layer, other)
