@@ -1,4 +1,4 @@
-"""`ddq export --format c`: a header of what was trained, and what it answers to bad combinations."""
+"""`ddq export --format c`: a header of what was trained, and its answers to bad combinations."""
 
 from __future__ import annotations
 
