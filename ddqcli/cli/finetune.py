@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ddqcli.cli.error_handling import discard_stdout
-from ddqcli.cli.options import AllowPickle, Json, Quiet, Trust, examples
+from ddqcli.cli.options import AllowPickle, Arch, DataSource, Json, Quiet, Trust, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
@@ -38,14 +38,8 @@ def finetune(
         Path | None,
         typer.Option(help="Recipe (YAML).  [default: ./ddq.yaml, or ddq.yaml beside MODEL]"),
     ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(help="torchvision name, timm:NAME, package.module:factory or file.py:build."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Image folder, .npz, torchvision DATASET:ROOT or module:factory."),
-    ] = None,
+    arch: Arch = None,
+    data: DataSource = None,
     method: Annotated[
         str | None,
         typer.Option(

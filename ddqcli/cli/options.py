@@ -16,6 +16,14 @@ AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Load a pickled module; this can run code from the file."),
 ]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="torchvision name, timm:NAME, package.module:factory or file.py:build."),
+]
+DataSource = Annotated[
+    str | None,
+    typer.Option(help="Image folder, .npz, torchvision DATASET:ROOT or module:factory."),
+]
 Trust = Annotated[
     bool,
     typer.Option(

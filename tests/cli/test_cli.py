@@ -68,13 +68,15 @@ def test_the_help_of_each_command_explains_every_option(command: str) -> None:
     assert all(re.search(r"  \S", rest) for _, rest in options), options
 
 
-@pytest.mark.parametrize("command", ["finetune", "report", "export", "runs"])
+@pytest.mark.parametrize("command", ["init", "finetune", "report", "export", "runs"])
 def test_the_examples_in_the_help_run(command: str, finished: Path) -> None:
     shutil.copytree("runs/done", "runs/20260131-142310-model")
     if command == "report":
         assert ddq("export", "-o", "model.safetensors").code == 0
         sweep = make_sweep(Path("runs/20260131-150210-model"), 8, 4)
         (sweep.path / MARKER).write_text(f"{'0' * 32} 1\n")  # older than the run
+    if command == "init":
+        Path("ddq.yaml").unlink()
     folder_of_images(Path("images"))
     extra = ["--max-steps", "1"] if command == "finetune" else []  # to be fast
     for example in examples_of(command):
