@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddqcli.library import Budget as Budget
+    from ddqcli.library import load as load
     from ddqcli.library import parameter_groups as parameter_groups
     from ddqcli.library import quantize as quantize
     from ddqcli.library import save as save
-    from ddqcli.qat.load import load as load
     from ddqcli.quant.quantizer import DDQuantizer as DDQuantizer
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ __all__ = [
 _MODULES = {
     "Budget": "ddqcli.library",
     "DDQuantizer": "ddqcli.quant.quantizer",
-    "load": "ddqcli.qat.load",
+    "load": "ddqcli.library",
     "parameter_groups": "ddqcli.library",
     "quantize": "ddqcli.library",
     "save": "ddqcli.library",

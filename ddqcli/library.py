@@ -1,7 +1,4 @@
-"""The library: quantize a float model in place, train it in a loop of your own, save the file.
-
-`ddqcli.load` (ddqcli.qat.load) reads the file back.
-"""
+"""The library: quantize a float model, train it in a loop of your own, save and load the file."""
 
 from __future__ import annotations
 
@@ -18,11 +15,13 @@ from ddqcli import __version__
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.sizes import Sizes
+from ddqcli.checkpoint.recorded import build_recorded
 from ddqcli.data.trees import call
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.budget import make_budget
 from ddqcli.qat.convert import attach, detach, prepare
 from ddqcli.qat.frozen import FrozenModel, freeze
+from ddqcli.qat.load import fill, to_torch
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.level_kinds import LevelKind
@@ -30,7 +29,7 @@ from ddqcli.recipe.schema import Budget, Recipe
 from ddqcli.runs.files import write_atomic
 from ddqcli.training.optimizers import level_groups, network_groups
 
-__all__ = ["Budget", "parameter_groups", "quantize", "save"]
+__all__ = ["Budget", "load", "parameter_groups", "quantize", "save"]
 
 _META = {"ddq": __version__}  # what the file says about the model
 
@@ -139,7 +138,8 @@ def save(model: nn.Module, path: str | Path) -> Sizes:
     """Write a quantized model as one safetensors file, and compare every bit that is read back.
 
     The quantizers are found in the model, which may be a copy of the one that was quantized, or
-    contain it.
+    contain it. Of BatchNorm, the file holds scale and shift (FORMAT.md), so the loaded network's
+    outputs may differ from the model's by a few roundings; the model stays as it is.
 
     Returns:
         The sizes of the file's parts in bytes; a budget in bytes counts `file`.
@@ -153,7 +153,12 @@ def save(model: nn.Module, path: str | Path) -> Sizes:
     path = Path(path)
     frozen = FrozenModel.from_state(freeze(QuantizedModel.of(model)))
     raw, sizes = encode_artifact(
-        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, _META
+        frozen.quantized,
+        frozen.activations,
+        frozen.floats,
+        frozen.aliases,
+        _META,
+        frozen.constants,
     )
 
     def write(temporary: Path) -> None:
@@ -162,6 +167,30 @@ def save(model: nn.Module, path: str | Path) -> Sizes:
 
     write_atomic(path, write)
     return sizes
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Fill `model`, the float architecture, with an exported file; return it in eval mode.
+
+    Its weights become the trained values bit for bit, and layers whose inputs were quantized
+    quantize them. The file must be of this architecture, name for name. For inference: no gradients
+    pass the inputs' quantizers, and BatchNorm has scale and shift in place of statistics.
+
+    Without `model`, the network of torchvision or timm is built that the file of `ddq export`
+    names. No code runs that comes with the file.
+
+    Raises UsageError for a file that is none of ddq's or names no such network, VerificationError
+    for a damaged one, and CheckpointError for one of another network, which leaves the model as it
+    was.
+
+    >>> model = ddqcli.load("model.safetensors", torchvision.models.resnet18())  # doctest: +SKIP
+    """
+    arrays, tables, meta = decode_model(Path(path))
+    tensors = to_torch(arrays)
+    if model is None:
+        model = build_recorded(Path(path), tensors, meta)
+    fill(model, tensors, tables, str(path))
+    return model
 
 
 def _recipe(**sections: Any) -> Recipe:
@@ -201,7 +230,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _verify(file: Path, frozen: FrozenModel, path: Path) -> None:
     """Raise VerificationError unless the file holds every bit of the frozen model."""
-    tensors, tables = decode_model(file)
+    tensors, tables, _ = decode_model(file)
     stored = tensors | {name: table.values() for name, table in tables.items()}
     expected = frozen.expected()
     different = expected.keys() ^ stored.keys()

@@ -14,6 +14,7 @@ from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
+from ddqcli.qat.norms import fold_norms
 from ddqcli.recipe.schema import Recipe
 
 
@@ -40,7 +41,7 @@ def quantize(
     `weights`: fields of the recipe's section of that name.
     """
     sections = {"weights": {"max_bits": bits, **weights}, "activations": {"bits": act_bits}}
-    quantized = convert(copy.deepcopy(model).eval(), Recipe.model_validate(sections))
+    quantized = convert(_folded(copy.deepcopy(model).eval()), Recipe.model_validate(sections))
     for quantizer in quantized.activations.values():
         quantizer.observing = True
     with torch.no_grad():
@@ -49,10 +50,24 @@ def quantize(
         quantizer.fit()
     frozen = FrozenModel.from_state(freeze(quantized))
     raw, _ = encode_artifact(
-        frozen.quantized, frozen.activations, frozen.floats, frozen.aliases, {}
+        frozen.quantized,
+        frozen.activations,
+        frozen.floats,
+        frozen.aliases,
+        {},
+        frozen.constants,
     )
     path.write_bytes(raw)
     return Quantized(quantized.model, path, frozen.weights())
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Give BatchNorm the values that the file holds, as a delivered network has them."""
+    state = model.state_dict()
+    norms = fold_norms(model, state)
+    for name, value in (norms.vectors | norms.constants).items():
+        state[name].copy_(value)
+    return model
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:

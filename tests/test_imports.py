@@ -26,7 +26,7 @@ LAYERS = (
     {"qat"},
     {"data", "checkpoint", "runs"},
     {"training"},
-    {"onnx", "plots"},
+    {"onnx", "c_header", "plots"},
     {"inspection"},
     {"library", "__init__"},
     {"commands"},

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models as zoo
 
 import ddqcli
+from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import read_artifact
 from ddqcli.errors import BudgetError, UsageError, VerificationError
+from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.model import QuantizedModel
 
 
@@ -84,9 +87,15 @@ def test_a_plain_loop_trains_and_the_file_keeps_the_budget(variant: str, tmp_pat
     loaded = ddqcli.load(tmp_path / "model.safetensors", Net())
     model.eval()
     with torch.no_grad():
-        assert torch.equal(loaded(X), model(X))
+        # Roundings of BatchNorm's scale and shift; with 4-bit inputs, one may take another level.
+        difference = (loaded(X) - model(X)).abs().max() / model(X).abs().max()
+        assert difference < (0.05 if variant == "inputs" else 1e-5)
+        with QuantizedModel.of(model).folded():
+            assert torch.equal(loaded(X), model(X))
         for name, parameter in loaded.named_parameters():
             layer, _, local = name.rpartition(".")
+            if isinstance(model.get_submodule(layer), nn.BatchNorm2d):
+                continue
             assert torch.equal(parameter, getattr(model.get_submodule(layer), local)), name
 
 
@@ -223,13 +232,29 @@ def test_a_file_that_would_read_differently_is_not_written(
     decode = ddqcli.library.decode_model
 
     def changed(path: Path) -> Any:
-        tensors, tables = decode(path)
-        return tensors | {"head.weight": np.nextafter(tensors["head.weight"], np.inf)}, tables
+        tensors, tables, meta = decode(path)
+        weight = np.nextafter(tensors["head.weight"], np.inf)
+        return tensors | {"head.weight": weight}, tables, meta
 
     monkeypatch.setattr("ddqcli.library.decode_model", changed)
     with pytest.raises(VerificationError, match=r"model would differ .* in head.weight; it was"):
         ddqcli.save(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_names_its_network_needs_no_other(tmp_path: Path) -> None:
+    net = zoo.squeezenet1_1(num_classes=3)
+    ddqcli.quantize(net, bits=3, act_bits=8, calibration=[torch.rand(2, 3, 32, 32)])
+    frozen = FrozenModel.from_state(freeze(QuantizedModel.of(net)))
+    parts = frozen.quantized, frozen.activations, frozen.floats, frozen.aliases
+    meta = {"report": {"source": {"arch": "squeezenet1_1"}}, "recipe": {}}
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(encode_artifact(*parts, meta, frozen.constants)[0])
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(ddqcli.load(path)(x), net.eval()(x))
+    ddqcli.save(net, path)
+    with pytest.raises(UsageError, match="does not say how its network is built; pass the float"):
+        ddqcli.load(path)
 
 
 # ---- the import

@@ -25,6 +25,7 @@ DTYPES: dict[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": BFLO
 DTYPES |= {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 BYTES = np.arange(256, dtype=np.uint8)
 MAX_MANIFEST = 1 << 24  # bytes of JSON; a network of 10,000 tensors needs a megabyte
+MAX_CONSTANT = 1 << 24  # values of all constants together, since a few bytes stand for them
 CHUNK = 1 << 16  # values decoded at a time, so that intermediate results stay in the cache
 ROW = 1 << 12  # values in a row of a chunk
 
@@ -49,6 +50,13 @@ class PackedTensor(NamedTuple):
     packed: Array  # the indices of group 0, then of group 1, ..., without padding between them
 
 
+class Constant(NamedTuple):
+    """A tensor of equal elements, which the manifest holds once."""
+
+    shape: tuple[int, ...]
+    value: Array  # []
+
+
 def decode(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
     """Return every tensor by name, and the activations' level values and the meta.
 
@@ -56,10 +64,7 @@ def decode(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
     raises some other error.
     """
     packed, activations, aliases, meta = read(path)
-    tensors = {
-        name: dequantize(tensor) if isinstance(tensor, PackedTensor) else tensor
-        for name, tensor in packed.items()
-    }
+    tensors = {name: to_array(tensor) for name, tensor in packed.items()}
     tensors |= {name: tensors[target] for name, target in aliases.items()}
     tables = {
         name: values(t.levels if t.bits[0] < 8 else BYTES, t.zero_point, t.scale)
@@ -71,7 +76,10 @@ def decode(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
 def read(
     path: str | Path,
 ) -> tuple[dict[str, Any], dict[str, PackedTensor], dict[str, str], dict[str, Any]]:
-    """Return tensors (Array or PackedTensor), activations, aliases and meta. Raises as `decode`."""
+    """Return tensors (Array, PackedTensor or Constant), activations, aliases and meta.
+
+    Raises as `decode`.
+    """
     raw = Path(path).read_bytes()
     if raw[8:50] != HEAD:
         if len(raw) >= 8 and HEAD.startswith(raw[8:]):
@@ -85,9 +93,9 @@ def read(
         )
     start = 8 + int.from_bytes(raw[:8], "little")
     header, data = json.loads(raw[8:start]), memoryview(raw)[start:]
-    if (version := header.pop("__metadata__")["version"]) != "1":
+    if (version := header.pop("__metadata__")["version"]) not in ("1", "2"):
         raise NotAnArtifact(
-            f"{path} is a ddq file of version {version}; this reader knows version 1 only"
+            f"{path} is a ddq file of version {version}; this reader knows versions 1 and 2 only"
         )
     entries = {
         name: np.frombuffer(data[slice(*e["data_offsets"])], DTYPES[e["dtype"]])
@@ -111,12 +119,18 @@ def read(
             (aliases[name],) = shape
         elif kind == "levels":
             activations[name] = _packed_tensor(entries, [0], None)
+        elif kind == "constant":
+            code, value, *shape = shape
+            tensors[name] = Constant(tuple(shape), np.array(value, DTYPES[code.upper()]))
         elif isinstance(kind, str):
             tensors[name] = _take(entries, kind, math.prod(shape)).reshape(shape).copy()
         else:
             tensors[name] = _packed_tensor(entries, shape, kind)
     if remaining := [name for name, entry in entries.items() if len(entry)]:
         raise ValueError(f"{', '.join(remaining)}: more than the manifest names")
+    constants = [tensor for tensor in tensors.values() if isinstance(tensor, Constant)]
+    if sum(math.prod(tensor.shape) for tensor in constants) > MAX_CONSTANT:
+        raise ValueError(f"its constants have more than {MAX_CONSTANT:,} values")
     return tensors, activations, aliases, manifest["meta"]
 
 
@@ -151,6 +165,13 @@ def _packed_tensor(entries: dict[str, Array], shape: list[int], axis: int | None
     numel = math.prod(shape) // max(groups, 1)  # of a group
     packed = _take(entries, "quantized", (int(bits.sum()) * numel + 7) // 8)
     return PackedTensor(tuple(shape), axis, bits, scale.view("<f4"), zero_point, levels, packed)
+
+
+def to_array(tensor: Array | PackedTensor | Constant) -> Array:
+    """Return the whole tensor."""
+    if isinstance(tensor, PackedTensor):
+        return dequantize(tensor)
+    return np.full(*tensor) if isinstance(tensor, Constant) else tensor
 
 
 def values(levels: Array, zero_point: Array, scale: Array) -> Array:

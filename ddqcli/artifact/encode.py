@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from ddqcli.artifact import decoder
 from ddqcli.artifact.manifest import (
+    CONSTANTS_VERSION,
+    VERSION,
     activation_leaf,
     alias_leaf,
+    constant_leaf,
     encode_header,
     encode_manifest,
     float_leaf,
@@ -33,6 +36,7 @@ def encode_artifact(
     floats: Mapping[str, Array],
     aliases: Mapping[str, str],
     meta: Mapping[str, Any],
+    constants: Mapping[str, Array] | None = None,
 ) -> tuple[bytes, Sizes]:
     """Return the bytes of a file, and where they went. Equal content in any order: equal bytes.
 
@@ -42,15 +46,18 @@ def encode_artifact(
         floats: unquantized tensors by name, of any dtype.
         aliases: further names of shared tensors, each with the name that is stored.
         meta: JSON without NaN.
+        constants: unquantized tensors of equal, finite elements, of which the manifest holds one.
 
     Raises ValueError if a name occurs twice, an alias points nowhere, or a dtype cannot be stored.
     """
     records: list[QuantizedTensor | ActivationTable] = sorted(
         [*quantized, *activations], key=lambda record: record.name
     )
-    _check_names([record.name for record in records], floats, aliases)
-    check_aliases(aliases, {*floats, *(tensor.name for tensor in quantized)})
+    constants = constants or {}
+    _check_names([record.name for record in records], floats, constants, aliases)
+    check_aliases(aliases, {*floats, *constants, *(tensor.name for tensor in quantized)})
     leaves = {name: alias_leaf(target) for name, target in aliases.items()}
+    leaves |= {name: constant_leaf(name, array) for name, array in constants.items()}
     parts: dict[str, list[Array]] = {"quantized": []}  # arrays of each entry
     for record in records:
         leaves[record.name] = (
@@ -67,7 +74,7 @@ def encode_artifact(
         entry: _concatenated(arrays, decoder.DTYPES.get(entry.upper(), "u1"))
         for entry, arrays in parts.items()
     }
-    raw = _safetensors(entries)
+    raw = _safetensors(entries, CONSTANTS_VERSION if constants else VERSION)
     header = 8 + int.from_bytes(raw[:8], "little")
     return raw, measure(quantized, activations, floats, header=header, file=len(raw))
 
@@ -96,9 +103,10 @@ def _concatenated(arrays: Sequence[Array], dtype: Any) -> Array:
     return np.concatenate([np.zeros(0, dtype), *(array.reshape(-1) for array in arrays)])
 
 
-def _safetensors(entries: Mapping[str, Array]) -> bytes:
+def _safetensors(entries: Mapping[str, Array], version: str) -> bytes:
     """Return a safetensors file with its digest filled in."""
-    header, order = encode_header({name: (e.dtype, e.size) for name, e in entries.items()})
+    described = {name: (e.dtype, e.size) for name, e in entries.items()}
+    header, order = encode_header(described, version)
     raw = bytearray(b"".join([header, *(entries[name].tobytes() for name in order)]))
     digest = 8 + len(decoder.HEAD)
     raw[digest : digest + 64] = hashlib.sha256(raw).hexdigest().encode("ascii")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ddqcli.artifact import decoder
 
-VERSION = "1"
+VERSION, CONSTANTS_VERSION = "1", "2"  # without and with constants
 CODES = {np.dtype(dtype): code for code, dtype in decoder.DTYPES.items()}  # safetensors' dtypes
 Leaves = Mapping[str, list[Any]]  # name -> kind and shape, as FORMAT.md describes
 
@@ -29,6 +29,17 @@ def alias_leaf(target: str) -> list[Any]:
     return ["alias", target]
 
 
+def constant_leaf(name: str, array: NDArray[Any]) -> list[Any]:
+    """Return the leaf of a tensor of equal elements. Raises ValueError for any other."""
+    code, *shape = float_leaf(name, array.dtype, array.shape)
+    values = array.reshape(-1)
+    if not values.size or array.dtype == decoder.BFLOAT16:
+        raise ValueError(f"{name} of {array.dtype}{array.shape} cannot be a constant")
+    if values.tobytes() != values[:1].tobytes() * values.size:
+        raise ValueError(f"{name} is no constant: its elements differ")
+    return ["constant", code, values[0].item(), *shape]
+
+
 def float_leaf(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> list[Any]:
     """Return the leaf of an unquantized tensor. Raises ValueError for a dtype without a code."""
     code = CODES.get(dtype.newbyteorder("<"))
@@ -43,14 +54,16 @@ def encode_manifest(leaves: Leaves, meta: Mapping[str, Any]) -> NDArray[np.uint8
     return np.frombuffer(bz2.compress(text), np.uint8)
 
 
-def encode_header(entries: Mapping[str, tuple[np.dtype[Any], int]]) -> tuple[bytes, list[str]]:
+def encode_header(
+    entries: Mapping[str, tuple[np.dtype[Any], int]], version: str = VERSION
+) -> tuple[bytes, list[str]]:
     """Return length and header of the file, without its digest, and the order of the entries.
 
     `entries`: dtype and number of values of each. The safetensors library orders the metadata at
     random; here equal entries give equal bytes.
     """
     header: dict[str, Any] = {
-        "__metadata__": {"format": "ddq", "sha256": "0" * 64, "version": VERSION}
+        "__metadata__": {"format": "ddq", "sha256": "0" * 64, "version": version}
     }
     # The widest dtype first keeps all entries aligned.
     order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddqcli.artifact import decoder
-from ddqcli.artifact.decoder import PackedTensor
+from ddqcli.artifact.decoder import Constant, PackedTensor
 from ddqcli.artifact.sizes import Sizes, measure
 from ddqcli.artifact.tensors import ActivationTable, QuantizedTensor, check_aliases
 from ddqcli.errors import UsageError, VerificationError
@@ -31,6 +31,7 @@ class Artifact:
     aliases: dict[str, str]  # further names of shared tensors
     meta: dict[str, Any]
     sizes: Sizes
+    constants: dict[str, Array]  # unquantized tensors of equal elements
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -54,7 +55,13 @@ def read_artifact(path: Path) -> Artifact:
             for name, tensor in tensors.items()
             if isinstance(tensor, PackedTensor)
         }
-        floats = {name: tensor for name, tensor in tensors.items() if name not in quantized}
+        constants = {
+            name: decoder.to_array(tensor)
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Constant)
+        }
+        others = quantized.keys() | constants.keys()
+        floats = {name: tensor for name, tensor in tensors.items() if name not in others}
         tables = _tables(activations)
         check_aliases(aliases, tensors)
         with path.open("rb") as file:
@@ -62,22 +69,21 @@ def read_artifact(path: Path) -> Artifact:
         sizes = measure(
             list(quantized.values()), list(tables.values()), floats, header=header, file=total
         )
-    return Artifact(quantized, tables, floats, aliases, meta, sizes)
+    return Artifact(quantized, tables, floats, aliases, meta, sizes, constants)
 
 
-def decode_model(path: Path) -> tuple[dict[str, Array], dict[str, ActivationTable]]:
-    """Return what a network needs: every tensor as an array, and the level tables of activations.
+def decode_model(
+    path: Path,
+) -> tuple[dict[str, Array], dict[str, ActivationTable], dict[str, Any]]:
+    """Return every tensor as an array, the level tables of activations, and the meta.
 
     Raises as `read_artifact`.
     """
     with _translated_errors(path):
-        packed, activations, aliases, _ = decoder.read(path)
-        tensors = {
-            name: decoder.dequantize(tensor) if isinstance(tensor, PackedTensor) else tensor
-            for name, tensor in packed.items()
-        }
+        packed, activations, aliases, meta = decoder.read(path)
+        tensors = {name: decoder.to_array(tensor) for name, tensor in packed.items()}
         tensors |= {name: tensors[target] for name, target in aliases.items()}
-        return tensors, _tables(activations)
+        return tensors, _tables(activations), meta
 
 
 def _tables(activations: Mapping[str, PackedTensor]) -> dict[str, ActivationTable]:

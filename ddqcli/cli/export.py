@@ -12,12 +12,18 @@ from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
     from ddqcli.commands.export import ExportResult
+    from ddqcli.commands.export_c import CResult
     from ddqcli.commands.export_onnx import OnnxResult
+
+    Result = ExportResult | OnnxResult | CResult
+
+_FORMAT_OF: dict[str, Literal["onnx", "c"]] = {".onnx": "onnx", ".h": "c"}  # of a checked file
 
 EXAMPLES = examples(
     "ddq export",
     "ddq export runs/20260131-142310-model -o small.safetensors --half",
     "ddq export --format onnx --bench",
+    "ddq export --format c -o model.h",
     "ddq export --check small.safetensors",
 )
 
@@ -35,13 +41,16 @@ def export(
         typer.Option(
             "-o",
             "--out",
-            help="Output file.  [default: model.safetensors or model.onnx in the run folder]",
+            help="Output file.  [default: model.safetensors, .onnx or .h in the run folder]",
             show_default=False,
         ),
     ] = None,
     file_format: Annotated[
-        Literal["ddq", "onnx"],
-        typer.Option("--format", help="ddq: smallest file; onnx: int8 graph for onnxruntime."),
+        Literal["ddq", "onnx", "c"],
+        typer.Option(
+            "--format",
+            help="ddq: smallest file; onnx: int8 graph for onnxruntime; c: C99 header, no runtime.",
+        ),
     ] = "ddq",
     half: Annotated[
         bool,
@@ -75,28 +84,33 @@ def export(
     this machine made the run, or with --trust.
     """
 
-    def work() -> ExportResult | OnnxResult:
+    def work() -> Result:
         from ddqcli.commands import export as ddq
+        from ddqcli.commands import export_c as c
         from ddqcli.commands import export_onnx as onnx
         from ddqcli.errors import UsageError
         from ddqcli.render.progress import ProgressReporter
         from ddqcli.runs.find import find_finished
 
-        use_onnx = file_format == "onnx" or (check is not None and check.suffix == ".onnx")
+        chosen = file_format
+        if check is not None and file_format == "ddq":
+            chosen = _FORMAT_OF.get(check.suffix, "ddq")
         if check is not None and (out or half):
             raise UsageError("--check writes nothing; omit --out and --half.")
-        if use_onnx and half:
-            raise UsageError("--half applies to the ddq format; an ONNX file keeps float32.")
-        if (bench or openvino) and not use_onnx:
+        if half and chosen != "ddq":
+            raise UsageError(f"--half applies to the ddq format; {chosen} keeps float32.")
+        if (bench or openvino) and chosen != "onnx":
             raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
         folder = find_finished(run, target) if target is not None else run
+        if chosen == "c":
+            return c.export_c(folder, out) if check is None else c.check_c(check, folder)
         with ProgressReporter(quiet=quiet) as reporter:
             progress = reporter.progress
-            if use_onnx and check is not None:
+            if chosen == "onnx" and check is not None:
                 return onnx.check_onnx(
                     check, folder, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
-            if use_onnx:
+            if chosen == "onnx":
                 return onnx.export_onnx(
                     folder, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
@@ -107,7 +121,7 @@ def export(
     run_command("export", work, _show, as_json)
 
 
-def _show(result: ExportResult | OnnxResult) -> None:
+def _show(result: Result) -> None:
     from ddqcli.render import console, export
 
     export.show(result, console.out)

@@ -163,7 +163,8 @@ def finetune(
             train(trainer, run, identity, baseline, listener)
             accuracy = start_accuracy(trainer)
             if accuracy is None:
-                accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
+                with trainer.quantized.folded():
+                    accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
             trainer.gates.check_kept()
         run_course = course(trainer, baseline, accuracy)
         warnings = find_warnings(trainer, run.metrics(), run_course)
@@ -288,6 +289,7 @@ def _load_trained_weights(model: nn.Module, run: Run) -> None:
     """Copy a finished run's float weights, and all else that stayed float, into the float model."""
     final = run.load(FINAL)
     trained = final["weights"] | final["floats"]  # shared tensors under one of their names
+    trained |= final.get("unfolded", {})
     for name, value in model.state_dict().items():
         # A buffer that a forward pass resizes may differ in shape.
         if name in trained and trained[name].shape == value.shape:
@@ -482,6 +484,8 @@ def _write_results(
     )
     frozen = freeze(quantized)
     report = with_file_size(report, FrozenModel.from_state(frozen), run.recipe())
-    run.save(FINAL, frozen | {"probe": probe(quantized.model, trainer.data)})
+    with quantized.folded():
+        probed = probe(quantized.model, trainer.data)
+    run.save(FINAL, frozen | {"probe": probed})
     run.write_report(report)
     return report

@@ -96,6 +96,16 @@ class Graph:
             self._shared[key] = add()
         return self._shared[key]
 
+    def filled(self, value: Array) -> str:
+        """Return a value of equal elements: a node of a few bytes, shared by all that need it."""
+
+        def add() -> str:
+            size = self.shared_constant(f"shape {list(value.shape)}", np.array(value.shape))
+            element = numpy_helper.from_array(value.reshape(-1)[:1])
+            return self.add_node("ConstantOfShape", [size], self.new_name("filled"), value=element)
+
+        return self.shared(f"{value.dtype} {value.shape} {value.reshape(-1)[0]}", add)
+
     def int32(self, number: int) -> str:
         """Return a scalar constant."""
         return self.shared_constant(f"{number}", np.array(number, np.int32))

@@ -70,6 +70,8 @@ class _Rewriter:
             for k, name in enumerate(node.input):
                 if name in self.weights:
                     copy.input[k] = self._dequantized_weight(name)
+                elif node.op_type == "BatchNormalization" and k in (3, 4):
+                    copy.input[k] = self._statistic(name)
             self.graph.nodes.append(copy)
 
     # ---- convolutions
@@ -107,6 +109,13 @@ class _Rewriter:
         self.absorbed.add(norm.output[0])
         epsilon = attributes(norm).get("epsilon", 1e-5)
         return kernel.folded(weight, bias, mean, variance, epsilon), norm.output[0]
+
+    def _statistic(self, name: str) -> str:
+        """Return mean or variance of a BatchNorm; folding has left them constant (qat.norms)."""
+        value = self.graph.value(name)
+        if value is None or not value.size or np.any(value != value[0]):
+            return name
+        return self.graph.filled(value)
 
     def _quantize_after(self, name: str) -> NodeProto | None:
         """Return the QuantizeLinear that alone uses a value, directly or after Relu or Clip."""

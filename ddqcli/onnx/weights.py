@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import numpy_helper
 
 from ddqcli.onnx.graph import Array, Graph
 from ddqcli.onnx.kernel import Kernel
@@ -54,12 +53,4 @@ def add_floats(
 
 def _add_zero_point(graph: Graph, name: str, zero_point: Array) -> str:
     """Add a zero point a channel. Zeros take a node of a few bytes; QGemm cannot do without."""
-    if zero_point.any():
-        return graph.add_constant(name, zero_point)
-
-    def add_zeros() -> str:
-        size = graph.shared_constant(f"shape {list(zero_point.shape)}", np.array(zero_point.shape))
-        zero = numpy_helper.from_array(np.zeros(1, zero_point.dtype))
-        return graph.add_node("ConstantOfShape", [size], graph.new_name("zeros"), value=zero)
-
-    return graph.shared(f"zeros {zero_point.shape}", add_zeros)
+    return graph.add_constant(name, zero_point) if zero_point.any() else graph.filled(zero_point)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddqcli.artifact.manifest import (
     activation_leaf,
     alias_leaf,
+    constant_leaf,
     description_bytes,
     float_leaf,
     quantized_leaf,
@@ -75,7 +76,7 @@ def make_budget(
     if float_bytes is None:
         uncertain = sum(activation_bytes(a.bits) for a in model.activations.values())
         quantized = nbytes(t.parameter for t in model.tensors)
-        float_bytes = overhead_bytes - uncertain + quantized
+        float_bytes = nbytes(model.float_tensors().values()) + quantized
     weights = sum(t.parameter.numel() for t in model.tensors)
     meta = meta or {}
     described = _description_bytes(model, meta)
@@ -111,9 +112,13 @@ def _description_bytes(model: QuantizedModel, meta: Mapping[str, Any]) -> int:
     for t in model.tensors:
         groups = len(t.quantizer.bits)
         leaves[t.name] = quantized_leaf(t.shape, t.quantizer.axis if groups > 1 else None)
+    constants = model.folded_norms().constants
     for name, value in model.float_tensors().items():
-        dtype = tensor_to_array(torch.empty(0, dtype=value.dtype)).dtype
-        leaves[name] = float_leaf(name, dtype, tuple(value.shape))
+        if name in constants:
+            leaves[name] = constant_leaf(name, tensor_to_array(constants[name].cpu()))
+        else:
+            dtype = tensor_to_array(torch.empty(0, dtype=value.dtype)).dtype
+            leaves[name] = float_leaf(name, dtype, tuple(value.shape))
     inputs = sum(activation_bytes(a.bits) for a in model.activations.values())
     most = inputs + sum(stored_bytes(t, 8) + 128 * len(t.quantizer.bits) for t in model.tensors)
     return description_bytes(leaves, most, meta)
@@ -148,7 +153,12 @@ def activation_bytes(bits: int) -> int:
 
 def kept_bytes(model: QuantizedModel) -> dict[str, int]:
     """Return the overhead by what causes it: each float tensor and each input's levels."""
-    floats = {f"{name} in float": nbytes([value]) for name, value in model.float_tensors().items()}
+    constants = model.folded_norms().constants
+    floats = {
+        f"{name} in float": nbytes([value])
+        for name, value in model.float_tensors().items()
+        if name not in constants
+    }
     return floats | {
         f"levels of {name}'s input": activation_bytes(a.bits)
         for name, a in model.activations.items()

@@ -4,10 +4,12 @@
 
     quantized    [{name, shape, axis (None: one group), indices, levels, scale, zero_point}]
     activations  [{name of the layer, levels, scale, zero_point}]
-    floats       {name: tensor that stays float, of any dtype}
+    floats       {name: tensor that stays float, of any dtype; BatchNorm's are folded (qat.norms)}
+    constants    {name: tensor of equal elements: what folding leaves of BatchNorm's statistics}
     aliases      {further name of a shared tensor: name under which it is stored}
     trained      {name: float32 values of a quantized tensor, as the exported file must give}
     weights      {name: float weights behind them, to inspect or to start another run from}
+    unfolded     {name: tensor of a BatchNorm before it was folded, to start another run from}
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class FrozenModel:
     floats: dict[str, Array]
     aliases: dict[str, str]
     trained: dict[str, Array]
+    constants: dict[str, Array]
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], to_array: ToArray | None = None) -> FrozenModel:
@@ -62,6 +65,8 @@ class FrozenModel:
             floats={name: read(value) for name, value in state["floats"].items()},
             aliases=dict(state["aliases"]),
             trained={name: read(value) for name, value in state["trained"].items()},
+            # Runs of older versions have none.
+            constants={name: read(value) for name, value in state.get("constants", {}).items()},
         )
 
     def weights(self) -> dict[str, QuantizedTensor]:
@@ -72,7 +77,7 @@ class FrozenModel:
 
     def expected(self) -> dict[str, Array]:
         """Return every array that a reader of the exported file must get, by name."""
-        tensors = self.trained | self.floats
+        tensors = self.trained | self.floats | self.constants
         tensors |= {alias: tensors[name] for alias, name in self.aliases.items()}
         return tensors | {table.name: table.values() for table in self.activations}
 
@@ -118,19 +123,24 @@ def tensor_to_array(tensor: torch.Tensor) -> Array:
 
 
 def freeze(model: QuantizedModel) -> dict[str, Any]:
-    """Return the state of a finished model: the schema above, with CPU tensors."""
+    """Return the state of a finished model: the schema above, with CPU tensors. Changes nothing."""
     import torch
 
     with torch.no_grad():
+        floats, norms = model.float_tensors(), model.folded_norms()
+        unfolded = {name: floats[name] for name in norms.vectors | norms.constants}
+        stored = {k: v for k, v in (floats | norms.vectors).items() if k not in norms.constants}
         return {
             "quantized": [_quantized_entry(tensor) for tensor in model.tensors],
             "trained": {t.name: _stored(t.quantizer(t.parameter)) for t in model.tensors},
             "activations": [
                 {"name": name, **quantizer.table()} for name, quantizer in model.activations.items()
             ],
-            "floats": {name: _stored(value) for name, value in model.float_tensors().items()},
+            "floats": {name: _stored(value) for name, value in stored.items()},
+            "constants": {name: _stored(value) for name, value in norms.constants.items()},
             "aliases": dict(model.aliases),
             "weights": {t.name: _stored(t.parameter) for t in model.tensors},
+            "unfolded": {name: _copied(value) for name, value in unfolded.items()},
         }
 
 
@@ -152,3 +162,7 @@ def _quantized_entry(tensor: QuantizedParameter) -> dict[str, Any]:
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous()
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)

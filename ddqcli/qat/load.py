@@ -1,15 +1,13 @@
-"""`ddqcli.load`: fill a float network with an exported file, so that it computes as trained."""
+"""Fill a float network with the content of a file, so that it computes as trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.tensors import BFLOAT16, ActivationTable
 from ddqcli.errors import CheckpointError
 from ddqcli.qat.frozen import INPUT, Array
@@ -21,23 +19,6 @@ from ddqcli.qat.input_hooks import (
 )
 from ddqcli.qat.reparametrized import make_plain
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
-
-
-def load(path: str | Path, model: nn.Module) -> nn.Module:
-    """Fill `model`, the float architecture, with an exported file; return it in eval mode.
-
-    Its weights become the trained values bit for bit, and layers whose inputs were quantized
-    quantize them. The file must be of this architecture, name for name. For inference: no gradients
-    pass the inputs' quantizers.
-
-    Raises UsageError for a file that is none of ddq's, VerificationError for a damaged one, and
-    CheckpointError for one of another network, which leaves the model as it was.
-
-    >>> model = ddqcli.load("model.safetensors", torchvision.models.resnet18())  # doctest: +SKIP
-    """
-    tensors, tables = decode_model(Path(path))
-    fill(model, to_torch(tensors), tables, str(path))
-    return model
 
 
 def to_torch(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
@@ -56,7 +37,7 @@ def fill(
     tables: Mapping[str, ActivationTable],
     source: str,
 ) -> None:
-    """Do as `load` with a file in memory; errors name it `source`.
+    """Do as `ddqcli.load` with a file in memory; errors name it `source`.
 
     Raises CheckpointError for another network, and then leaves the model as it was.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from ddqcli.qat.kept_float import (
     reason_to_keep_input_float,
 )
 from ddqcli.qat.layer_config import LayerConfig, attached_configs
+from ddqcli.qat.norms import FOLDED, FoldedNorms, fold_norms
 from ddqcli.qat.parameters import (
     Place,
     float_state,
@@ -143,13 +144,29 @@ class QuantizedModel:
         state = float_state(self.model)
         return {name: value for name, value in state.items() if name not in elsewhere}
 
+    def folded_norms(self) -> FoldedNorms:
+        """Return the scales, shifts and constants that the file holds of BatchNorm."""
+        return fold_norms(self.model, self.float_tensors())
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Compute with the values that the file holds of BatchNorm, so that these are measured."""
+        norms, tensors = self.folded_norms(), self.float_tensors()
+        before = {name: tensors[name].clone() for name in norms.vectors | norms.constants}
+        try:
+            _write(tensors, norms.vectors | norms.constants)
+            yield
+        finally:
+            _write(tensors, before)
+
     def explain_buffers(self) -> None:
         """Add the buffers to `kept_float`; a forward pass may have made new ones.
 
         Raises UsageError for complex tensors.
         """
+        constants = self.folded_norms().constants
         for name, value in self.float_tensors().items():
-            self.kept_float.setdefault(name, BUFFER)
+            self.kept_float.setdefault(name, FOLDED if name in constants else BUFFER)
             if value.is_complex():
                 raise UsageError(
                     f"{name} holds {value.dtype}, which no exported file can; "
@@ -169,6 +186,12 @@ class QuantizedModel:
         remove_input_quantizer(self.model.get_submodule(name))
         del self.activations[name]
         self.kept_float[name + INPUT] = reason
+
+
+@torch.no_grad()
+def _write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)
 
 
 def quantizers(model: QuantizedModel) -> Iterator[DDQuantizer | ActivationQuantizer]:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ddqcli.commands.export import ExportResult
+from ddqcli.commands.export_c import CResult
 from ddqcli.commands.export_onnx import OnnxResult
 from ddqcli.formatting import size
 
@@ -18,10 +20,13 @@ _MOST_LAYERS = 5  # that are listed as slower than in float
 _PARTS = ("indices", "levels", "scales", "gates", "floats", "manifest", "header", "file")
 
 
-def show(result: ExportResult | OnnxResult, console: Console) -> None:
+def show(result: ExportResult | OnnxResult | CResult, console: Console) -> None:
     """Print what was written, or checked."""
     if isinstance(result, OnnxResult):
         file_bytes, lines = result.size, _onnx_lines(result)
+    elif isinstance(result, CResult):
+        console.print(_flash_table(result))
+        file_bytes, lines = result.flash, _c_lines(result)
     else:
         console.print(_size_table(result))
         file_bytes, lines = result.sizes.file, _lines(result)
@@ -40,6 +45,28 @@ def _size_table(result: ExportResult) -> Table:
         share = f"{100 * nbytes / result.sizes.file:.1f}%"
         table.add_row(part, f"{nbytes:,}", share, style="bold" if part == "file" else "")
     return table
+
+
+def _flash_table(result: CResult) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensor", overflow="fold")
+    for name in ("bits", "flash"):
+        table.add_column(name, justify="right")
+    for row in result.layers:
+        table.add_row(Text(row.name), f"{row.bits:.4g}", f"{row.bytes:,}")
+    table.add_row("all", "", f"{result.flash:,}", style="bold")
+    return table
+
+
+def _c_lines(result: CResult) -> list[str]:
+    compiled = f", and as compiled by {result.compiler}" if result.compiler else ""
+    return [
+        f"bits       all {result.values:,} values of {result.tensors} tensors read back as trained"
+        + compiled,
+        "yours      layer order and geometry, activations, pooling, additions, BatchNorm's y = x * "
+        f"weight + bias; see the top of {result.path.name}",
+        *(f"unchecked  {reason}" for reason in result.unchecked),
+    ]
 
 
 def _lines(result: ExportResult) -> list[str]:

@@ -8,13 +8,13 @@ from rich.console import Console
 
 from ddqcli.commands.finetune import FinetuneResult
 from ddqcli.formatting import duration
+from ddqcli.render.console import print_lines
 from ddqcli.render.report import total_lines
 
 
 def show(result: FinetuneResult, console: Console) -> None:
     """Print the totals, the run folder, and what to type next."""
-    for line in total_lines(result.report):
-        console.print(line, markup=False, soft_wrap=True)
+    print_lines(total_lines(result.report), console)
     if result.run_dir is None:
         console.print(
             "dry run    the budget can be met, and model and data fit; nothing was trained, so the "

@@ -32,6 +32,7 @@ def encode_run(
             frozen.floats,
             frozen.aliases,
             {**meta, **extra},
+            frozen.constants,
         )
         if limit is None or sizes.file <= limit:
             break

@@ -226,7 +226,8 @@ class Report(Record):
             layers=tuple(rows),
             totals=totals,
             activations=tuple(activations),
-            kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()},
+            kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()}
+            | dict.fromkeys(artifact.constants, "a constant: takes no bytes"),
             metric=Metric(**embedded.get("metric", {})),
             course=embedded.get("course"),
             **{key: embedded[key] for key in ("accuracy", "source", "run", "warnings")},

@@ -77,9 +77,12 @@ def build_trainer(
         return trainer
     if distributed.shard().count > 1:  # each rank has calibrated on its own shard
         trainer.load(distributed.broadcast(trainer.state()))
-    choose_start(
-        trainer, float_model, lambda: evaluate(trainer.model, data, on_progress=on_progress)
-    )
+
+    def metric() -> float:
+        with quantized.folded():
+            return evaluate(trainer.model, data, on_progress=on_progress)
+
+    choose_start(trainer, float_model, metric)
     return trainer
 
 

@@ -56,7 +56,7 @@ def check_behavior(path: Path, run: Run, on_progress: OnProgress | None = None) 
     accuracy = run.report().accuracy
     expected = accuracy.quantized if accuracy else None
     try:
-        tensors, tables = decode_model(path)
+        tensors, tables, _ = decode_model(path)
         model = rebuild_model(run, to_torch(tensors), tables, str(path))
     except UsageError as error:
         reason = f"outputs and accuracy were not compared: {error}"

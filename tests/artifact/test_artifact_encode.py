@@ -17,9 +17,11 @@ import torch
 from artifact_example import ENTRIES, FLOAT_ENTRIES, Contents
 
 import ddqcli
+from ddqcli.artifact import decoder
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.tensors import BFLOAT16
+from ddqcli.errors import VerificationError
 
 
 def write(path: Path, *contents: Any) -> None:
@@ -63,6 +65,7 @@ SCRIPT = """
 import sys; sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from artifact_example import example
+from ddqcli.artifact import decoder
 from ddqcli.artifact.encode import encode_artifact
 step = int(sys.argv[3])
 in_order = (
@@ -104,3 +107,52 @@ def test_content_that_cannot_be_stored_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=fault):
         encode_artifact(*replace(contents, **change).arguments())
+
+
+CONSTANTS: dict[str, np.ndarray] = {
+    "norm.running_mean": np.zeros(64, np.float32),
+    "norm.running_var": np.full(64, 1 - 1e-5, np.float32),
+    "norm.num_batches_tracked": np.array(0, np.int64),
+    "negative zero": np.full((2, 3), -0.0, np.float16),
+    "mask": np.ones(5, bool),
+}
+
+
+def test_constants_take_bytes_of_the_manifest_alone(tmp_path: Path, contents: Contents) -> None:
+    path = tmp_path / "model.ddq"
+    arguments = replace(contents, floats={}, aliases={"tied": "negative zero"}).arguments()
+    write(path, *arguments, CONSTANTS)
+    artifact = read_artifact(path)
+    assert artifact.floats == {}
+    assert artifact.sizes.floats == 0
+    assert b'"version":"2"' in path.read_bytes()[:200]
+    tensors, _ = decoder.decode(path)
+    for name, array in CONSTANTS.items():
+        for found in (tensors[name], artifact.constants[name]):
+            assert (found.dtype, found.shape) == (array.dtype, array.shape)
+            assert found.tobytes() == array.tobytes()
+    assert tensors["tied"].tobytes() == CONSTANTS["negative zero"].tobytes()
+    entries = safetensors.numpy.load_file(path)
+    assert entries.keys() == {*ENTRIES}
+
+
+@pytest.mark.parametrize(
+    ("array", "fault"),
+    [
+        (np.array([0.0, -0.0], np.float32), "its elements differ"),
+        (np.zeros(0, np.float32), "cannot be a constant"),
+        (np.zeros(2, np.uint16).view(BFLOAT16), "cannot be a constant"),
+        (np.full(2, np.nan, np.float32), "JSON"),
+    ],
+)
+def test_what_is_no_constant_is_refused(array: np.ndarray, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        encode_artifact([], [], {}, {}, {}, {"c": array})
+
+
+def test_a_forged_constant_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.ddq"
+    write(path, [], [], {}, {}, {}, {"c": np.zeros(9, np.float32)})
+    monkeypatch.setattr(decoder, "MAX_CONSTANT", 8)
+    with pytest.raises(VerificationError, match="its constants have more than 8 values"):
+        read_artifact(path)

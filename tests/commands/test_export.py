@@ -25,7 +25,7 @@ def test_the_file_holds_bit_for_bit_what_was_trained(finished: Path) -> None:
     assert path == RUN / "model.safetensors"
     tensors, _ = decode(str(path))
     frozen = Run(RUN).load(FINAL)
-    expected = {**frozen["trained"], **frozen["floats"]}
+    expected = {**frozen["trained"], **frozen["floats"], **frozen["constants"]}
     assert tensors.keys() == expected.keys()
     for name, value in expected.items():
         assert np.array_equal(tensors[name], value.numpy()), name
@@ -129,14 +129,14 @@ def test_shapes_and_dtypes_are_compared_too(
         return encode(
             quantized,
             activations,
-            {**floats, "1.running_mean": changed(floats["1.running_mean"])},
+            {**floats, "1.weight": changed(floats["1.weight"])},
             *rest,
         )
 
     monkeypatch.setattr(encode_run, "encode_artifact", wrong)
     answer = ddq("export")
     assert answer.code == 4
-    assert "differs from what was trained in 1.running_mean" in answer.err
+    assert "differs from what was trained in 1.weight" in answer.err
 
 
 def test_a_file_that_cannot_be_decoded_never_gets_its_name(

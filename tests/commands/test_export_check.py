@@ -30,7 +30,8 @@ def exported(finished: Path) -> Path:
 def rewrite(file: Path, artifact: Artifact) -> None:
     """A whole file, digest included, of other content."""
     tables = list(artifact.quantized.values()), list(artifact.activations.values())
-    file.write_bytes(encode_artifact(*tables, artifact.floats, artifact.aliases, artifact.meta)[0])
+    rest = artifact.floats, artifact.aliases, artifact.meta, artifact.constants
+    file.write_bytes(encode_artifact(*tables, *rest)[0])
 
 
 def test_a_good_file_is_confirmed(exported: Path) -> None:

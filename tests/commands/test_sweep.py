@@ -90,7 +90,7 @@ def test_each_target_is_trained_as_a_run_of_its_own_from_the_weights_of_the_next
         )
         if report(alone)["course"]["delivered"] == "trained":
             checkpoint = Path(f"start-{number}.pt")
-            torch.save(here["weights"] | here["floats"], checkpoint)
+            torch.save(here["weights"] | here["floats"] | here["unfolded"], checkpoint)
         else:
             checkpoint = Path("model.pt")
 

@@ -273,6 +273,8 @@ def test_shared_tensors_attention_and_embeddings(tmp_path: Path) -> None:
     assert not names & {"head.weight", "embed.weight"}, (
         "the embedding is quantized, by whichever name"
     )
+    assert {"norm.weight", "norm.bias"} <= names
+    assert not names & {"norm.running_mean", "norm.running_var"}, "constants after folding"
 
 
 def residual_net() -> nn.Module:

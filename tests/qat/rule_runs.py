@@ -102,14 +102,19 @@ def fewest_bits(model: QuantizedModel) -> dict[str, int]:
 
 
 def float_bytes(model: QuantizedModel) -> int:
-    return sum(value.numel() * value.element_size() for value in model.float_tensors().values())
+    """The bytes of what stays float and is stored: BatchNorm's statistics are not."""
+    return sum(
+        value.numel() * value.element_size()
+        for name, value in model.float_tensors().items()
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    )
 
 
 def file_bytes(model: QuantizedModel) -> int:
     """The bytes of the file with this model and no report."""
     frozen = FrozenModel.from_state(freeze(model))
     parts = frozen.quantized, frozen.activations, frozen.floats, frozen.aliases
-    return len(encode_artifact(*parts, {})[0])
+    return len(encode_artifact(*parts, {}, frozen.constants)[0])
 
 
 def assert_budget_kept(

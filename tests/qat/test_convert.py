@@ -350,7 +350,11 @@ KEPT: dict[str, tuple[Any, str, str]] = {
     ),
     "pruning": (pruned, "1.weight_orig", "computed from it"),
     "norm": (lambda: nn.LayerNorm(4), "1.weight", "LayerNorm weight: no quantizer"),
-    "running mean": (lambda: nn.BatchNorm1d(4), "1.running_mean", "a buffer"),
+    "running mean": (
+        lambda: nn.BatchNorm1d(4),
+        "1.running_mean",
+        "folded into its weight and bias",
+    ),
     "bilinear": (lambda: nn.Bilinear(4, 4, 4), "1.weight", "Bilinear weight: no quantizer"),
     "prelu": (lambda: nn.PReLU(4), "1.weight", "PReLU weight: no quantizer"),
     "max norm": (

@@ -1,0 +1,62 @@
+"""`ddq export --format c`: a header of what was trained, and what it answers to bad combinations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_project import ddq
+
+from ddqcli.c_header.verify import compiler
+
+FILE = Path("runs/done/model.h")
+
+
+def test_a_run_is_written_compiled_and_confirmed(finished: Path) -> None:
+    answer = ddq("export", "--format", "c")
+    assert (answer.code, answer.err) == (0, "")
+    assert "yours      layer order and geometry" in answer.out
+    raw = FILE.read_bytes()
+    data = ddq("export", "--format", "c", "--json").data
+    assert FILE.read_bytes() == raw
+    assert data["sizes"]["file"] == len(raw)
+    assert data["sizes"]["flash"] == sum(row["bytes"] for row in data["layers"])
+    assert f"{data['sizes']['flash']:,} bytes of constants" in raw.decode()
+    assert (data["compiler"] is None, data["unchecked"] != []) == (compiler() is None,) * 2
+    # The same tensors, of which the report counts the bytes: without constants of BatchNorm.
+    totals = ddq("report", "--json").data["totals"]
+    assert data["sizes"]["flash"] == totals["quantized_bytes"] + totals["kept_bytes"]
+    assert ddq("export", "--check", FILE, "--json").data == data
+
+
+def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
+    assert ddq("export", "--format", "c", "-q").code == 0
+    text = FILE.read_text()
+    at = text.index("_packed[")
+    digit = text.index("\n", at) + 1
+    FILE.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert answer.err.startswith(f"Error: {FILE} differs from what was trained in ")
+    FILE.write_text(text + "\n")
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert "differs from what this version of ddq exports" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--format", "c", "--half"), "--half applies to the ddq format; c keeps float32."),
+        (("--format", "c", "--bench"), "--bench and --openvino run an ONNX file"),
+        (("--check", "gone.h"), "There is no file gone.h."),
+        (("--check", "gone.h", "-o", "x"), "--check writes nothing"),
+    ],
+)
+def test_bad_combinations_are_refused_at_once(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = ddq("export", *options)
+    assert answer.code == 2
+    assert message in answer.err
