@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ddqcli.cli.completion import recipe_keys
 from ddqcli.cli.error_handling import discard_stdout
 from ddqcli.cli.options import AllowPickle, Arch, DataSource, Json, Quiet, Trust, examples
 from ddqcli.cli.run_command import run_command
@@ -97,6 +98,7 @@ def finetune(
             "--set",
             metavar="KEY=VALUE",
             help="Set any recipe field, e.g. train.lr=0.02; may be repeated.",
+            autocompletion=recipe_keys,
         ),
     ] = None,
     allow_pickle: AllowPickle = False,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ddqcli.cli.completion import architectures
+
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object to stdout, also on failure.")
 ]
@@ -18,7 +20,10 @@ AllowPickle = Annotated[
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(help="torchvision name, timm:NAME, package.module:factory or file.py:build."),
+    typer.Option(
+        help="torchvision name, timm:NAME, package.module:factory or file.py:build.",
+        autocompletion=architectures,
+    ),
 ]
 DataSource = Annotated[
     str | None,
