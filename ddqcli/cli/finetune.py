@@ -84,7 +84,9 @@ def finetune(
     workers: Annotated[
         int | None, typer.Option(help="Processes that load images too many for memory.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Random seed; the same seed gives the same bytes.")
     ] = None,
