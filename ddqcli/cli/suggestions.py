@@ -38,7 +38,7 @@ def suggest(wrong: str, options: Mapping[str, str]) -> list[str]:
         or named(lambda parts: any(len(word) > 2 and word in parts for word in words))
         or _keys(words, options)
         or [option for option in names if set(words) <= set(_words(options[option]))]
-        or difflib.get_close_matches(wrong, names, n=2, cutoff=0.7)
+        or difflib.get_close_matches(wrong, names, n=1, cutoff=0.7)
     )
     return found[:_MOST]
 
