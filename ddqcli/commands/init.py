@@ -17,7 +17,7 @@ from ddqcli.data.image_format import sample_sizes
 from ddqcli.data.load import open_source
 from ddqcli.data.source import list_names
 from ddqcli.errors import DDQError, UsageError
-from ddqcli.formatting import count, size
+from ddqcli.formatting import count
 from ddqcli.recipe.assignments import assign
 from ddqcli.recipe.file import RECIPE_NAME
 from ddqcli.recipe.paths import move_paths
@@ -42,7 +42,7 @@ class ModelFacts:
 
     def __str__(self) -> str:
         arch = self.arch or "not recognized: give --arch"
-        return f"{self.checkpoint} ({arch}): {count(self.parameters)} values, {size(self.bytes)}"
+        return f"{self.checkpoint} ({arch}): {count(self.parameters)} values, {self.bytes:,} bytes"
 
 
 @dataclass(frozen=True)

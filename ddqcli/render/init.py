@@ -8,6 +8,7 @@ from rich.console import Console
 
 from ddqcli.commands.init import InitResult
 from ddqcli.recipe.file import RECIPE_NAME
+from ddqcli.render.console import print_lines
 
 
 def show(result: InitResult, console: Console) -> None:
@@ -21,5 +22,4 @@ def show(result: InitResult, console: Console) -> None:
     if str(result.path) != RECIPE_NAME:
         words += ["--recipe", str(result.path)]
     lines += [f"recipe     {result.path}", f"next       {shlex.join(words)} --dry-run"]
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    print_lines(lines, console)
