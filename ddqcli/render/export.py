@@ -31,8 +31,8 @@ def show(result: ExportResult | OnnxResult | CResult, console: Console) -> None:
     else:
         console.print(_size_table(result), end="\n\n")
         file_bytes, lines = result.sizes.file, _lines(result)
-    file = f"file       {result.path}"
-    print_lines([size_line(result.float_bytes, file_bytes), *lines, file], console)
+    names = [f"run        {result.run_dir}", f"file       {result.path}"]
+    print_lines([size_line(result.float_bytes, file_bytes), *lines, *names], console)
 
 
 def _size_table(result: ExportResult) -> Table:
