@@ -26,10 +26,12 @@ def show(result: ExportResult | OnnxResult | CResult, console: Console) -> None:
     if isinstance(result, OnnxResult):
         file_bytes, lines = result.size, _onnx_lines(result)
     elif isinstance(result, CResult):
-        console.print(_flash_table(result), end="\n\n")
+        console.print(_flash_table(result))
+        console.print()
         file_bytes, lines = result.flash, _c_lines(result)
     else:
-        console.print(_size_table(result), end="\n\n")
+        console.print(_size_table(result))
+        console.print()
         file_bytes, lines = result.sizes.file, _lines(result)
     names = [f"run        {result.run_dir}", f"file       {result.path}"]
     print_lines([size_line(result.float_bytes, file_bytes), *lines, *names], console)
