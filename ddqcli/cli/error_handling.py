@@ -72,7 +72,7 @@ def _message_and_code(error: Exception | Interrupted, command: str | None) -> tu
     if isinstance(error, DDQError | Interrupted):
         return str(error), error.exit_code
     if isinstance(error, _ParserError):
-        message: str = error.format_message()
+        message = _parser_message(error)
         if message.startswith("Usage:"):  # `ddq` without arguments
             return message, 2
         end = "" if message.endswith(("?", ".")) else "."
@@ -85,6 +85,24 @@ def _message_and_code(error: Exception | Interrupted, command: str | None) -> tu
     detail = " ".join(str(error).split())[:300]
     name = f"{type(error).__name__}: {detail}" if detail else type(error).__name__
     return f"{name}; `ddq --debug ...` shows the traceback.", 1
+
+
+def _parser_message(error: Any) -> str:
+    """Return the message of an error of Typer's parser; a wrong option is named with a likely one.
+
+    The parser's own suggestions know only the letters of the names.
+    """
+    if not (hasattr(error, "option_name") and hasattr(error, "possibilities") and error.ctx):
+        text: str = error.format_message()
+        return text
+    from ddqcli.cli.suggestions import did_you_mean
+
+    options = {
+        option: getattr(parameter, "help", None) or ""
+        for parameter in error.ctx.command.params
+        for option in parameter.opts
+    }
+    return f"{error.message}{did_you_mean(error.option_name, options)}"
 
 
 def print_error(message: str) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ddqcli.cli.completion import recipe_keys
 from ddqcli.cli.error_handling import discard_stdout
-from ddqcli.cli.options import AllowPickle, Json, Quiet, Trust, examples
+from ddqcli.cli.options import AllowPickle, Arch, DataSource, Json, Quiet, Trust, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
@@ -38,14 +39,8 @@ def finetune(
         Path | None,
         typer.Option(help="Recipe (YAML).  [default: ./ddq.yaml, or ddq.yaml beside MODEL]"),
     ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(help="torchvision name, timm:NAME, package.module:factory or file.py:build."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Image folder, .npz, torchvision DATASET:ROOT or module:factory."),
-    ] = None,
+    arch: Arch = None,
+    data: DataSource = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -89,7 +84,9 @@ def finetune(
     workers: Annotated[
         int | None, typer.Option(help="Processes that load images too many for memory.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Random seed; the same seed gives the same bytes.")
     ] = None,
@@ -103,6 +100,7 @@ def finetune(
             "--set",
             metavar="KEY=VALUE",
             help="Set any recipe field, e.g. train.lr=0.02; may be repeated.",
+            autocompletion=recipe_keys,
         ),
     ] = None,
     allow_pickle: AllowPickle = False,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ddqcli.cli.completion import architectures
+
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object to stdout, also on failure.")
 ]
@@ -15,6 +17,17 @@ Quiet = Annotated[
 AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Load a pickled module; this can run code from the file."),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        help="torchvision name, timm:NAME, package.module:factory or file.py:build.",
+        autocompletion=architectures,
+    ),
+]
+DataSource = Annotated[
+    str | None,
+    typer.Option(help="Image folder, .npz, torchvision DATASET:ROOT or module:factory."),
 ]
 Trust = Annotated[
     bool,

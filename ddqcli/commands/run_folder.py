@@ -23,8 +23,10 @@ def opened(run: Run | None, run_dir: Path | None, recipe: Recipe, note: Note) ->
     if distributed.is_main():
         name = recipe.name or Path(recipe.model.checkpoint or "model").stem
         run = run or Run.create(run_dir, name)
-        if run_dir and not is_sweep(run.path.parent) and (reason := remember_folder(run.path)):
-            note(f"other commands find {run.path} by its name only: no record is kept ({reason})")
+        if not is_sweep(run.path.parent):  # a sweep names its runs itself
+            note(f"run: {run.path}")
+            if run_dir and (reason := remember_folder(run.path)):
+                note(f"other commands find it by its name only: no record is kept ({reason})")
     path = distributed.broadcast(run and run.path)
     return run if run and distributed.is_main() else ReadOnlyRun(path)
 

@@ -34,7 +34,7 @@ def choose_format(source: Source, section: DataSection) -> ImageFormat:
     Raises DataError if images and section do not fit together, UsageError for unknown weights.
     """
     section, interpolation = _with_weights(section)
-    sizes, gray = _sample_sizes(source)
+    sizes, gray = sample_sizes(source)
     resize, crop = section.resize, section.crop
     shorter_sides = [min(size) for size in sizes.values()]
     if not source.keep_size and statistics.median(shorter_sides) > SMALL_SIDE:
@@ -92,7 +92,7 @@ def _with_weights(section: DataSection) -> tuple[DataSection, InterpolationMode]
     return section.model_copy(update=filled), preset.interpolation
 
 
-def _sample_sizes(source: Source) -> tuple[dict[str, tuple[int, int]], bool]:
+def sample_sizes(source: Source) -> tuple[dict[str, tuple[int, int]], bool]:
     """Return (width, height) of some images of both splits by name, and True if all are gray."""
     sizes, gray = {}, True
     for split, images in (("train", source.train), ("evaluation", source.val)):

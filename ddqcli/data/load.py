@@ -83,7 +83,7 @@ def load_data(
             f"A batch of {section.batch_size} is too small for {shard.count} processes; set "
             "data.batch_size."
         )
-    source = _open_source(section)
+    source = open_source(section)
     if source is None:
         return _factory_data(section, seed, device, shard, max_steps)
     loss, metric = classification(source.count, exact=source.classes is not None)
@@ -92,7 +92,7 @@ def load_data(
     return Data(*splits, loss, metric, source.classes, note, augment)
 
 
-def _open_source(section: DataSection) -> Source | None:
+def open_source(section: DataSection) -> Source | None:
     """Open a folder, .npz file or data set of torchvision; None if the section names a factory."""
     if not section.source:
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddqcli import plots
+from ddqcli.formatting import percent
 from ddqcli.inspection import html
 from ddqcli.inspection.layer_figures import output_folder, page_file, page_picture
 from ddqcli.inspection.result_sections import detail_sections, head_section
@@ -41,7 +42,7 @@ def write_report_page(source: Path, report: Report, path: Path) -> Path:
 
 
 def _layers(report: Report) -> html.Section:
-    total = max(1, report.totals.quantized_bytes)
+    total = max(1, report.totals.bytes)
     largest = max([1, *(row.bytes for row in report.layers)])
     header = ["tensor", "kind", "shape", "bits", "levels"]
     header += ["float bytes", "bytes", "share, %", "error, %"]
@@ -55,7 +56,7 @@ def _layers(report: Report) -> html.Section:
             f"{row.float_bytes:,}",
             f"{row.bytes:,}",
             f"{100 * row.bytes / total:.1f}",
-            f"{100 * row.error:.2f}",
+            percent(row.error),
         ]
         for row in report.layers
     ]
@@ -64,6 +65,7 @@ def _layers(report: Report) -> html.Section:
         7: [row.bytes / largest for row in report.layers],
     }
     text = [
-        f"{ERROR_NOTE} Bars: bits, of {plots.MAX_BITS}, and bytes, of those of the largest tensor."
+        f"{ERROR_NOTE} Share: of the file. Bars: bits, of {plots.MAX_BITS}, and bytes, of those of "
+        "the largest tensor."
     ]
     return html.Section("Quantized tensors", text, html.Table(header, rows, 3, bars))

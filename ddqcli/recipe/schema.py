@@ -54,7 +54,9 @@ Keywords = Annotated[dict[str, Any], AfterValidator(_check_json_values)]
 class _Section(BaseModel):
     """A part of the recipe: immutable, without unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, defer_build=True, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -69,34 +71,46 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The network and how to build it."""
 
-    checkpoint: str | None = None  # file with the trained weights
-    # A torchvision name, package.module:factory, or path/to/file.py:factory. None: recognize a
-    # torchvision network by the checkpoint's keys and shapes.
+    checkpoint: str | None = None
+    """File with the trained weights."""
     arch: str | None = None
-    kwargs: Keywords = {}  # keyword arguments of the factory
-    pickle: bool = False  # allow a pickled module, whose code then runs
+    """A torchvision name, package.module:factory, or path/to/file.py:factory. None: recognize a
+    torchvision network by the checkpoint's keys and shapes."""
+    kwargs: Keywords = {}
+    """Keyword arguments of the factory."""
+    pickle: bool = False
+    """Allow a pickled module, whose code then runs."""
 
 
 class DataSection(_Section):
     """The images or other samples, and their preprocessing."""
 
-    # A folder with train/ and val/, a .npz file, DATASET:ROOT of torchvision, or module:factory.
     source: str | None = None
-    kwargs: Keywords = {}  # keyword arguments of the data set or factory
-    weights: str | None = None  # a torchvision weights entry whose preprocessing to use
-    # Normalization of values 0..1: mean and standard deviation of each channel, or one for all.
+    """A folder with train/ and val/, a .npz file, DATASET:ROOT of torchvision, or module:factory.
+    """
+    kwargs: Keywords = {}
+    """Keyword arguments of the data set or factory."""
+    weights: str | None = None
+    """A torchvision weights entry whose preprocessing to use."""
     mean: list[Finite] = list(IMAGENET_MEAN)
+    """Normalization of values 0..1: mean of each channel, or one for all."""
     std: list[Positive] = list(IMAGENET_STD)
-    # Resize the shorter side to this many pixels. None keeps small images; 256 for large ones.
+    """Normalization: standard deviation of each channel, or one for all."""
     resize: PositiveCount | None = None
-    crop: PositiveCount | None = None  # pixels; center crop in validation, random in training
-    pad: Count = 4  # training on small images: random crop after padding by this many pixels
-    # Color of the padding. auto: the one that fits the model's BatchNorm statistics, else black.
+    """Resize the shorter side to this many pixels. None keeps small images; 256 for large ones."""
+    crop: PositiveCount | None = None
+    """Crop to this many pixels: the center in validation, at random in training."""
+    pad: Count = 4
+    """Training on small images: random crop after padding by this many pixels."""
     fill: Literal["auto", "black", "mean"] = "auto"
-    # Training: random horizontal flips. auto: if the float model recognizes flipped images too.
+    """Color of the padding. auto: the one that fits the model's BatchNorm statistics, else black.
+    """
     flip: Literal[True, False, "auto"] = "auto"
+    """Training: random horizontal flips. auto: if the float model recognizes flipped images too."""
     batch_size: PositiveCount = 128
-    workers: Count = 2  # processes that load samples of a data set too large for memory
+    """Training samples in a step."""
+    workers: Count = 2
+    """Processes that load samples of a data set too large for memory."""
 
     @model_validator(mode="after")
     def _check_channels(self) -> DataSection:
@@ -112,10 +126,15 @@ class WeightsSection(_Section):
 
     levels: Levels = "learned"
     max_bits: Bits = 8
+    """Maximum bits of a weight tensor."""
     min_bits: Bits = 1
-    granularity: Granularity = "layer"  # one set of levels for a layer, or for each output channel
-    init: Literal["lloyd_max", "uniform"] = "lloyd_max"  # levels before training
-    bias_bits: Bits | None = 8  # None keeps biases in float
+    """Minimum bits of a weight tensor."""
+    granularity: Granularity = "layer"
+    """One set of levels for a layer, or for each output channel."""
+    init: Literal["lloyd_max", "uniform"] = "lloyd_max"
+    """Levels before training."""
+    bias_bits: Bits | None = 8
+    """None keeps biases in float."""
 
     @model_validator(mode="after")
     def _check_order(self) -> WeightsSection:
@@ -127,27 +146,32 @@ class WeightsSection(_Section):
 class ActivationsSection(_Section):
     """Quantization of the input of each quantized layer."""
 
-    # None keeps activations in float. The first and last layer get 8 bits unless overridden.
     bits: Bits | None = None
-    # auto: learned levels up to 4 bits, uniform levels with a learned step size above.
+    """None keeps activations in float. The first and last layer get 8 bits unless overridden."""
     levels: Literal["auto", "learned", "uniform"] = "auto"
+    """auto: learned levels up to 4 bits, uniform levels with a learned step size above."""
 
 
 class Override(_Section):
     """Other values for the layers that match; later overrides win over earlier ones."""
 
-    match: str | None = None  # a layer's name, or a pattern with * and ?
-    type: str | None = None  # a module type: Conv2d, Linear, ...
-    # `match` names parameters that no layer of PyTorch reads, such as `blocks.*.qkv` in F.linear;
-    # they are weights of this kind, to be quantized.
+    match: str | None = None
+    """A layer's name, or a pattern with * and ?."""
+    type: str | None = None
+    """A module type: Conv2d, Linear, ..."""
     kind: Literal["Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"] | None = None
-    skip: bool = False  # keep the layer in float
-    bits: Bits | None = None  # a fixed bit-width, not subject to the gates
+    """`match` names parameters that no layer of PyTorch reads, such as `blocks.*.qkv` in F.linear;
+    they are weights of this kind, to be quantized."""
+    skip: bool = False
+    """Keep the layer in float."""
+    bits: Bits | None = None
+    """A fixed bit-width, not subject to the gates."""
     min_bits: Bits | None = None
     max_bits: Bits | None = None
     levels: Levels | None = None
     granularity: Granularity | None = None
-    act_bits: Annotated[int, Field(ge=0, le=8)] | None = None  # 0 keeps the layer's input in float
+    act_bits: Annotated[int, Field(ge=0, le=8)] | None = None
+    """0 keeps the layer's input in float."""
 
     @model_validator(mode="after")
     def _check_condition(self) -> Override:
@@ -171,12 +195,12 @@ class Budget(_Section):
     '150kB'
     """
 
-    # Average stored bits of a quantized weight, levels and gates included.
     target_bits: Annotated[Finite, Field(gt=0, le=32)] | None = None
-    # Bytes of the exported file: 150kB, 1.8MB, or 12% of the float model's tensors.
+    """Average stored bits of a quantized weight, levels and gates included."""
     target_size: str | None = None
-    # Unit of target_bits. bytes: as in the file. eqn6: the paper's sum of N * 2^s, as printed.
+    """Bytes of the exported file: 150kB, 1.8MB, or 12% of the float model's tensors."""
     count: Literal["bytes", "eqn6"] = "bytes"
+    """Unit of target_bits. bytes: as in the file. eqn6: the paper's sum of N * 2^s, as printed."""
 
     @field_validator("target_size", mode="before")
     @classmethod
@@ -211,31 +235,38 @@ class GatesSection(_Section):
     """
 
     rule: Literal["fisher", "paper", "fixed"] = "fisher"
-    # fisher: about how many times bit-widths are reconsidered before the gates freeze.
     looks: PositiveCount = 20
-    # fisher, sdq: fraction of the run in which the budget falls from max_bits to the target.
+    """fisher: about how many times bit-widths are reconsidered before the gates freeze."""
     descent: Fraction = 0.0
-    freeze: Fraction = 0.5  # fraction of the run after which the bit-widths freeze
-    lr: Positive = 1e-8  # paper: step size of the gate logits
-    init: Positive = 1e-8  # paper: initial value of the gate logits
-    # paper: exponent of Eqn 7 while the budget is exceeded.
+    """fisher, sdq: fraction of the run in which the budget falls from max_bits to the target."""
+    freeze: Fraction = 0.5
+    """Fraction of the run after which the bit-widths freeze."""
+    lr: Positive = 1e-8
+    """paper: step size of the gate logits."""
+    init: Positive = 1e-8
+    """paper: initial value of the gate logits."""
     alpha: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.02
+    """paper: exponent of Eqn 7 while the budget is exceeded."""
 
 
 class DistillSection(_Section):
     """Distillation from the teacher's scores [B, K] (Hinton et al. 2015)."""
 
-    # Weight in the loss; 1 needs no labels. None: 0.9, or 0 if the data bring their own loss.
     weight: Fraction | None = None
+    """Weight in the loss; 1 needs no labels. None: 0.9, or 0 if the data bring their own loss."""
     temperature: Positive = 4.0
+    """Softens the scores."""
 
 
 class TeacherSection(_Section):
     """Another network to distill from; without a checkpoint, the float model is the teacher."""
 
-    checkpoint: str | None = None  # file with the teacher's trained weights
-    arch: str | None = None  # as model.arch
-    kwargs: Keywords = {}  # keyword arguments of the factory
+    checkpoint: str | None = None
+    """File with the teacher's trained weights."""
+    arch: str | None = None
+    """As model.arch."""
+    kwargs: Keywords = {}
+    """Keyword arguments of the factory."""
 
     @model_validator(mode="after")
     def _check_checkpoint(self) -> TeacherSection:
@@ -248,46 +279,61 @@ class TrainSection(_Section):
     """The finetuning."""
 
     epochs: Count = 5
-    max_steps: Count | None = None  # end the run after this many steps, if that is earlier
-    # Assign weights with compensated errors before training, if held-out samples improve by it.
+    """Passes over the training data."""
+    max_steps: Count | None = None
+    """End the run after this many steps, if that is earlier."""
     compensate: bool = True
-    # Optimizer of weights. auto: sgd if the run sees 200,000 training samples or more, else adamw.
+    """Assign weights with compensated errors before training, if held-out samples improve by it."""
     optimizer: Literal["auto", "sgd", "adamw"] = "auto"
-    lr: Positive | None = None  # of weights; falls to 0 along a cosine. None: sgd 0.01, adamw 1e-4
-    momentum: Fraction = 0.9  # sgd
+    """Optimizer of weights. auto: sgd if the run sees 200,000 training samples or more, else adamw.
+    """
+    lr: Positive | None = None
+    """Learning rate of weights; falls to 0 along a cosine. None: sgd 0.01, adamw 1e-4."""
+    momentum: Fraction = 0.9
+    """Of sgd."""
     weight_decay: NonNegative = 1e-4
-    levels_lr: Positive = 0.1  # of levels (Adam), in steps of the level grid: 1/255 of the range
-    # Gradient correction (Eqn 9) as a multiple of the layer's Fisher information; 0 turns it off.
+    """Of weights."""
+    levels_lr: Positive = 0.1
+    """Learning rate of levels (Adam), in steps of the level grid: 1/255 of the range."""
     correction: NonNegative = 1.0
+    """Gradient correction (Eqn 9) as a multiple of the layer's Fisher information; 0 turns it off.
+    """
     distill: DistillSection = DistillSection()
     teacher: TeacherSection = TeacherSection()
-    # Entropy-aware bin regularization (SDQ) once the bit-widths are frozen: its weight in the loss.
-    # None: 0.1 with method sdq, else 0.
     bin_regularization: NonNegative | None = None
-    # BatchNorm while training. held: the float model's statistics stay. batch: those of each batch.
-    # auto: batch if the run sees 200,000 training samples or more in batches of 32 or more.
+    """Entropy-aware bin regularization (SDQ) once the bit-widths are frozen: its weight in the
+    loss. None: 0.1 with method sdq, else 0."""
     batch_norm: Literal["auto", "held", "batch"] = "auto"
-    # With batch_norm=batch: fraction of the run, rounded up to an epoch, after which the statistics
-    # are estimated anew and then frozen; not before the gates freeze.
+    """BatchNorm while training. held: the float model's statistics stay. batch: those of each
+    batch. auto: batch if the run sees 200,000 training samples or more in batches of 32 or more."""
     bn_freeze: Fraction = 0.75
-    bn_batches: Count = 64  # batches for that estimate; 0 keeps the running statistics
-    save_every: PositiveCount = 500  # steps between two training states on disk
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast
+    """With batch_norm=batch: fraction of the run, rounded up to an epoch, after which the
+    statistics are estimated anew and then frozen; not before the gates freeze."""
+    bn_batches: Count = 64
+    """Batches for that estimate; 0 keeps the running statistics."""
+    save_every: PositiveCount = 500
+    """Steps between two training states on disk."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The same seed gives the same bytes."""
 
 
 class Recipe(_Section):
     """A complete recipe."""
 
-    name: str | None = None  # names the run folder; by default the checkpoint's name
-    # ddq: gates decide bit-widths. sdq: bit-widths are sampled (Huang et al., ICML 2022).
+    name: str | None = None
+    """Names the run folder; by default the checkpoint's name."""
     method: Literal["ddq", "sdq"] = "ddq"
+    """ddq: gates decide bit-widths. sdq: bit-widths are sampled (Huang et al., ICML 2022)."""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     weights: WeightsSection = WeightsSection()
     activations: ActivationsSection = ActivationsSection()
     overrides: list[Override] = []
+    """Other values for some layers."""
     budget: Budget = Budget()
     gates: GatesSection = GatesSection()
     train: TrainSection = TrainSection()

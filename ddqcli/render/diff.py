@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddqcli.commands.diff import COLUMNS, DiffResult, Pair
-from ddqcli.formatting import shorten
+from ddqcli.formatting import percent, shorten
 from ddqcli.render.data import csv_text, markdown, markdown_table
 
 NONE = "-"
@@ -17,7 +17,7 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "bits": "{:g}".format,
     "levels": str,
     "bytes": "{:,}".format,
-    "error": lambda value: f"{100 * value:.2f}%",
+    "error": lambda value: f"{percent(value)}%",
 }
 
 

@@ -11,7 +11,8 @@ from rich.text import Text
 from ddqcli.commands.export import ExportResult
 from ddqcli.commands.export_c import CResult
 from ddqcli.commands.export_onnx import OnnxResult
-from ddqcli.formatting import size
+from ddqcli.render.console import print_lines
+from ddqcli.render.report import size_line
 
 if TYPE_CHECKING:
     from ddqcli.onnx.bench import Bench
@@ -26,13 +27,14 @@ def show(result: ExportResult | OnnxResult | CResult, console: Console) -> None:
         file_bytes, lines = result.size, _onnx_lines(result)
     elif isinstance(result, CResult):
         console.print(_flash_table(result))
+        console.print()
         file_bytes, lines = result.flash, _c_lines(result)
     else:
         console.print(_size_table(result))
+        console.print()
         file_bytes, lines = result.sizes.file, _lines(result)
-    first = f"{result.path}: {size(result.float_bytes)} -> {size(file_bytes)}"
-    for line in (first, *lines):
-        console.print(line, markup=False, soft_wrap=True)
+    names = [f"run        {result.run_dir}", f"file       {result.path}"]
+    print_lines([size_line(result.float_bytes, file_bytes), *lines, *names], console)
 
 
 def _size_table(result: ExportResult) -> Table:
@@ -91,17 +93,18 @@ def _lines(result: ExportResult) -> list[str]:
 
 def _onnx_lines(result: OnnxResult) -> list[str]:
     lines = [
-        f"bits: all {result.values:,} weights of {result.tensors} tensors are unpacked as trained"
+        f"bits       all {result.values:,} weights of {result.tensors} tensors are unpacked as "
+        "trained"
     ]
     for comparison, runtime in (
         (result.optimized, "onnxruntime"),
-        (result.unoptimized, "without optimizations"),
+        (result.unoptimized, "onnxruntime without optimizations"),
         (result.openvino, "OpenVINO"),
     ):
         if comparison is None:
             continue
         line = (
-            f"{runtime}: outputs {comparison.outputs:.1e} from torch's on "
+            f"outputs    {runtime}: {comparison.outputs:.1e} from torch's on "
             f"{comparison.samples:,} samples"
         )
         if comparison.accuracy is not None and comparison.torch_accuracy is not None:
@@ -116,13 +119,13 @@ def _onnx_lines(result: OnnxResult) -> list[str]:
 def _bench_lines(bench: Bench) -> list[str]:
     threads = f"{bench.threads} thread{'s' * (bench.threads > 1)}"
     lines = [
-        f"bench: {bench.float_ms:.3g} ms a sample in float, {bench.quantized_ms:.3g} ms quantized, "
+        f"bench      float {bench.float_ms:.3g} -> {bench.quantized_ms:.3g} ms a sample, "
         f"{bench.speedup:.2f} times as fast ({threads}, median of {bench.runs} paired runs)"
     ]
     lines += [
-        f"slower than float: {layer.name}, {layer.float_ms:.3g} -> {layer.quantized_ms:.3g} ms"
+        f"slower     {layer.name}: float {layer.float_ms:.3g} -> {layer.quantized_ms:.3g} ms"
         for layer in bench.layers[:_MOST_LAYERS]
     ]
     if (more := len(bench.layers) - _MOST_LAYERS) > 0:
-        lines.append(f"slower than float: {more} more layers; --json lists them")
+        lines.append(f"slower     {more} more layers than in float; --json lists them")
     return lines

@@ -14,16 +14,18 @@ from ddqcli.render.report import total_lines
 
 def show(result: FinetuneResult, console: Console) -> None:
     """Print the totals, the run folder, and what to type next."""
-    print_lines(total_lines(result.report), console)
+    lines = total_lines(result.report)
     if result.run_dir is None:
-        console.print(
+        lines.append(
             "dry run    the budget can be met, and model and data fit; nothing was trained, so the "
-            "bits follow from the weights alone",
-            soft_wrap=True,
+            "bits follow from the weights alone"
         )
-        return
-    console.print(f"time       {duration(result.seconds)}", soft_wrap=True)
-    console.print(f"run        {result.run_dir}", markup=False, soft_wrap=True)
-    folder = shlex.quote(str(result.run_dir))
-    console.print(f"next       ddq report {folder}", markup=False, soft_wrap=True)
-    console.print(f"           ddq export {folder}", markup=False, soft_wrap=True)
+    else:
+        folder = shlex.quote(str(result.run_dir))
+        lines += [
+            f"time       {duration(result.seconds)}",
+            f"run        {result.run_dir}",
+            f"next       ddq report {folder}",
+            f"           ddq export {folder}",
+        ]
+    print_lines(lines, console)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ddqcli.formatting import count, percent, size
+from ddqcli.formatting import count, percent
 from ddqcli.inspection.checkpoint_rows import ERROR_BITS, TOTAL_BITS, CheckpointResult
+from ddqcli.render.console import print_lines
 from ddqcli.render.layer_table import (
     LEVELS,
     MORE_COLUMNS,
@@ -46,8 +49,7 @@ def show(result: CheckpointResult, console: Console) -> None:
     console.print()
     console.print(_totals(result, console))
     console.print()
-    for line in _closing_lines(result):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    print_lines(_closing_lines(result), console)
 
 
 def _columns(console: Console) -> list[Column]:
@@ -56,7 +58,7 @@ def _columns(console: Console) -> list[Column]:
         Column("kind", 9, lambda row: row.kind, 0, right=False),
         Column("shape", 16, lambda row: shape_text(row, console), 6, right=False),
         Column("params", 6, lambda row: count(row.parameters), 0),
-        Column("bytes", 8, lambda row: size(row.bytes), 7),
+        Column("bytes", 11, lambda row: f"{row.bytes:,}", 7),
         Column("min", 7, lambda row: f"{row.min:.2g}", 5),
         Column("max", 7, lambda row: f"{row.max:.2g}", 5),
         Column("std", 7, lambda row: f"{row.std:.2g}", 5),
@@ -76,12 +78,12 @@ def _error_column(bits: int, kind: str, header: str, priority: int) -> Column:
 
 def _totals(result: CheckpointResult, console: Console) -> Table:
     table = plain_table(console)
-    table.add_column("all tensors", no_wrap=True)
+    table.add_column("bytes of all tensors", no_wrap=True)
     table.add_column("stored", justify="right", no_wrap=True)
     for bits in TOTAL_BITS:
         table.add_column(f"{bits} bits", justify="right", no_wrap=True)
     sizes = [result.bytes, *(result.bytes_at[bits] for bits in TOTAL_BITS)]
-    table.add_row(f"{count(result.parameters)} parameters", *map(size, sizes))
+    table.add_row(f"{count(result.parameters)} parameters", *(f"{part:,}" for part in sizes))
     table.add_row("of stored", *(f"{100 * part / max(result.bytes, 1):.1f}%" for part in sizes))
     return table
 
@@ -90,19 +92,18 @@ def _closing_lines(result: CheckpointResult) -> list[str]:
     rest = result.rest
     lines = []
     if rest["tensors"]:
-        sizes = (
-            f"{rest['tensors']} tensors, {count(rest['parameters'])} values, {size(rest['bytes'])}"
-        )
+        values = f"{count(rest['parameters'])} values, {rest['bytes']:,} bytes"
         lines.append(
-            f"Biases, norms and counters ({sizes}) stay as stored and are counted in every size."
+            f"the rest   {rest['tensors']} biases, norms and counters ({values}) stay as stored; "
+            "every size counts them"
         )
     if result.tied:
         name, first = next(iter(result.tied.items()))
         more = f", and {len(result.tied) - 1} more" if len(result.tied) > 1 else ""
-        lines.append(f"Counted once because they share memory: {name} with {first}{more}.")
+        lines.append(f"shared     {name} is the same memory as {first}{more}; counted once")
     if result.pictures:
-        lines.append(
-            f"Pictures: {result.pictures[0]} shows them all ({len(result.pictures)} files)."
-        )
-    lines.append(f"Next: ddq finetune {result.path} --data FOLDER --target-bits 4")
+        files = len(result.pictures)
+        lines.append(f"pictures   {result.pictures[0]} shows them all ({files} files)")
+    path = shlex.quote(str(result.path))
+    lines.append(f"next       ddq finetune {path} --data FOLDER --target-bits 4")
     return lines

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.console import Console
 from rich.text import Text
 
-from ddqcli.formatting import count, percent, size
+from ddqcli.formatting import count, percent
 from ddqcli.inspection.trained_rows import ERROR_NOTE, FITTED_NOTE, TrainedResult, TrainedRow
 from ddqcli.render.console import print_lines
 from ddqcli.render.layer_table import (
@@ -37,9 +39,7 @@ def show(result: TrainedResult, console: Console) -> None:
         notes.append(MORE_COLUMNS)
     console.print(Text(" ".join(notes), style="dim"))
     console.print()
-    print_lines(total_lines(result.report), console)
-    for line in _closing_lines(result):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    print_lines([*total_lines(result.report), *_closing_lines(result)], console)
 
 
 def _columns(result: TrainedResult, console: Console) -> list[Column]:
@@ -48,7 +48,7 @@ def _columns(result: TrainedResult, console: Console) -> list[Column]:
         Column("kind", 9, lambda row: row.kind, 0, right=False),
         Column("shape", 16, lambda row: shape_text(row, console), 5, right=False),
         Column("params", 6, lambda row: count(row.parameters), 1),
-        Column("bytes", 8, lambda row: size(row.bytes), 4),
+        Column("bytes", 9, lambda row: f"{row.bytes:,}", 4),
         Column("bits", 4, lambda row: f"{row.bits:.3g}", 0),
         Column("levels", 6, lambda row: str(len(row.levels) or ""), 3),
         Column("min", 7, lambda row: f"{row.min:.2g}", 6),
@@ -75,6 +75,8 @@ def _closing_lines(result: TrainedResult) -> list[str]:
     if result.pictures:
         files = len(result.pictures)
         lines.append(f"pictures   {result.pictures[0]} shows them all ({files} files)")
-    export = f"   ddq export {result.path}" if result.what == "run" else ""
-    lines.append(f"next       ddq report {result.path} --html report.html{export}")
+    path = shlex.quote(str(result.path))
+    lines.append(f"next       ddq report {path} --html report.html")
+    if result.what == "run":
+        lines.append(f"           ddq export {path}")
     return lines

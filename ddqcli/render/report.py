@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from ddqcli.formatting import percent
 from ddqcli.inspection.trained_rows import short_kind
 from ddqcli.render.console import print_lines
 from ddqcli.render.data import csv_text, markdown, markdown_table
@@ -21,6 +22,7 @@ from ddqcli.runs.report import Report, TensorRow
 
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
 CSV_COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error")
+_FILE = "file"
 
 
 def show(report: Report, console: Console) -> None:
@@ -30,14 +32,18 @@ def show(report: Report, console: Console) -> None:
     )
     # Other programs get the names that --json has.
     name_of = bare_name if console.is_terminal else str
-    console.print(layer_table(report.layers, columns, console, name_of))
+    table = layer_table(report.layers, columns, console, name_of)
+    for name, nbytes in _other_parts(report):
+        cells = {"bytes": f"{nbytes:,}", "share": f"{_share(nbytes, report):>6}"}
+        style = "bold" if name == _FILE else None
+        table.add_row(name, *(cells.get(column.header, "") for column in columns), style=style)
+    console.print(table)
     console.print()
-    print_lines(total_lines(report), console)
+    print_lines(total_lines(report, parts=False), console)
 
 
 def _columns(report: Report, console: Console) -> list[Column]:
     """Return the columns; on a terminal, bars show bits, of 8, and bytes, of the largest tensor."""
-    total = max(1, report.totals.quantized_bytes)
     largest = max([1, *(row.bytes for row in report.layers)])
     bars = shows_bars(console)
 
@@ -48,7 +54,7 @@ def _columns(report: Report, console: Console) -> list[Column]:
         return with_bar(f"{row.bits:>4.3g}", row.bits / 8, 8, "cyan")
 
     def share(row: TensorRow) -> Text:
-        return with_bar(f"{100 * row.bytes / total:>5.1f}%", row.bytes / largest, 10, "green")
+        return with_bar(f"{_share(row.bytes, report):>6}", row.bytes / largest, 10, "green")
 
     return [
         Column("kind", 9, lambda row: short_kind(row.kind), 2, right=False),
@@ -57,19 +63,37 @@ def _columns(report: Report, console: Console) -> list[Column]:
         Column("levels", 6, lambda row: str(row.levels), 1),
         Column("bytes", 9, lambda row: f"{row.bytes:,}", 0),
         Column("share", 17 if bars else 6, share, 0, right=not bars),
-        Column("error", 7, lambda row: f"{100 * row.error:.2f}%", 0),
+        Column("error", 7, lambda row: f"{percent(row.error)}%", 0),
     ]
 
 
-def total_lines(report: Report) -> list[str]:
-    """Return size, budget, metric and warnings in a few lines."""
+def _other_parts(report: Report) -> list[tuple[str, int]]:
+    """Return name and bytes of what the file holds beside the quantized tensors, and of the file.
+
+    Reports of older versions do not know the manifest's bytes.
+    """
+    totals = report.totals
+    parts = [("not quantized", totals.kept_bytes), ("manifest, header", totals.manifest_bytes)]
+    return [part for part in parts if part[1]] + [(_FILE, totals.bytes)]
+
+
+def _share(nbytes: int, report: Report) -> str:
+    """Return the share of the file."""
+    return f"{100 * nbytes / max(1, report.totals.bytes):.1f}%"
+
+
+def size_line(float_bytes: int, nbytes: int) -> str:
+    """Return the sizes of the float model and of the file as every command prints them."""
+    ratio = float_bytes / max(1, nbytes)
+    return f"size       {float_bytes:,} -> {nbytes:,} bytes ({ratio:.1f}x smaller)"
+
+
+def total_lines(report: Report, *, parts: bool = True) -> list[str]:
+    """Return size, budget, metric and warnings in a few lines; with `parts`, those of the file."""
     totals, accuracy, metric = report.totals, report.accuracy, report.metric
-    ratio = totals.float_bytes / max(1, totals.bytes)
-    lines = [
-        f"size       {totals.float_bytes:,} -> {totals.bytes:,} bytes ({ratio:.1f}x smaller), "
-        f"{totals.average_bits:.3f} bits a weight"
-    ]
-    if totals.manifest_bytes:
+    size = size_line(totals.float_bytes, totals.bytes)
+    lines = [f"{size}, {totals.average_bits:.3f} bits a weight"]
+    if parts and totals.manifest_bytes:
         lines.append(
             f"of it      {totals.quantized_bytes:,} bytes quantized, {totals.kept_bytes:,} not "
             f"quantized, {totals.manifest_bytes:,} manifest and header"
@@ -102,24 +126,28 @@ def as_csv(report: Report) -> str:
 
 def as_markdown(report: Report) -> str:
     """Return totals and layers as Markdown, for the summary of a CI job."""
-    totals = [f"- {markdown(line.replace('  ', ' ').strip())}" for line in total_lines(report)]
+    lines = total_lines(report, parts=False)
+    totals = [f"- {markdown(' '.join(line.split()))}" for line in lines]
     table = markdown_table(COLUMNS, _markdown_rows(report), text=3)
     return "\n".join(["### ddq report", "", *totals, "", *table])
 
 
 def _markdown_rows(report: Report) -> list[list[str]]:
-    """Return the texts of each layer; `share` is of all quantized bytes."""
-    total = max(1, report.totals.quantized_bytes)
-    return [
+    """Return the texts of each layer and of the other parts; `share` is of the whole file."""
+    layers = [
         [
             row.name,
-            row.kind,
+            short_kind(row.kind),
             "×".join(map(str, row.shape)) or "1",
             f"{row.bits:g}",
             str(row.levels),
             f"{row.bytes:,}",
-            f"{100 * row.bytes / total:.1f}%",
-            f"{100 * row.error:.2f}%",
+            _share(row.bytes, report),
+            f"{percent(row.error)}%",
         ]
         for row in report.layers
+    ]
+    return layers + [
+        [name, "", "", "", "", f"{nbytes:,}", _share(nbytes, report), ""]
+        for name, nbytes in _other_parts(report)
     ]

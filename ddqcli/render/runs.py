@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ddqcli.commands.runs import RunRow, RunsResult
 from ddqcli.formatting import shorten
+from ddqcli.render.console import print_lines
 from ddqcli.runs.names import RUNS
 
 _MIN_NAME_WIDTH = 20
@@ -33,8 +34,7 @@ def show(result: RunsResult, console: Console) -> None:
     commands = [row.resume for row in result.runs if row.resume]
     if commands:
         console.print()
-    for command in commands:
-        console.print(f"go on      {command}", soft_wrap=True)
+    print_lines([f"go on      {command}" for command in commands], console)
 
 
 def _flat(rows: Iterable[RunRow], depth: int = 0) -> Iterator[tuple[RunRow, int]]:

@@ -13,12 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddqcli.errors import DDQError
-from ddqcli.runs.files import open_own
+from ddqcli.runs.files import open_own, write_atomic
 from ddqcli.runs.marker import token_of
 from ddqcli.runs.names import RUNS
 from ddqcli.runs.state_home import read_own, state_home
 
-_MOST = 1 << 22  # bytes; ten thousand runs take a half
+_MOST = 1 << 20  # bytes that are read; a line has some 100
+_LARGE = _MOST // 2  # then lines that do not count any more are removed
 
 
 def remember_folder(folder: Path) -> str | None:
@@ -29,14 +30,16 @@ def remember_folder(folder: Path) -> str | None:
     real = folder.resolve()
     if real.parent == Path(RUNS).resolve():
         return None
-    line = json.dumps({"token": token_of(folder), "folder": str(real)})
     try:
         path = _path()
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if path.exists() and path.stat().st_size > _LARGE:
+            text = "".join(_line(*entry) for entry in _living().items()).encode()
+            write_atomic(path, lambda temporary: temporary.write_bytes(text))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         with open(open_own(path, flags), "a", encoding="utf-8") as file:
             path.chmod(0o600)
-            file.write(f"{line}\n")  # one write, so that runs that begin together keep their lines
+            file.write(_line(str(real), token_of(folder)))  # at once: others may begin a run, too
     except (OSError, RuntimeError, DDQError) as error:
         return getattr(error, "strerror", None) or str(error).rstrip(".")
     return None
@@ -44,20 +47,29 @@ def remember_folder(folder: Path) -> str | None:
 
 def remembered_folders() -> list[Path]:
     """Return the folders that still hold the runs begun in this working folder."""
+    return [_shortest(Path(folder)) for folder in _living()]
+
+
+def _living() -> dict[str, str]:
+    """Return the folders whose lines count, with their tokens."""
     try:
         lines = read_own(_path(), _MOST).decode("utf-8", "replace").splitlines()
     except (OSError, RuntimeError, ValueError):
-        return []
-    token_of_folder: dict[str, str] = {}
+        return {}
+    tokens: dict[str, str] = {}
     for line in lines:
         with suppress(ValueError, LookupError, TypeError):
             entry = json.loads(line)
-            token_of_folder[str(entry["folder"])] = str(entry["token"])
-    return [
-        _shortest(Path(folder))
-        for folder, token in token_of_folder.items()
+            tokens[str(entry["folder"])] = str(entry["token"])
+    return {
+        folder: token
+        for folder, token in tokens.items()
         if token and token_of(Path(folder)) == token
-    ]
+    }
+
+
+def _line(folder: str, token: str) -> str:
+    return json.dumps({"token": token, "folder": folder}) + "\n"
 
 
 def _path() -> Path:

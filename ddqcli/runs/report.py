@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ddqcli.artifact.sizes import tensor_bytes
-from ddqcli.formatting import natural_sort_key
 from ddqcli.runs.evaluation import Accuracy, Course, Metric
+from ddqcli.runs.layer_order import in_order, order_runs
 from ddqcli.runs.record import Record
 
 if TYPE_CHECKING:
@@ -162,8 +162,11 @@ class Report(Record):
         rows = sorted(self.layers, key=lambda row: row.name)
         paths = {key: Path(getattr(self.source, key)).name for key in ("path", "arch")}
         metric = {} if self.metric == Metric() else {"metric": self.metric.data()}
+        runs = order_runs([row.name for row in self.layers])
+        order = {"order": runs} if runs else {}
         return {
             **metric,
+            **order,
             "accuracy": self.accuracy and self.accuracy.data(),
             "course": self.course and self.course.model_dump(mode="json"),  # as the file has it
             "run": self.run.data(),
@@ -196,8 +199,8 @@ class Report(Record):
         """
         embedded: Mapping[str, Any] = artifact.meta["report"]
         tensors = sorted(artifact.quantized.values(), key=lambda tensor: tensor.name)
-        rows = [
-            TensorRow.of(
+        by_name = {
+            tensor.name: TensorRow.of(
                 tensor.name,
                 kind,
                 tensor.shape,
@@ -208,8 +211,8 @@ class Report(Record):
             for tensor, kind, error in zip(
                 tensors, embedded["kind"], embedded["error"], strict=True
             )
-        ]
-        rows.sort(key=lambda row: natural_sort_key(row.name))
+        }
+        rows = [by_name[name] for name in in_order(by_name, embedded.get("order", ()))]
         totals = Totals.of(
             rows,
             float_bytes=embedded["float_bytes"],
@@ -217,9 +220,12 @@ class Report(Record):
             manifest_bytes=artifact.sizes.file - artifact.sizes.payload,
             budget_bytes=embedded["budget_bytes"],
         )
+        layers = [row.name.rpartition(".")[0] for row in rows]
+        tables = {table.layer: table for table in artifact.activations.values()}
         activations = [
-            ActivationRow.of(table.layer, table.bits, learned=table.layer in embedded["learned"])
-            for table in artifact.activations.values()
+            ActivationRow.of(layer, tables[layer].bits, learned=layer in embedded["learned"])
+            for layer in dict.fromkeys([*layers, *tables])
+            if layer in tables
         ]
         return cls(
             version=REPORT_VERSION,

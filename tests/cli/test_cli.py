@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from tiny_project import ddq, exit_code, folder_of_images
 from typer.testing import CliRunner
 
 import ddqcli
+from ddqcli.checkpoint.torchvision_models import classifier_names
 from ddqcli.cli.app import app
+from ddqcli.cli.completion import recipe_keys, torchvision_names
 from ddqcli.errors import DDQError, Interrupted, UsageError, VerificationError
+from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.names import MARKER
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands]
@@ -68,13 +72,15 @@ def test_the_help_of_each_command_explains_every_option(command: str) -> None:
     assert all(re.search(r"  \S", rest) for _, rest in options), options
 
 
-@pytest.mark.parametrize("command", ["finetune", "report", "export", "runs"])
+@pytest.mark.parametrize("command", ["init", "finetune", "report", "export", "runs"])
 def test_the_examples_in_the_help_run(command: str, finished: Path) -> None:
     shutil.copytree("runs/done", "runs/20260131-142310-model")
     if command == "report":
         assert ddq("export", "-o", "model.safetensors").code == 0
         sweep = make_sweep(Path("runs/20260131-150210-model"), 8, 4)
         (sweep.path / MARKER).write_text(f"{'0' * 32} 1\n")  # older than the run
+    if command == "init":
+        Path("ddq.yaml").unlink()
     folder_of_images(Path("images"))
     extra = ["--max-steps", "1"] if command == "finetune" else []  # to be fast
     for example in examples_of(command):
@@ -120,6 +126,28 @@ def test_completion_knows_commands_and_options() -> None:
     assert completions("ddq report --max", 2) == [
         *("--max-size", "--max-bits", "--max-drop", "--max")
     ]
+
+
+def test_completion_offers_recipe_keys_and_architectures() -> None:
+    assert completions("ddq finetune --set train.le", 3) == ["train.levels_lr="]
+    assert completions("ddq finetune --set train.distill.", 3) == [
+        *("train.distill.weight=", "train.distill.temperature=")
+    ]
+    assert completions("ddq finetune --arch resnet1", 3) == ["resnet18", "resnet101", "resnet152"]
+    assert "mobilenet_v2" in completions("ddq init --arch m", 3)
+    assert completions("ddq finetune --arch nothing", 3) == []
+
+
+def test_the_architectures_offered_are_those_of_torchvision() -> None:
+    assert set(torchvision_names()) == set(classifier_names())
+
+
+def test_each_key_offered_can_be_set() -> None:
+    keys = [key.removesuffix("=") for key, _ in recipe_keys("")]
+    assert len(keys) == len(set(keys)) > 50
+    for key in keys:
+        reduce(getattr, key.split("."), Recipe())
+    assert "train.teacher.checkpoint" in keys
 
 
 def completions(words: str, index: int) -> list[str]:

@@ -66,8 +66,34 @@ def test_csv_and_markdown_hold_the_same_rows_as_json(finished: Path) -> None:
     lines = ddq("report", "--md").out.splitlines()
     table = [line for line in lines if line.startswith("| ")]
     assert lines[0] == "### ddq report"
-    assert len(table) == 2 + len(layers)
+    assert len(table) == 2 + len(layers) + 3  # what is not quantized, the manifest, the file
     assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize("form", [[], ["--md"]])
+def test_the_parts_of_a_file_add_up_to_it(finished: Path, form: list[str]) -> None:
+    assert ddq("export", "-o", "x.safetensors").code == 0
+    texts = [ddq("report", source, *form).out for source in (RUN, "x.safetensors")]
+    report = Run(Path(RUN)).report()
+    for text in texts:
+        numbers = {}
+        parts = ("not quantized", "manifest, header", "file")
+        for name in (*(row.name for row in report.layers), *parts):
+            (line,) = (
+                line
+                for line in text.splitlines()
+                if re.match(rf"(\| )?{re.escape(name)} .*%", line)
+            )
+            nbytes, share = re.search(r"([\d,]+)[ |]+([\d.]+)%", line).groups()
+            numbers[name] = int(nbytes.replace(",", "")), float(share)
+        total, all_of_it = numbers.pop("file")
+        assert (total, all_of_it) == (report.totals.bytes, 100)
+        assert sum(nbytes for nbytes, _ in numbers.values()) == total
+        assert all(abs(share - 100 * n / total) <= 0.05 for n, share in numbers.values())
+    first, second = (
+        [line for line in text.splitlines() if "%" in line and "weight" in line] for text in texts
+    )
+    assert first == second  # in the network's order
 
 
 def test_warnings_are_shown_in_every_format(finished: Path) -> None:

@@ -73,13 +73,26 @@ def test_an_unfinished_run_shows_the_command_that_goes_on() -> None:
 
 
 def test_the_command_that_goes_on_finishes_the_run(project: Path) -> None:
-    assert ddq("finetune", "model.pt", "--max-steps", "2", "--run-dir", "else where").code == 0
+    answer = ddq("finetune", "model.pt", "--max-steps", "2", "--run-dir", "else where")
+    assert answer.code == 0
+    assert "run: else where" in answer.err.splitlines()
     Path("else where", REPORT).unlink()
     (row,) = rows()
     assert (row["path"], row["state"]) == ("else where", "unfinished")
     assert ddq(*shlex.split(row["resume"])[1:]).code == 0
     assert [(row["path"], row["state"]) for row in rows()] == [("else where", "finished")]
     assert ddq("report", "--json").data["target"] == "else where"
+
+
+def test_without_a_place_for_records_the_run_is_found_by_name_only(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    answer = ddq("finetune", "model.pt", "--epochs", "0", "--run-dir", "out")
+    assert answer.code == 0
+    assert "find it by its name only: no record is kept (Not a directory)" in answer.err
+    assert ddq("runs").out.startswith("no runs in runs/")
+    assert ddq("report", "out").code == 0
 
 
 def test_a_sweep_is_listed_with_its_runs() -> None:

@@ -13,6 +13,7 @@ from parsed_page import Page
 from tiny_project import ddq
 
 from ddqcli.errors import DDQError
+from ddqcli.formatting import percent
 from ddqcli.inspection.report import read_report
 from ddqcli.inspection.report_page import write_report_page
 from ddqcli.inspection.sweep_page import write_sweep_page
@@ -71,7 +72,7 @@ def test_every_layer_is_in_a_table_before_all_pictures_and_details(run: Run, pag
         kind = KINDS[row.kind]
         assert shown[:5] == [row.name, kind, shape, str(row.bits), str(row.levels)]
         assert shown[6] == f"{row.bytes:,}"
-        assert shown[8] == f"{100 * row.error:.2f}"
+        assert shown[8] == percent(row.error)
 
 
 def test_the_details_hold_the_course_the_bytes_and_what_stays_float(run: Run, page: Page) -> None:

@@ -131,9 +131,9 @@ def test_totals_tied_tensors_pictures_and_the_next_step_are_told():
         ),
     )
     flat = " ".join(text.split())
-    assert "5.00 kB" in flat
-    assert "Biases, norms and counters (4 tensors, 99 values, 396 B)" in flat
-    assert "head with embed, and 1 more" in flat
+    assert " 5,000 " in flat
+    assert "the rest 4 biases, norms and counters (99 values, 396 bytes) stay as stored" in flat
+    assert "head is the same memory as embed, and 1 more; counted once" in flat
     assert "out/index.html shows them all (2 files)" in flat
     assert "ddq finetune net.pt --data FOLDER --target-bits 4" in flat
 

@@ -9,6 +9,7 @@ import pytest
 from made_run import make_report, make_run
 from rich.console import Console
 
+from ddqcli.formatting import percent
 from ddqcli.render.layer_table import bar
 from ddqcli.render.report import show
 from ddqcli.runs.report import Report
@@ -48,7 +49,7 @@ def test_each_tensor_has_one_line_with_bars_that_fits(report: Report, width: int
         length = sum(1 if part == "━" else 0.5 for part in bars[1])
         assert length == pytest.approx(10 * row.bytes / largest, abs=0.251)
         assert f"{row.bytes:,}" in line.split()
-        assert line.rstrip().endswith(f"{100 * row.error:.2f}%")
+        assert line.rstrip().endswith(f" {percent(row.error)}%")
 
 
 def test_a_wide_terminal_shows_kind_and_shape_too(report: Report) -> None:

@@ -80,6 +80,17 @@ def test_damaged_lines_and_files_of_other_users_are_ignored(working: Path) -> No
     assert remembered_folders() == []
 
 
+def test_a_file_that_grew_large_keeps_what_counts(working: Path) -> None:
+    made_elsewhere(Path("a"))
+    (file,) = (working.parent / "state" / "ddq" / "elsewhere").iterdir()
+    dead = json.dumps({"token": "0" * 32, "folder": "/gone"}) + "\n"
+    file.write_text(file.read_text() + dead * 9000)
+    made_elsewhere(Path("b"))
+    assert remembered_folders() == [Path("a"), Path("b")]
+    assert len(file.read_text().splitlines()) == 2
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_state_that_cannot_be_written_is_a_reason(
     working: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
