@@ -1,4 +1,4 @@
-"""`ddq export --format c`: a header of what was trained, and what it answers to bad combinations."""
+"""`ddq export --format c`: a header of what was trained; bad combinations are refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--format", "c", "--half"), "--half applies to the ddq format; c keeps float32."),
+        (("--format", "c", "--half"), "--half applies to ddq and coreml; c keeps float32."),
         (("--format", "c", "--bench"), "--bench and --openvino run an ONNX file"),
         (("--check", "gone.h"), "There is no file gone.h."),
         (("--check", "gone.h", "-o", "x"), "--check writes nothing"),
