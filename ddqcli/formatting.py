@@ -50,6 +50,13 @@ def percent(share: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def duration(seconds: float) -> str:
+    """Format a time as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 def shorten(name: str, width: int, dots: str = "…") -> str:
     """Abbreviate a dotted name to at most `width` characters.
 

@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: parallel test processes take one thread each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
 from tiny_project import ddq, inside, make_project
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts background jobs
@@ -24,6 +25,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return up to 4 processes for the whole suite, none for named files or tests."""
     whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return min(4, os.cpu_count() or 1) if whole_suite else 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs CUDA where there is none."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device is available here")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,8 @@ import torch
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.report import Course, Report
+from ddqcli.runs.evaluation import Accuracy
+from ddqcli.runs.report import Course, Report, SweepRow, SweepTable
 from ddqcli.runs.run import Run
 
 SCALE, ZERO = 1 / 128, 100  # of every tensor; the scale has few bits, as a file wants it
@@ -48,6 +49,24 @@ def make_run(
         "".join(f"{json.dumps(line)}\n" for line in _lines(entries))
     )
     return run
+
+
+def make_sweep(folder: Path, *targets: int, finished: bool = True) -> Run:
+    """Make a sweep of a run for each target in bits, the largest first."""
+    recipes = [Recipe.model_validate({"budget": {"target_bits": target}}) for target in targets]
+    sweep = Run.create(folder, "made")
+    sweep.write_recipe(*recipes)
+    rows = []
+    for target, recipe in zip(targets, recipes, strict=True):
+        run = make_run(sweep.path / f"{target}-bits")
+        run.write_recipe(recipe)
+        accuracy = Accuracy.of(92.5, 92.5 - 8 / target)
+        totals = run.report().totals.model_copy(update={"bytes": 1000 * target})
+        run.write_report(run.report().model_copy(update={"accuracy": accuracy, "totals": totals}))
+        rows.append(SweepRow.of(recipe.budget.target, run.report(), run.path.name))
+    if finished:
+        sweep.write_sweep(SweepTable.of(run.report(), rows).data())
+    return sweep
 
 
 def export_made(run: Run, path: Path) -> Path:

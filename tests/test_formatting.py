@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ddqcli.formatting import count, percent, shorten, size
+from ddqcli.formatting import count, duration, percent, shorten, size
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,12 @@ from ddqcli.formatting import count, percent, shorten, size
 )
 def test_sizes_have_three_digits(number, text):
     assert size(number) == text
+
+
+def test_durations_are_clock_times():
+    assert [duration(s) for s in (0.4, 59.6, 65, 3600, 86_399)] == [
+        *("0:00", "1:00", "1:05", "1:00:00", "23:59:59")
+    ]
 
 
 def test_counts_have_three_digits():

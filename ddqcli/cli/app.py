@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ddqcli import __version__
-from ddqcli.cli import export, finetune, inspect, report
+from ddqcli.cli import export, finetune, inspect, report, runs
 from ddqcli.cli.error_handling import ErrorHandlingGroup
 from ddqcli.cli.run_command import interrupt_again
 
@@ -64,6 +64,7 @@ def _global_options(
 
 app.command(epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command(epilog=report.EXAMPLES)(report.report)
+app.command(epilog=runs.EXAMPLES)(runs.runs)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 

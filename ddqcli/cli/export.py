@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ddqcli.cli.options import Json, Quiet, Trust, examples
+from ddqcli.cli.options import Json, Quiet, Target, Trust, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ EXAMPLES = examples(
 def export(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN", help="Run folder; default: newest run.", show_default=False),
+        typer.Argument(
+            metavar="RUN", help="Run folder or sweep; default: newest run.", show_default=False
+        ),
     ] = None,
+    target: Target = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -94,6 +97,7 @@ def export(
         from ddqcli.commands import export_onnx as onnx
         from ddqcli.errors import UsageError
         from ddqcli.render.progress import ProgressReporter
+        from ddqcli.runs.find import find_finished
 
         chosen = file_format
         if check is not None and file_format == "ddq":
@@ -106,23 +110,24 @@ def export(
             raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
         if check is not None and (chosen == "coreml" or check.suffix == ".mlpackage"):
             raise UsageError("A Core ML package is verified when it is written; export it again.")
+        folder = find_finished(run, target) if target is not None else run
         if chosen == "coreml":
-            return coreml.export_coreml(run, out, half=half, trust=trust)
+            return coreml.export_coreml(folder, out, half=half, trust=trust)
         if chosen == "c":
-            return c.export_c(run, out) if check is None else c.check_c(check, run)
+            return c.export_c(folder, out) if check is None else c.check_c(check, folder)
         with ProgressReporter(quiet=quiet) as reporter:
             progress = reporter.progress
             if chosen == "onnx" and check is not None:
                 return onnx.check_onnx(
-                    check, run, timed=bench, openvino=openvino, trust=trust, on_progress=progress
+                    check, folder, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
             if chosen == "onnx":
                 return onnx.export_onnx(
-                    run, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
+                    folder, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
             if check is not None:
-                return ddq.check(check, run, trust=trust, on_progress=progress)
-            return ddq.export(run, out, half=half, trust=trust, on_progress=progress)
+                return ddq.check(check, folder, trust=trust, on_progress=progress)
+            return ddq.export(folder, out, half=half, trust=trust, on_progress=progress)
 
     run_command("export", work, _show, as_json)
 

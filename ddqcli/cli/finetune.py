@@ -116,7 +116,7 @@ def finetune(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check model, recipe and budget; do not train."),
+        typer.Option("--dry-run", help="Check model, recipe, budget and data; do not train."),
     ] = False,
     trust: Trust = False,
     as_json: Json = False,
@@ -254,4 +254,4 @@ def _show(result: FinetuneResult | SweepResult) -> None:
     if isinstance(result, FinetuneResult):
         finetune.show(result, console.out)
     else:
-        sweep.show(result, console.out)
+        sweep.show_result(result, console.out)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddqcli.cli.options import AllowPickle, Json, Quiet, examples
+from ddqcli.cli.options import AllowPickle, Json, Quiet, Target, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
@@ -25,9 +25,12 @@ def inspect(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", help="Checkpoint, run folder or exported file.", show_default=False
+            metavar="MODEL",
+            help="Checkpoint, run folder, sweep or exported file.",
+            show_default=False,
         ),
     ],
+    target: Target = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -51,11 +54,13 @@ def inspect(
     def work() -> CheckpointResult | TrainedResult:
         from ddqcli.commands.inspect import inspect as command
         from ddqcli.render.progress import ProgressReporter
+        from ddqcli.runs.find import find_finished
 
+        path = find_finished(model, target) if model.is_dir() or target is not None else model
         with ProgressReporter(quiet=quiet) as reporter:
             return command(
-                model,
-                out=out or Path("inspect") / model.resolve().stem,
+                path,
+                out=out or Path("inspect") / path.resolve().stem,
                 pickle=allow_pickle,
                 on_progress=lambda done, total, name: reporter.progress(
                     f"inspect {name}", done, total

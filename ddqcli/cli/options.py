@@ -24,6 +24,15 @@ Trust = Annotated[
         help="Run code that only a file names, such as a run folder made elsewhere.",
     ),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="Of a sweep, the run of this target: 3 (bits), 150kB, 12%.",
+        show_default=False,
+    ),
+]
 
 
 def examples(*lines: str) -> str:

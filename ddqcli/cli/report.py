@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ddqcli.cli.options import Json, examples
+from ddqcli.cli.options import Json, Target, examples
 from ddqcli.cli.run_command import run_command
 
 if TYPE_CHECKING:
     from ddqcli.commands.diff import DiffResult
-    from ddqcli.commands.report import ReportResult
+    from ddqcli.commands.report import ReportResult, SweepReport
 
 EXAMPLES = examples(
     "ddq report",
     "ddq report model.safetensors --md >> $GITHUB_STEP_SUMMARY",
+    "ddq report runs/20260131-150210-model --target 4",
     "ddq report --max-size 20kB --max-drop 0.5",
     "ddq report --html report.html",
     "ddq report --diff model.safetensors runs/20260131-142310-model",
@@ -25,14 +26,15 @@ EXAMPLES = examples(
 
 
 def report(
-    target: Annotated[
+    source: Annotated[
         Path | None,
         typer.Argument(
             metavar="RUN_OR_FILE",
-            help="Run folder or exported file; default: newest run.",
+            help="Run folder, sweep or exported file; default: newest run or sweep.",
             show_default=False,
         ),
     ] = None,
+    target: Target = None,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the layers as CSV.")] = False,
     as_md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
@@ -78,12 +80,12 @@ def report(
 ) -> None:
     """Show the bits, size and error of each tensor.
 
-    Prints each tensor's bits, levels, bytes and quantization error, and the totals. An exceeded
-    limit ends with exit code 3.
+    Prints each tensor's bits, levels, bytes and quantization error, and the totals; of a sweep,
+    each target's bytes and accuracy. An exceeded limit ends with exit code 3.
     """
 
-    def work() -> ReportResult | DiffResult:
-        from ddqcli.commands.report import Limits
+    def work() -> ReportResult | SweepReport | DiffResult:
+        from ddqcli.commands.report import Limits, ReportResult
         from ddqcli.commands.report import report as command
         from ddqcli.errors import UsageError
 
@@ -98,44 +100,53 @@ def report(
             most=tuple(_metric_limit("--max", text) for text in most or ()),
         )
         if diff:
-            if target or html or limits != Limits():
+            if source or target or html or limits != Limits():
                 raise UsageError(
-                    "--diff compares A and B; omit RUN_OR_FILE, --html and all limits."
+                    "--diff compares A and B; omit RUN_OR_FILE, --target, --html and all limits."
                 )
             from ddqcli.commands.diff import diff as compare
 
             return compare(*diff)
-        result = command(target, limits)
-        if html:
+        result = command(source, limits, target=target, one_run=html is not None)
+        if html and isinstance(result, ReportResult):
             from ddqcli.inspection.report_page import write_report_page
 
             result = replace(result, page=write_report_page(result.source, result.report, html))
         return result
 
-    def show(result: ReportResult | DiffResult) -> None:
-        from ddqcli.commands.report import ReportResult
-        from ddqcli.render import console
-        from ddqcli.render import diff as diff_tables
-        from ddqcli.render import report as tables
+    def show(result: ReportResult | SweepReport | DiffResult) -> None:
+        from ddqcli.commands.report import ReportResult, SweepReport
+        from ddqcli.render import console, diff, report, sweep
 
+        tables: Any = diff
+        content: Any = result
         if isinstance(result, ReportResult):
-            if as_csv:
-                console.print_plain(tables.as_csv(result.report))
-            elif as_md:
-                console.print_plain(tables.as_markdown(result.report))
-            else:
-                tables.show(result.report, console.out)
-                if result.page:
-                    line = f"page       {result.page}"
-                    console.out.print(line, markup=False, soft_wrap=True)
-        elif as_csv:
-            console.print_plain(diff_tables.as_csv(result))
+            tables, content = report, result.report
+        elif isinstance(result, SweepReport):
+            tables, content = sweep, result.table
+        if as_csv:
+            console.print_plain(tables.as_csv(content))
         elif as_md:
-            console.print_plain(diff_tables.as_markdown(result))
+            console.print_plain(tables.as_markdown(content))
         else:
-            diff_tables.show(result, console.out)
+            tables.show(content, console.out)
+            for line in _closing_lines(result):
+                console.out.print(line, markup=False, soft_wrap=True)
 
     run_command("report", work, show, as_json)
+
+
+def _closing_lines(result: ReportResult | SweepReport | DiffResult) -> list[str]:
+    """Name the source, the page, and what to type next."""
+    from ddqcli.commands.report import ReportResult, SweepReport
+    from ddqcli.render.sweep import next_lines
+
+    if isinstance(result, SweepReport):
+        return [f"runs       {result.source}", *next_lines(result.source, result.table)]
+    if not isinstance(result, ReportResult):
+        return []
+    page = [f"page       {result.page}"] if result.page else []
+    return [f"{'run' if result.source.is_dir() else 'file':<10} {result.source}", *page]
 
 
 def _metric_limit(flag: str, text: str) -> tuple[str, float]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
+from ddqcli.commands.run_folder import record_code, run_folder
 from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
 from ddqcli.data.source import list_names
 from ddqcli.data.source_files import fingerprint_of_files
 from ddqcli.data.trees import call, copied
-from ddqcli.errors import DDQError, Interrupted, UsageError
+from ddqcli.errors import DDQError, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
@@ -33,8 +34,7 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.encode_run import file_meta, with_file_size
 from ddqcli.runs.evaluation import Course, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
-from ddqcli.runs.run import FINAL, ReadOnlyRun, Run
-from ddqcli.runs.trust import remember
+from ddqcli.runs.run import FINAL, Run
 from ddqcli.training import distributed
 from ddqcli.training.check_inputs import input_warning
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
@@ -54,10 +54,12 @@ from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
 from ddqcli.training.trainer import Trainer
+from ddqcli.training.trial import try_data
 from ddqcli.training.unlabelled import is_labelled, with_float_targets
 from ddqcli.training.user_errors import explain_user_errors
 
 _SAME_OUTPUTS = 0.01  # a typical sample's difference on another machine, as a share of the outputs
+_CANNOT_RUN = "The model cannot run on these data"
 _Note = Callable[[str], None]
 
 
@@ -70,11 +72,12 @@ class FinetuneResult:
 
     run_dir: Path | None
     report: Report
+    seconds: float  # that the command took; of a resumed run, since it was resumed
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         run_dir = None if self.run_dir is None else str(self.run_dir)
-        return {"run_dir": run_dir, **self.report.data()}
+        return {"run_dir": run_dir, "seconds": round(self.seconds, 1), **self.report.data()}
 
 
 def finetune(
@@ -98,18 +101,22 @@ def finetune(
         start: a finished run of the same checkpoint and data. If it was trained, training starts
             from its float weights. Baseline accuracy and distillation refer to the checkpoint.
         introduced: leave out the notes on model and data, which the listener has had before.
-        dry_run: stop before the data are read.
+        dry_run: check model, budget and one batch of the data; train nothing.
         listener: receives notes, progress and metrics.
     """
+    began = time.monotonic()
     listener = main_listener(listener)
     introduce = SilentListener().note if introduced else listener.note
     recipe = recipe.with_checkpoint(checkpoint_path)
     models = _load_and_convert(checkpoint_path, recipe, start, introduce)
     if dry_run:
-        return FinetuneResult(None, _dry_run_report(models, recipe))
-    with distributed.process_group(models.device), _run_folder(run, run_dir, recipe) as run:
+        warnings = _try_data(models, recipe, introduce)
+        report = _first_report(models, recipe, warnings)
+        return FinetuneResult(None, report, time.monotonic() - began)
+    in_folder = run_folder(run, run_dir, recipe, introduce)
+    with distributed.process_group(models.device), in_folder as run:
         data = _load_data(recipe, models, introduce)
-        _record_code(run, recipe, introduce)
+        record_code(run, recipe, introduce)
         listener.judged_by(data.judged_by)
         identity = RunIdentity(
             sha256=models.source.sha256,
@@ -125,14 +132,14 @@ def finetune(
             run.load_resume_state(identity.state()) if distributed.is_main() else None
         )
         known_baseline = FloatBaseline.from_state(saved) if saved else start_baseline
-        with explain_user_errors("The model cannot run on these data", UsageError, recipe):
+        with explain_user_errors(_CANNOT_RUN, UsageError, recipe):
             if known_baseline:
                 _check_same_model(models.float_model, data, known_baseline)
             baseline = known_baseline or _measure_baseline(
                 models.float_model, data, recipe, listener
             )
             introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
-            inputs_warning = _input_warning(models, data, baseline, recipe)
+            inputs_warning = _input_warning(models, data, baseline.accuracy, recipe)
             if inputs_warning:
                 introduce(f"warning: {inputs_warning}")
             _apply_augmentation(data, baseline.augmentation, introduce)
@@ -167,7 +174,17 @@ def finetune(
             warnings.insert(0, inputs_warning)
         accuracies = baseline.accuracy, accuracy
         report = _write_results(run, trainer, models.source, accuracies, run_course, warnings)
-    return FinetuneResult(run.path, report)
+    return FinetuneResult(run.path, report, time.monotonic() - began)
+
+
+def plan(checkpoint_path: Path, recipe: Recipe) -> Report:
+    """Return the report of the first bits, before any training and without data.
+
+    Raises DDQError and its children, such as BudgetError for a budget that cannot be met.
+    """
+    recipe = recipe.with_checkpoint(checkpoint_path)
+    models = _load_and_convert(checkpoint_path, recipe, None, SilentListener().note)
+    return _first_report(models, recipe)
 
 
 # ---- load and convert
@@ -279,13 +296,13 @@ def _load_trained_weights(model: nn.Module, run: Run) -> None:
             value.copy_(trained[name])
 
 
-def _dry_run_report(models: _Models, recipe: Recipe) -> Report:
-    """Return the report of the first bits, before any training."""
+def _first_report(models: _Models, recipe: Recipe, warnings: Sequence[str] = ()) -> Report:
+    """Return the report of the first bits, before any training; `warnings` are added to its own."""
     gates = make_rule(
         recipe.rule, models.quantized, recipe, models.budget, 0, recipe.data.batch_size
     )
     gates.start()
-    warnings = []
+    warnings = [*warnings]
     if models.budget.limit is not None and gates.cost() > models.budget.limit:
         warnings.append(
             "these are the first bits; gates.rule=paper comes down to the budget while training"
@@ -324,13 +341,15 @@ def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
     return with_float_targets(data, models.float_model)
 
 
-def _record_code(run: Run, recipe: Recipe, introduce: _Note) -> None:
-    """Record on this machine that its user made the run, now that all of its code is imported."""
-    if distributed.is_main() and (reason := remember(run, recipe)):
-        introduce(
-            f"this machine keeps no record of the run ({reason}), so `ddq export` checks its "
-            "outputs, and --resume goes on with it, only with --trust"
-        )
+def _try_data(models: _Models, recipe: Recipe, introduce: _Note) -> list[str]:
+    """Raise what a run would raise at its first batches; return a warning of the inputs, if any."""
+    data = _load_data(recipe, models, introduce)
+    with explain_user_errors(_CANNOT_RUN, UsageError, recipe):
+        try_data(models.float_model, data, recipe.train.distill)
+        warning = _input_warning(models, data, math.nan, recipe)  # a batch may be of one class
+        _check_distillation(models, data, recipe, introduce)
+        refuse_written_weights(models.quantized, models.float_model, data)
+    return [warning] if warning else []
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:
@@ -387,9 +406,7 @@ def _check_same_model(float_model: nn.Module, data: Data, baseline: FloatBaselin
         )
 
 
-def _input_warning(
-    models: _Models, data: Data, baseline: FloatBaseline, recipe: Recipe
-) -> str | None:
+def _input_warning(models: _Models, data: Data, accuracy: float, recipe: Recipe) -> str | None:
     """Return a warning if the data do not fit the float model; None on ranks other than 0."""
     if not distributed.is_main():
         return None
@@ -397,7 +414,7 @@ def _input_warning(
     normalization = f"data.mean {section.mean}, data.std {section.std}"
     if data.augment is None:
         normalization = "your factory's"
-    return input_warning(models.float_model, data, baseline.accuracy, normalization)
+    return input_warning(models.float_model, data, accuracy, normalization)
 
 
 def _apply_augmentation(data: Data, detected: DetectedAugmentation, introduce: _Note) -> None:
@@ -472,46 +489,3 @@ def _write_results(
     run.save(FINAL, frozen | {"probe": probed})
     run.write_report(report)
     return report
-
-
-# ---- run folder
-
-
-def opened(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Run:
-    """Return `run`, or a new run at `run_dir`. Ranks other than 0 get it read-only."""
-    if distributed.is_main():
-        name = recipe.name or Path(recipe.model.checkpoint or "model").stem
-        run = run or Run.create(run_dir, name)
-    path = distributed.broadcast(run and run.path)
-    return run if run and distributed.is_main() else ReadOnlyRun(path)
-
-
-@contextmanager
-def _run_folder(run: Run | None, run_dir: Path | None, recipe: Recipe) -> Iterator[Run]:
-    """Hold the folder of `run`, or of a new run, locked.
-
-    If an error ends a new run before its first checkpoint, the folder is removed. Errors that leave
-    something to resume say how.
-    """
-    is_new, run = run is None, opened(run, run_dir, recipe)
-    remedy = f"`ddq finetune --resume --run-dir {run.path}` continues it."
-    with run.locked():
-        try:
-            if is_new:
-                if distributed.is_main():
-                    remember(run, recipe)  # first: a run that can be resumed is a known one
-                run.write_recipe(recipe)
-            distributed.barrier()
-            yield run
-        except (KeyboardInterrupt, Interrupted) as stop:
-            number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
-            raise Interrupted(f"{str(stop) or 'Interrupted'}; {remedy}", number) from stop
-        except Exception as error:
-            if distributed.is_lost_peer(error):
-                raise DDQError(
-                    "Another process of this run ended, and this one cannot continue alone; "
-                    f"{remedy}"
-                ) from error
-            if is_new:
-                run.remove_if_untrained()
-            raise

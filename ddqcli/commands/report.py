@@ -11,7 +11,9 @@ from ddqcli.errors import UsageError
 from ddqcli.inspection.report import read_report
 from ddqcli.recipe.size import parse_size
 from ddqcli.runs.evaluation import Metric
-from ddqcli.runs.report import Report
+from ddqcli.runs.find import find_sweep
+from ddqcli.runs.report import Report, SweepTable
+from ddqcli.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,34 @@ class ReportResult:
         return {"target": str(self.source), **page, **self.report.data()}
 
 
-def report(target: Path | None = None, limits: Limits | None = None) -> ReportResult:
-    """Return the report of a run folder or an exported file; None: the newest run.
+@dataclass(frozen=True)
+class SweepReport:
+    """The table of a finished sweep."""
 
-    Raises UsageError, DDQError for a damaged run and VerificationError for a damaged file.
+    source: Path
+    table: SweepTable
+
+    def data(self) -> dict[str, Any]:
+        """Return the result as JSON-able values."""
+        return {"target": str(self.source), **self.table.data()}
+
+
+def report(
+    source: Path | None = None,
+    limits: Limits | None = None,
+    *,
+    target: str | None = None,
+    one_run: bool = False,
+) -> ReportResult | SweepReport:
+    """Return the report of a run folder or an exported file; None: the newest run or sweep.
+
+    Of a sweep, `target` picks one run; without it, the sweep's table is returned, unless limits or
+    `one_run` ask for one run. Raises UsageError, DDQError for a damaged run and VerificationError
+    for a damaged file.
     """
-    source, content = read_report(target)
-    return ReportResult(source, content, limits.unmet(content) if limits else ())
+    limits = limits or Limits()
+    one_run = one_run or target is not None or limits != Limits()
+    if not one_run and (sweep := find_sweep(source)):
+        return SweepReport(sweep, Run(sweep).sweep_table())
+    path, content = read_report(source, target)
+    return ReportResult(path, content, limits.unmet(content))

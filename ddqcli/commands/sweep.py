@@ -5,7 +5,7 @@ Each further target starts from the trained weights of the one before.
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli import plots
-from ddqcli.commands.finetune import finetune, opened
+from ddqcli.commands.finetune import finetune, plan
+from ddqcli.commands.run_folder import opened
 from ddqcli.errors import BudgetError, DDQError, UsageError
 from ddqcli.inspection.layer_figures import output_folder
 from ddqcli.recipe.schema import Recipe
+from ddqcli.runs.find import target_folder
+from ddqcli.runs.names import SWEEP_PICTURE
 from ddqcli.runs.report import Report, SweepRow, SweepTable
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.runs.trust import remember
 from ddqcli.training import distributed
 from ddqcli.training.device import resolve_device
 from ddqcli.training.listener import Listener, main_listener
-
-PICTURE = "size-accuracy"
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class SweepResult:
 
     run_dir: Path | None
     table: SweepTable
+    seconds: float  # that the command took; of a resumed sweep, since it was resumed
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         run_dir = None if self.run_dir is None else str(self.run_dir)
-        return {"run_dir": run_dir, **self.table.data()}
+        return {"run_dir": run_dir, "seconds": round(self.seconds, 1), **self.table.data()}
 
 
 def sweep(
@@ -54,34 +56,36 @@ def sweep(
     `run` is an unfinished sweep to continue; without it, a new one is made at `run_dir`. All
     targets are checked before the first is trained. Raises DDQError and its children.
     """
+    began = time.monotonic()
     listener = main_listener(listener)
     recipes = [recipe.with_checkpoint(checkpoint_path) for recipe in recipes]
     checked = _check_targets(checkpoint_path, recipes)
     if dry_run:
+        finetune(checkpoint_path, recipes[0], dry_run=True, listener=listener)  # for its data
         rows = [SweepRow.of(recipe.budget.target, report, None) for recipe, report in checked]
-        return SweepResult(None, SweepTable.of(checked[0][1], rows))
+        return SweepResult(None, SweepTable.of(checked[0][1], rows), time.monotonic() - began)
     recipes_by_size = [recipe for recipe, _ in checked]
     device = distributed.local_device(resolve_device(recipes[0].train.device))
-    with distributed.process_group(device), _in_folder(run, run_dir, recipes) as run:
+    with distributed.process_group(device), _in_folder(run, run_dir, recipes, listener) as run:
         reports = _finetune_each(checkpoint_path, recipes_by_size, run, listener)
         rows = [
-            SweepRow.of(recipe.budget.target, report, _folder_name(recipe))
+            SweepRow.of(recipe.budget.target, report, target_folder(recipe.budget.target))
             for recipe, report in zip(recipes_by_size, reports, strict=True)
         ]
         table = SweepTable.of(reports[0], rows)
         if distributed.is_main():
             _write_picture(table, run.path)
             run.write_sweep(table.data())
-    return SweepResult(run.path, table)
+    return SweepResult(run.path, table, time.monotonic() - began)
 
 
 def _check_targets(checkpoint_path: Path, recipes: Sequence[Recipe]) -> list[tuple[Recipe, Report]]:
-    """Return each recipe with the report of its dry run, the largest budget first.
+    """Return each recipe with the report of its first bits, the largest budget first.
 
     Raises BudgetError, which names the target, if one cannot be met, and UsageError if two are the
     same size.
     """
-    checked = [(recipe, _dry_run(checkpoint_path, recipe)) for recipe in recipes]
+    checked = [(recipe, _plan(checkpoint_path, recipe)) for recipe in recipes]
     target_of_size: dict[int | None, str] = {}
     for recipe, report in checked:
         target, size = recipe.budget.target, report.totals.budget_bytes
@@ -96,9 +100,9 @@ def _check_targets(checkpoint_path: Path, recipes: Sequence[Recipe]) -> list[tup
     )
 
 
-def _dry_run(checkpoint_path: Path, recipe: Recipe) -> Report:
+def _plan(checkpoint_path: Path, recipe: Recipe) -> Report:
     try:
-        return finetune(checkpoint_path, recipe, dry_run=True).report
+        return plan(checkpoint_path, recipe)
     except BudgetError as error:
         raise BudgetError(f"Target {recipe.budget.target}: {error}") from error
 
@@ -111,7 +115,7 @@ def _finetune_each(
     start: Run | None = None
     introduced = False
     for number, recipe in enumerate(recipes):
-        run = Run(sweep_run.path / _folder_name(recipe))
+        run = Run(sweep_run.path / target_folder(recipe.budget.target))
         origin = f", starting from {start.path}" if start and start.report().is_trained else ""
         listener.note(
             f"target {recipe.budget.target} ({number + 1} of {len(recipes)}): {run.path}{origin}"
@@ -148,12 +152,14 @@ def _is_complete(run: Run) -> bool:
 
 
 @contextmanager
-def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe]) -> Iterator[Run]:
+def _in_folder(
+    run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe], listener: Listener
+) -> Iterator[Run]:
     """Hold the folder of the sweep to continue, or a new one.
 
     A new folder is removed again if an error leaves nothing in it.
     """
-    new, run = run is None, opened(run, run_dir, recipes[0])
+    new, run = run is None, opened(run, run_dir, recipes[0], listener.note)
     with run.locked():
         try:
             if distributed.is_main():
@@ -167,11 +173,6 @@ def _in_folder(run: Run | None, run_dir: Path | None, recipes: Sequence[Recipe])
             raise
 
 
-def _folder_name(recipe: Recipe) -> str:
-    """Return `4-bits`, `150kB`, `12-percent`."""
-    return re.sub(r"[^\w.-]+", "-", recipe.budget.target.replace("%", " percent"))
-
-
 def _write_picture(table: SweepTable, folder: Path) -> None:
     """Draw size against the metric of all targets, and of the float model."""
     points = [(row.bytes, _value(row.accuracy), row.target) for row in table.targets]
@@ -180,7 +181,7 @@ def _write_picture(table: SweepTable, folder: Path) -> None:
         figure = plots.size_against_accuracy_figure(
             {"quantized": points}, float_model, table.metric.label
         )
-        plots.save(figure, folder / PICTURE)
+        plots.save(figure, folder / SWEEP_PICTURE)
 
 
 def _value(accuracy: float | None) -> float:

@@ -49,6 +49,8 @@ def choose_format(source: Source, section: DataSection) -> ImageFormat:
     for name, other in shapes.items():
         if other != shape:
             raise mixed_sizes(name, other, shape)
+    if not gray and len(section.mean) == 1:  # for every channel
+        section = section.model_copy(update={"mean": 3 * section.mean, "std": 3 * section.std})
     gray_as_rgb = _reads_gray_as_rgb(source, gray, section)
     return ImageFormat(
         mean=tuple(section.mean),
@@ -128,7 +130,7 @@ def _reads_gray_as_rgb(source: Source, gray: bool, section: DataSection) -> bool
         kind = "is gray (1 channel)" if gray else "is in color (3 channels)"
         raise DataError(
             f"{source.location} {kind}, but data.mean has {channels} values; give one for each "
-            "channel."
+            "channel, or one for all."
         )
     if section.weights is None and section.mean == list(IMAGENET_MEAN):
         raise DataError(

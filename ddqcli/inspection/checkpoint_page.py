@@ -18,9 +18,11 @@ from ddqcli.inspection.checkpoint_rows import (
     Progress,
 )
 from ddqcli.inspection.distribution import FLAT, HEAVY
-from ddqcli.inspection.layer_figures import PAGE, LayerElements, draw_layers, output_folder
+from ddqcli.inspection.layer_figures import PAGE, LayerPictures, draw_layers, output_folder
 
 KINDS = ("uniform", "power_of_two", "best")
+HEADERS = {"uniform": "unif", "power_of_two": "pow2"}
+HEAD_BITS = (8, 4, 3, 2)  # whose sizes stand at the top
 
 
 def write_checkpoint_page(
@@ -35,9 +37,9 @@ def write_checkpoint_page(
         channels = {
             k: np.array(row.channels) for k, row in enumerate(result.layers) if row.channels
         }
-        elements = draw_layers(layers, channels, folder, on_progress)
+        pictures = draw_layers(layers, channels, folder, on_progress)
         title = f"Weights of {result.path.name}"
-        page = html.write_html(out / PAGE, title, _sections(result, elements))
+        page = html.write_html(out / PAGE, title, _sections(result, pictures))
     return page, *folder.files
 
 
@@ -48,27 +50,40 @@ def _layer(row: CheckpointRow) -> plots.Layer:
     )
 
 
-def _sections(result: CheckpointResult, elements: LayerElements) -> list[html.Section]:
-    sections = [
-        _size_section(result),
-        _layer_section(result),
-        html.Section("Weights and their best levels", pictures=elements.layers),
+def _sections(result: CheckpointResult, pictures: LayerPictures) -> list[html.Section]:
+    text = [
+        "Bars: weights, colored by the shape of their distribution. Lines: the levels that fit "
+        f"them best at {LEVEL_BITS} bits."
     ]
-    if elements.channels:
+    sections = [
+        _head_section(result),
+        _layer_section(result),
+        html.Section("Weights and their best levels", text, pictures=pictures.layers),
+    ]
+    if pictures.channels:
         text = [
             "All channels of a layer share one scale, so channels much narrower than the widest "
             "get few levels."
         ]
         sections.append(
-            html.Section("Channels of depthwise layers", text, pictures=elements.channels)
+            html.Section("Channels of depthwise layers", text, pictures=pictures.channels)
         )
-    return sections
+    return [*sections, _size_section(result)]
+
+
+def _head_section(result: CheckpointResult) -> html.Section:
+    note = f"{len(result.layers)} layers, {count(result.parameters)} parameters"
+    facts = [html.Fact("Size as stored", size(result.bytes), note)]
+    for bits in HEAD_BITS:
+        nbytes = result.bytes_at[bits]
+        note = f"{100 * nbytes / max(result.bytes, 1):.1f} % of stored"
+        facts.append(html.Fact(f"With weights of {bits} bits", size(nbytes), note))
+    return html.Section("", [f"{result.path}: {result.note}."], facts=facts)
 
 
 def _size_section(result: CheckpointResult) -> html.Section:
     rest = result.rest
     text = [
-        f"{result.path}: {result.note}.",
         f"Biases, norms and counters ({rest['tensors']} tensors, {size(rest['bytes'])}) stay as "
         "stored and are counted in every size.",
     ]
@@ -93,10 +108,9 @@ def _layer_section(result: CheckpointResult) -> html.Section:
 
 
 def _layer_table(result: CheckpointResult) -> html.Table:
-    header = ["layer", "kind", "shape", "distribution", "tail", "parameters", "bytes"]
-    header += ["min", "max", "std"]
+    header = ["layer", "kind", "shape", "distribution", "tail", "parameters", "std"]
     header += [
-        f"{bits}\N{NO-BREAK SPACE}bit {kind.replace('power_of_two', 'pow2')}"
+        f"{bits}\N{NO-BREAK SPACE}bit {HEADERS.get(kind, kind)}"
         for bits in ERROR_BITS
         for kind in KINDS
     ]
@@ -108,8 +122,7 @@ def _layer_table(result: CheckpointResult) -> html.Table:
             row.distribution,
             f"{row.tail_weight:.2f}",
             f"{row.parameters:,}",
-            f"{row.bytes:,}",
-            *(f"{value:.3g}" for value in (row.min, row.max, row.std)),
+            f"{row.std:.2g}",
             *(percent(row.error[bits][kind]) for bits in ERROR_BITS for kind in KINDS),
         ]
         for row in result.layers

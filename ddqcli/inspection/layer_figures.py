@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ddqcli import plots
 from ddqcli.errors import DDQError
 from ddqcli.inspection.checkpoint_rows import Progress
+from ddqcli.inspection.html import Picture
 
 PAGE = "index.html"
 PNG_LAYERS = 64  # most layers drawn as PNG too; of more, PNGs would take most of the time
@@ -26,20 +27,33 @@ class FigureFolder:
     path: Path
     files: list[Path] = field(default_factory=list)
 
-    def save(self, figure: Figure, stem: str, *, png: bool = True) -> str:
-        """Write a figure as SVG, and PNG; return it as an element for a page."""
+    def save(self, figure: Figure, stem: str, caption: str = "", *, png: bool = True) -> Picture:
+        """Write a figure as SVG, and PNG; return it as a picture for a page."""
         path = self.path / stem
         path.parent.mkdir(exist_ok=True)
         self.files.extend(plots.save(figure, path, png=png))
-        return plots.for_page(self.files[-1].read_text(encoding="utf-8"))
+        return page_picture(figure, caption, self.files[-1].read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
-class LayerElements:
-    """Figures of layers, and of channels of depthwise layers, as elements for a page."""
+class LayerPictures:
+    """Pictures of layers, and of channels of depthwise layers, for a page."""
 
-    layers: list[str] = field(default_factory=list)
-    channels: list[str] = field(default_factory=list)
+    layers: list[Picture] = field(default_factory=list)
+    channels: list[Picture] = field(default_factory=list)
+
+
+def page_picture(figure: Figure, caption: str = "", svg: str | None = None) -> Picture:
+    """Return a figure as a picture for a page; `svg` is its document if that was made already."""
+    width, height = figure.get_size_inches()
+    element = plots.for_page(svg or plots.svg_of(figure))
+    rows = max(1, int(height / (1.2 * plots.HEIGHT)))  # a row is higher by its captions
+    return Picture(element, caption, wide=bool(width > plots.WIDTH), rows=rows)
+
+
+def page_file(path: Path) -> Path:
+    """Return `path` if it ends in .html or .htm and is no folder, else index.html in it."""
+    return path if path.suffix in {".html", ".htm"} and not path.is_dir() else path / PAGE
 
 
 @contextmanager
@@ -59,21 +73,21 @@ def draw_layers(
     channels: Mapping[int, np.ndarray],
     folder: FigureFolder,
     on_progress: Progress | None,
-) -> LayerElements:
+) -> LayerPictures:
     """Draw all layers into the folder; `channels` maps a layer's position to [C, 5] ranges."""
-    elements = LayerElements()
+    pictures = LayerPictures()
     png = len(layers) <= PNG_LAYERS
     for position, layer in enumerate(layers):
         if on_progress:
             on_progress(position, len(layers), f"pictures of {layer.name}")
         stem = f"{position + 1:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', layer.name)[:100]}"
         figure = plots.layer_figure(layer)
-        elements.layers.append(folder.save(figure, f"layers/{stem}", png=png))
+        pictures.layers.append(folder.save(figure, f"layers/{stem}", png=png))
         if position in channels:
             figure = plots.channels_figure(layer.name, channels[position])
-            elements.channels.append(folder.save(figure, f"channels/{stem}", png=png))
+            pictures.channels.append(folder.save(figure, f"channels/{stem}", png=png))
     for number, figure in enumerate(plots.overview_figures(layers)):
         folder.save(figure, f"overview-{number + 1}")
     if on_progress:
         on_progress(len(layers), len(layers), "")
-    return elements
+    return pictures

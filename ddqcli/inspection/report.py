@@ -9,14 +9,15 @@ from ddqcli.runs.report import Report
 from ddqcli.runs.run import Run
 
 
-def read_report(target: Path | None) -> tuple[Path, Report]:
+def read_report(source: Path | None, target: str | None = None) -> tuple[Path, Report]:
     """Return the path and the report of a run folder or an exported file; None: the newest run.
 
-    Raises UsageError, DDQError for a damaged run and VerificationError for a damaged file.
+    `target` picks one run of a sweep. Raises UsageError, DDQError for a damaged run and
+    VerificationError for a damaged file.
     """
-    if target is not None and target.is_file():
-        return target, _artifact_report(target)
-    run = Run.open(target)
+    if source is not None and source.is_file() and target is None:
+        return source, _artifact_report(source)
+    run = Run.open(source, target)
     return run.path, run.report()
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from ddqcli import plots
 from ddqcli.inspection import html
-from ddqcli.inspection.layer_figures import PAGE, output_folder
-from ddqcli.inspection.run_figures import FigureGroup, draw_bits, draw_run
-from ddqcli.inspection.trained_rows import ERROR_NOTE
+from ddqcli.inspection.layer_figures import output_folder, page_file, page_picture
+from ddqcli.inspection.result_sections import detail_sections, head_section
+from ddqcli.inspection.run_figures import draw_bits, draw_run
+from ddqcli.inspection.sweep_page import sections_of_sweep
+from ddqcli.inspection.trained_rows import ERROR_NOTE, short_kind
 from ddqcli.runs.report import Report
 from ddqcli.runs.run import Run
 
@@ -16,64 +18,37 @@ from ddqcli.runs.run import Run
 def write_report_page(source: Path, report: Report, path: Path) -> Path:
     """Write the page of a run folder or an exported file `source`; return its path.
 
-    The page becomes `path` if that ends in .html or .htm and is no folder, else index.html in it.
-    Raises DDQError if it cannot be written or the run is damaged.
+    That is `layer_figures.page_file(path)`. Raises DDQError if it cannot be written or the run is
+    damaged.
     """
-    page = path if path.suffix in {".html", ".htm"} and not path.is_dir() else path / PAGE
+    page, is_run = page_file(path), source.is_dir()
     weights = [row for row in report.layers if row.kind != "bias"]
-    if source.is_dir():
-        groups = [
-            draw_bits(weights),
-            *draw_run(Run.open(source), weights, report.course, report.metric),
-        ]
-    else:
-        groups = [draw_bits(weights, "name")]
-    sections = [_result(source, report), *map(_figures, groups), _layers(report)]
+    figures = [draw_bits(weights, "network" if is_run else "name")]
+    if is_run:
+        figures += draw_run(Run.open(source), weights, report.course, report.metric)
+    sections = [
+        head_section(source, report),
+        *(sections_of_sweep(source) if is_run else []),
+        _layers(report),
+        html.Section(
+            "Pictures", pictures=[page_picture(drawn.figure, drawn.caption) for drawn in figures]
+        ),
+        *detail_sections(report),
+    ]
     title = f"ddq report: {source.resolve().name}"
     with output_folder(page.parent):
-        return html.write_html(page, title, sections, [] if source.is_dir() else [source])
-
-
-def _figures(group: FigureGroup) -> html.Section:
-    pictures = [plots.for_page(plots.svg_of(figure)) for figure in group.figures.values()]
-    return html.Section(group.title, [group.text], pictures=pictures)
-
-
-def _result(source: Path, report: Report) -> html.Section:
-    totals, accuracy, course, metric = report.totals, report.accuracy, report.course, report.metric
-    rows = [
-        ["bytes", f"{totals.float_bytes:,}", f"{totals.bytes:,}"],
-        ["not quantized", "", f"{totals.kept_bytes:,}"],
-        ["manifest and header", "", f"{totals.manifest_bytes:,}"],
-        ["stored bits a weight", "", f"{totals.average_bits:.3f}"],
-    ]
-    if accuracy:
-        values = (metric.text(v, " ") for v in (accuracy.float, accuracy.quantized))
-        rows.append([metric.name, *values])
-    text = [
-        f"{source}: {report.source.path} ({report.source.arch}), {report.run.steps:,} steps, "
-        f"seed {report.run.seed}, {totals.float_bytes / max(1, totals.bytes):.1f} times smaller."
-    ]
-    if (budget := totals.budget_bytes) is not None:
-        text.append(f"Budget: {budget:,} bytes, {100 * totals.bytes / budget:.1f} % used.")
-    if report.activations:
-        bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
-        text.append(f"Inputs of {len(report.activations)} layers are quantized to {bits} bits.")
-    if course:
-        text.append(f"{metric.title}: {course.path(metric, '→', ' ')}.")
-        text.append(f"Delivered: {course.outcome(report.run.steps, metric)}.")
-    text += [f"Warning: {warning}." for warning in report.warnings]
-    return html.Section("Result", text, html.Table(["", "float", "delivered"], rows))
+        return html.write_html(page, title, sections, [] if is_run else [source])
 
 
 def _layers(report: Report) -> html.Section:
     total = max(1, report.totals.quantized_bytes)
+    largest = max((row.bytes for row in report.layers), default=1)
     header = ["tensor", "kind", "shape", "bits", "levels"]
     header += ["float bytes", "bytes", "share, %", "error, %"]
     rows = [
         [
             row.name,
-            row.kind,
+            short_kind(row.kind),
             "×".join(map(str, row.shape)),
             f"{row.bits:g}",
             str(row.levels),
@@ -84,4 +59,11 @@ def _layers(report: Report) -> html.Section:
         ]
         for row in report.layers
     ]
-    return html.Section("Quantized tensors", [ERROR_NOTE], html.Table(header, rows, text=3))
+    bars = {
+        3: [row.bits / plots.MAX_BITS for row in report.layers],
+        7: [row.bytes / largest for row in report.layers],
+    }
+    text = [
+        f"{ERROR_NOTE} Bars: bits, of {plots.MAX_BITS}, and bytes, of those of the largest tensor."
+    ]
+    return html.Section("Quantized tensors", text, html.Table(header, rows, 3, bars))

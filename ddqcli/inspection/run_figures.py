@@ -18,44 +18,45 @@ from ddqcli.runs.report import TensorRow
 from ddqcli.runs.run import METRICS, Run
 
 MAX_POINTS = 400  # along the step axis
-LAYERS_WITH_LEVELS = 6
+LAYERS_WITH_LEVELS = 5
 
 
 @dataclass(frozen=True)
-class FigureGroup:
-    """Figures under one heading, by the stem of their files."""
+class RunFigure:
+    """A figure, the stem of its files, and a caption that says what it shows."""
 
-    title: str
-    text: str
-    figures: dict[str, Figure]
+    stem: str
+    figure: Figure
+    caption: str
 
 
-def draw_bits(rows: Sequence[TensorRow], order: str = "network") -> FigureGroup:
+def draw_bits(rows: Sequence[TensorRow], order: str = "network") -> RunFigure:
     """Draw the bit-width of each layer of a report."""
     figure = plots.bits_by_layer_figure(
         [row.name for row in rows],
         [short_kind(row.kind) for row in rows],
         [row.bits for row in rows],
     )
-    text = f"Layers in {order} order, without biases."
-    return FigureGroup("Bits by layer", text, {"bits-by-layer": figure})
+    caption = f"Bits of each layer's weights, in {order} order, without biases."
+    return RunFigure("bits-by-layer", figure, caption)
 
 
 def draw_run(
     run: Run, rows: Sequence[TensorRow], course: Course | None = None, metric: Metric | None = None
-) -> list[FigureGroup]:
+) -> list[RunFigure]:
     """Draw a run over its steps, for the weights `rows`, `course` and `metric` of its report.
 
     A run without steps has no figures. Raises DDQError for a damaged run.
     """
+    names = [row.name for row in rows]
     try:
         metrics, snapshots = run.metrics(), run.snapshots()
-        groups = []
+        figures = []
         if metrics:
-            groups += [_draw_bits_over_time(run, metrics, [row.name for row in rows])]
-            groups += _draw_probabilities(metrics, [row.name for row in rows])
-            groups += [_draw_loss(metrics, run.looks(), course, metric or Metric())]
-        return groups + (_draw_snapshots(run, snapshots, rows) if snapshots else [])
+            figures.append(_draw_bits_over_time(run, metrics, names))
+            figures += _draw_probabilities(metrics, names)
+            figures.append(_draw_loss(metrics, run.looks(), course, metric or Metric()))
+        return figures + (_draw_snapshots(run, snapshots, rows) if len(snapshots) > 1 else [])
     except (LookupError, TypeError, ValueError) as error:
         raise DDQError(
             f"{run.path / METRICS} is damaged; move it away for pictures without figures over time."
@@ -64,7 +65,7 @@ def draw_run(
 
 def _draw_bits_over_time(
     run: Run, metrics: Sequence[dict[str, Any]], names: Sequence[str]
-) -> FigureGroup:
+) -> RunFigure:
     budget = run.recipe().budget
     target = budget.target_bits if budget.count == "bytes" else None  # the unit of the figure
     shown = _evenly(metrics)
@@ -76,16 +77,14 @@ def _draw_bits_over_time(
         [entry["average_bits"] for entry in shown],
         target,
     )
-    text = (
-        "Above: stored bits a weight, with levels, scales and gates. Below: bits of each weight's "
-        "index."
+    caption = (
+        "Above: stored bits a weight, with levels, scales and gates. Below: bits of each layer's "
+        "weights; at the right, the last ones."
     )
-    return FigureGroup("Bits over time", text, {"bits-over-time": figure})
+    return RunFigure("bits-over-time", figure, caption)
 
 
-def _draw_probabilities(
-    metrics: Sequence[dict[str, Any]], names: Sequence[str]
-) -> list[FigureGroup]:
+def _draw_probabilities(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[RunFigure]:
     """Draw the DBPs of a run of SDQ, up to the freeze; other runs have none."""
     sampled = [entry for entry in metrics if entry.get("probabilities")]
     if not sampled:
@@ -98,12 +97,12 @@ def _draw_probabilities(
         [[entry["probabilities"].get(name, np.nan) for name in names] for entry in shown],
         [[entry["bits"][name] for name in names] for entry in shown],
     )
-    text = (
-        "Probability with which each weight had the larger of two neighboring bit-widths. Numbers: "
+    caption = (
+        "Probability with which each layer had the larger of two neighboring bit-widths. Numbers: "
         "the more probable one, where it changes. A step from dark to bright is a commitment: the "
         "smaller bit-width became the larger one of the next pair."
     )
-    return [FigureGroup("DBPs over time", text, {"dbps-over-time": figure})]
+    return [RunFigure("dbps-over-time", figure, caption)]
 
 
 def _draw_loss(
@@ -111,37 +110,43 @@ def _draw_loss(
     looks: Sequence[dict[str, Any]],
     course: Course | None,
     metric: Metric,
-) -> FigureGroup:
+) -> RunFigure:
     """Draw loss and metric over time, on training batches and on held-out training samples."""
     steps, loss, accuracy = (
         _thinned([entry[key] for entry in metrics]) for key in ("step", "loss", "train_accuracy")
     )
     held_out = [(e["step"], e["held_out_loss"], e["held_out_accuracy"]) for e in looks]
+    frozen = metrics[-1].get("batch_norm_step")
     figure = plots.loss_over_time_figure(
-        steps, loss, accuracy, held_out, course.best_step if course else None, metric.label
+        steps, loss, accuracy, held_out, course.best_step if course else None, metric.label, frozen
     )
-    text = "Held-out samples are training samples that no step has used." if looks else ""
-    return FigureGroup("Loss", text, {"loss": figure})
+    caption = "Held-out samples are training samples that no step has used." if looks else ""
+    if frozen is not None:
+        caption += (
+            f" At step {frozen:,}, BatchNorm's statistics are estimated anew and frozen, which "
+            "moves the loss."
+        )
+    return RunFigure("loss", figure, caption.strip())
 
 
 def _draw_snapshots(
     run: Run, snapshots: Sequence[dict[str, Any]], rows: Sequence[TensorRow]
-) -> list[FigureGroup]:
+) -> list[RunFigure]:
     """Draw quantization error and levels over time."""
     steps = [entry["step"] for entry in snapshots]
     errors = {row.name: [entry["error"][row.name] for entry in snapshots] for row in rows}
-    text = "Sum of squared differences between quantized and float weights over the sum of squares."
+    caption = (
+        "Sum of squared differences between quantized weights q and float weights w, over the sum "
+        "of squares. The layers with the largest error at the end have names."
+    )
     figure = plots.error_over_time_figure(steps, errors)
-    groups = [FigureGroup("Quantization error over time", text, {"error-over-time": figure})]
-    if levels := _level_figures(run, snapshots, rows):
-        text = "Layers of the largest error; beside the levels, the float weights at the end."
-        groups.append(FigureGroup("Levels over time", text, levels))
-    return groups
+    levels = _level_figures(run, snapshots, rows)
+    return [RunFigure("error-over-time", figure, caption), *levels]
 
 
 def _level_figures(
     run: Run, snapshots: Sequence[dict[str, Any]], rows: Sequence[TensorRow]
-) -> dict[str, Figure]:
+) -> list[RunFigure]:
     """Draw how the levels of the layers with the largest error moved."""
     with_levels = [row for row in rows if row.name in snapshots[-1]["levels"]]
     by_error = sorted(with_levels, key=lambda row: -row.error)
@@ -157,7 +162,11 @@ def _level_figures(
             steps = [entry["step"] for entry in entries]
             levels = [entry["levels"][name] for entry in entries]
             figures[name] = plots.levels_over_time_figure(name, steps, levels, edges, counts)
-    return {f"levels-over-time-{k + 1}": figures[name] for k, name in enumerate(names)}
+    caption = "Layer {} of the {} with the largest error; at the right, its float weights."
+    return [
+        RunFigure(f"levels-over-time-{k + 1}", figures[name], caption.format(k + 1, len(names)))
+        for k, name in enumerate(names)
+    ]
 
 
 def _evenly(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddqcli import plots
-from ddqcli.formatting import percent, size
+from ddqcli.formatting import percent
 from ddqcli.inspection import html
 from ddqcli.inspection.checkpoint_rows import Progress
 from ddqcli.inspection.layer_figures import PAGE, draw_layers, output_folder
-from ddqcli.inspection.run_figures import FigureGroup, draw_bits, draw_run
+from ddqcli.inspection.result_sections import detail_sections, head_section
+from ddqcli.inspection.run_figures import RunFigure, draw_bits, draw_run
+from ddqcli.inspection.sweep_page import sections_of_sweep
 from ddqcli.inspection.trained_rows import ERROR_NOTE, FITTED_NOTE, TrainedResult, TrainedRow
 from ddqcli.runs.run import Run
 
 KINDS = ("trained", "uniform", "power_of_two", "best")
 HISTOGRAM_NOTES = {
-    "run": "Histograms: the float weights after finetuning. Lines: the levels in force, to which "
-    "each weight is rounded.",
+    "run": "Bars: the float weights after finetuning, colored by the shape of their distribution. "
+    "Lines: the levels in force, to which each weight is rounded. Layers of 8 bits show no lines: "
+    "their 256 levels are a dense, even grid.",
     "artifact": "An exported file holds no float weights. Bars: the number of stored values at "
-    "each level.",
+    "each level, or, where 256 levels are too dense to draw, in each bin.",
 }
 MAX_DRAWN_LEVELS = 128  # more would hide the histogram; at 8 bits they are an even grid
 
@@ -30,40 +33,44 @@ def write_trained_page(
 
     Raises DDQError if the folder cannot be written to or the run is damaged.
     """
+    report = result.report
     with output_folder(out) as folder:
         layers = [_layer(row) for row in result.layers]
-        elements = draw_layers(layers, {}, folder, on_progress)
-        note = HISTOGRAM_NOTES[result.what]
-        sections = [
-            _size_section(result),
-            html.Section("Layers", _notes(result), _table(result)),
-            html.Section("Weights and their levels", [note], pictures=elements.layers),
+        pictures = draw_layers(layers, {}, folder, on_progress)
+        of_run = [
+            folder.save(drawn.figure, drawn.stem, drawn.caption) for drawn in _figures(result)
         ]
-        for group in _figure_groups(result):
-            pictures = [folder.save(figure, stem) for stem, figure in group.figures.items()]
-            sections.append(html.Section(group.title, [group.text], pictures=pictures))
+        sections = [
+            head_section(result.path, report),
+            *(sections_of_sweep(result.path) if result.what == "run" else []),
+            html.Section("Layers", _notes(result), _table(result)),
+            html.Section("Pictures", pictures=of_run),
+            html.Section(
+                "Weights and their levels", [HISTOGRAM_NOTES[result.what]], pictures=pictures.layers
+            ),
+            *detail_sections(report),
+        ]
         page = html.write_html(out / PAGE, f"Levels of {result.path.resolve().name}", sections)
     return page, *folder.files
 
 
-def _figure_groups(result: TrainedResult) -> list[FigureGroup]:
+def _figures(result: TrainedResult) -> list[RunFigure]:
     names = {row.name for row in result.layers}
     report = result.report
     rows = [row for row in report.layers if row.name in names]
-    if result.what == "run":
-        return [
-            draw_bits(rows),
-            *draw_run(Run.open(result.path), rows, report.course, report.metric),
-        ]
-    return [draw_bits(rows, "name")]
+    if result.what == "artifact":
+        return [draw_bits(rows, "name")]
+    return [draw_bits(rows), *draw_run(Run.open(result.path), rows, report.course, report.metric)]
 
 
 def _layer(row: TrainedRow) -> plots.Layer:
     hide_levels = len(row.levels) > MAX_DRAWN_LEVELS
     counts_at_levels = row.distribution is None and bool(row.levels) and not hide_levels
-    caption = f"{len(row.levels)} levels in force ({row.bits:g} bits)" if row.levels else ""
+    caption = "levels by channel are not drawn"
+    if row.levels:
+        caption = f"{len(row.levels)} levels in force ({row.bits:g} bits)"
     if hide_levels:
-        caption += ", a dense grid that is not drawn"
+        caption += ": too dense to draw"
     if counts_at_levels:
         caption += ", and the number of weights at each"
     return plots.Layer(
@@ -80,19 +87,6 @@ def _layer(row: TrainedRow) -> plots.Layer:
     )
 
 
-def _size_section(result: TrainedResult) -> html.Section:
-    report = result.report
-    totals, accuracy, metric = report.totals, report.accuracy, report.metric
-    text = (
-        f"{size(totals.float_bytes)} became {size(totals.bytes)}, "
-        f"{totals.average_bits:.3f} bits a weight."
-    )
-    if accuracy:
-        before, after = (metric.text(v, " ") for v in (accuracy.float, accuracy.quantized))
-        text += f" {metric.title}: {before} float, {after} quantized."
-    return html.Section("Size", [f"{result.path}: {result.note}.", text])
-
-
 def _notes(result: TrainedResult) -> list[str]:
     return [ERROR_NOTE, FITTED_NOTE] if result.what == "run" else [ERROR_NOTE]
 
@@ -100,7 +94,8 @@ def _notes(result: TrainedResult) -> list[str]:
 def _table(result: TrainedResult) -> html.Table:
     kinds = KINDS if result.what == "run" else KINDS[:1]
     header = ["layer", "kind", "shape", "distribution", "parameters", "bytes", "bits", "levels"]
-    header += ["min", "max", *(kind.replace("power_of_two", "pow2") for kind in kinds)]
+    header += ["min", "max"]
+    header += [f"error {kind.replace('power_of_two', 'pow2')}" for kind in kinds]
     rows = [
         [
             row.name,
@@ -117,4 +112,5 @@ def _table(result: TrainedResult) -> html.Table:
         ]
         for row in result.layers
     ]
-    return html.Table(header, rows, text=4)
+    bars = {header.index("bits"): [row.bits / plots.MAX_BITS for row in result.layers]}
+    return html.Table(header, rows, 4, bars)

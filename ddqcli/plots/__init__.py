@@ -1,6 +1,7 @@
 """Matplotlib figures from plain arrays, and their files."""
 
 from ddqcli.plots.bits import (
+    MAX_BITS,
     bits_by_layer_figure,
     bits_over_time_figure,
     probabilities_over_time_figure,
@@ -8,6 +9,7 @@ from ddqcli.plots.bits import (
 from ddqcli.plots.channels import channels_figure
 from ddqcli.plots.files import for_page, save, svg_of
 from ddqcli.plots.histogram import Layer, layer_figure
+from ddqcli.plots.layout import HEIGHT, WIDTH
 from ddqcli.plots.over_time import (
     error_over_time_figure,
     levels_over_time_figure,
@@ -17,6 +19,9 @@ from ddqcli.plots.overview import overview_figures
 from ddqcli.plots.size_accuracy import size_against_accuracy_figure
 
 __all__ = [
+    "HEIGHT",
+    "MAX_BITS",
+    "WIDTH",
     "Layer",
     "bits_by_layer_figure",
     "bits_over_time_figure",

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from ddqcli.formatting import shorten
-from ddqcli.plots.layout import add_axes, add_color_legend, add_text, new_figure
+from ddqcli.plots.layout import WIDTH, add_axes, add_color_legend, add_text, add_title, new_figure
 from ddqcli.plots.style import BLUE, GRAY, INK, ORANGE, settings
 
 _MAX_SEPARATE = 128  # more channels are drawn as filled areas
@@ -22,10 +22,10 @@ def channels_figure(name: str, ranges: ArrayLike) -> Figure:
     low, lower, median, upper, high = np.asarray(ranges, float).T
     channel = np.arange(len(low))
     with settings():
-        figure = new_figure(6.4, 2.75)
-        axes = add_axes(figure, 0.68, 0.72, 5.55, 1.55)
+        figure = new_figure(WIDTH, 2.75)
+        axes = add_axes(figure, 0.62, 0.72, WIDTH - 0.76, 1.55)
         if len(low) <= _MAX_SEPARATE:
-            width = 5.55 * 72 / max(len(low), 8)  # points per channel
+            width = (WIDTH - 0.76) * 72 / max(len(low), 8)  # points per channel
             axes.vlines(channel, low, high, color=ORANGE, lw=max(0.6, 0.15 * width))
             axes.vlines(channel, lower, upper, color=BLUE, lw=max(1.0, 0.55 * width))
             axes.hlines(median, channel - 0.3, channel + 0.3, color=INK, lw=0.8)
@@ -39,7 +39,7 @@ def channels_figure(name: str, ranges: ArrayLike) -> Figure:
         axes.set_xlabel("output channel")
         axes.set_ylabel("weight")
         axes.grid(axis="y")
-        add_text(figure, 0.12, 2.57, shorten(name, 72), size=9, bold=True)
+        add_title(figure, shorten(name, 52), "range of each channel", size=9)
         caption = f"depthwise, {len(low)} channels"
         if (typical := np.median(high - low)) > 0:
             caption += f"; widest over median range: {(high - low).max() / typical:.1f}"

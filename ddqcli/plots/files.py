@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,6 @@ from PIL import Image
 from ddqcli.formatting import visible
 from ddqcli.plots.style import INK, PAPER, settings
 from ddqcli.runs.files import write_atomic
-
-# Points. A page scrolls a wider figure on a phone instead of shrinking it until it is illegible.
-MAX_SMALL_WIDTH = 330
 
 
 def save(figure: Figure, stem: Path, *, png: bool = True) -> tuple[Path, ...]:
@@ -46,18 +44,20 @@ def _render(figure: Figure) -> Image.Image:
 
 
 def svg_of(figure: Figure) -> str:
-    """Return the figure as an SVG document."""
+    """Return the figure as an SVG document, with its label for screen readers."""
     buffer = io.StringIO()
     with settings():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(map(visible, buffer.getvalue().split("\n")))  # XML allows no control codes
+    label = escape(visible(str(figure.get_label())))
+    svg = buffer.getvalue().replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return "\n".join(map(visible, svg.split("\n")))  # XML allows no control codes
 
 
 def for_page(svg: str) -> str:
     """Convert an SVG document to an element of an HTML page.
 
-    The background becomes transparent, the text takes the page's color, and metadata and unused ids
-    are dropped.
+    The background becomes transparent, the text takes the page's color, and size, metadata and
+    unused ids are dropped.
     """
     element = svg[svg.index("<svg") :].replace(PAPER, "none").replace(INK, "currentColor")
     element = re.sub(
@@ -71,7 +71,4 @@ def for_page(svg: str) -> str:
         r' id="([^"]*)"', lambda match: match[0] if match[1] in used_ids else "", element
     )
     element = re.sub(r"\s*\n\s*", " ", element).strip()
-    width = re.findall(r' width="([\d.]+)pt"', element)[0]
-    css_class = "wide" if float(width) > MAX_SMALL_WIDTH else "small"
-    tag = f'<svg class="{css_class}" style="width:{width}pt" '
-    return re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2).replace("<svg ", tag, 1)
+    return re.sub(r' (?:width|height)="[\d.]+pt"', "", element, count=2)

@@ -16,7 +16,14 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from ddqcli.formatting import shorten
-from ddqcli.plots.layout import add_axes, add_text, new_figure
+from ddqcli.plots.layout import (
+    WIDTH,
+    add_axes,
+    add_color_legend,
+    add_text,
+    add_title,
+    new_figure,
+)
 from ddqcli.plots.style import GRAY, INK, SHAPE_COLORS, settings
 
 _MAX_BINS = 96
@@ -45,12 +52,13 @@ class Layer:
 def layer_figure(layer: Layer) -> Figure:
     """Draw one layer's histogram and its levels, 4.4 by 2.75 inches."""
     with settings():
-        figure = new_figure(4.4, 2.75)
-        axes = add_axes(figure, 0.62, 0.72, 3.64, 1.55)
+        figure = new_figure(WIDTH, 2.75)
+        axes = add_axes(figure, 0.62, 0.72, WIDTH - 0.76, 1.55)
         _draw_histogram(axes, layer)
         _draw_axes(axes, layer)
-        add_text(figure, 0.12, 2.57, shorten(layer.name, 52), size=9, bold=True)
-        add_text(figure, 0.12, 2.39, f"{layer.kind}, {sum(layer.counts):,} weights, {layer.word}")
+        caption = f"{layer.word}: {sum(layer.counts):,} weights, {layer.kind}"
+        add_title(figure, shorten(layer.name, 52), f"{caption}; {layer.levels_name}", size=9)
+        add_color_legend(figure, 0.12, 2.38, {caption: SHAPE_COLORS.get(layer.word, GRAY)})
         if len(layer.levels):
             add_text(figure, 0.12, 0.15, "|", size=10, bold=True)
         if layer.levels_name:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ddqcli.plots.style import INK
+
+# Inches. A page puts figures of WIDTH side by side, and a WIDE one across.
+WIDTH, HEIGHT = 4.4, 3.3
+WIDE = 12.7
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -41,17 +46,31 @@ def add_text(
     )
 
 
-def add_title(figure: Figure, text: str) -> None:
-    """Add a bold title at the top left."""
-    add_text(figure, 0.12, figure.get_figheight() - 0.2, text, size=11, bold=True)
+def add_title(figure: Figure, text: str, description: str = "", size: float = 11) -> None:
+    """Add a bold title at the top left, and make it the figure's label.
+
+    Screen readers speak the label, with the `description` of what a reader sees.
+    """
+    figure.set_label(f"{text}: {description}" if description else text)
+    add_text(figure, 0.12, figure.get_figheight() - 0.2, text, size=size, bold=True)
 
 
-def add_color_legend(figure: Figure, x: float, y: float, colors: Mapping[str, str]) -> None:
-    """Add a one-line legend: a colored square before each label."""
+def add_color_legend(figure: Figure, x: float, y: float, colors: Mapping[str, str]) -> float:
+    """Add a one-line legend: a colored square before each label. Return where it ends."""
     for label, color in colors.items():
         add_text(figure, x, y, "■", size=8, color=color)
         add_text(figure, x + 0.13, y, label)
         x += 0.36 + 0.065 * len(label)
+    return x
+
+
+def limit_shares(axes: Axes, values: Sequence[float], label: str) -> None:
+    """Label the y axis; keep it within 0 and 100 for the values of a metric in percent."""
+    axes.set_ylabel(label)
+    finite = [value for value in values if np.isfinite(value)]
+    if label.endswith(", %") and finite and min(finite) >= 0 and max(finite) <= 100:
+        margin = max(1.0, 0.1 * (max(finite) - min(finite)))
+        axes.set_ylim(max(0, min(finite) - margin), min(100, max(finite) + margin))
 
 
 def add_legend(figure: Figure, y: float, **kwargs: Any) -> None:

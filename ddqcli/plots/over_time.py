@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from ddqcli.formatting import shorten
-from ddqcli.plots.layout import add_axes, add_legend, add_title, new_figure
-from ddqcli.plots.style import BLUE, CYCLE, GRAY, INK, SKY, VERMILLION, settings
+from ddqcli.plots.layout import (
+    HEIGHT,
+    WIDTH,
+    add_axes,
+    add_legend,
+    add_title,
+    limit_shares,
+    new_figure,
+)
+from ddqcli.plots.style import BLUE, CYCLE, GRAY, GREEN, INK, SKY, VERMILLION, settings
 
 DASHES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)))
 
@@ -26,18 +38,18 @@ def error_over_time_figure(
     gray, with the median of all layers.
     """
     with settings():
-        figure = new_figure(6.4, 4.1)
+        figure = new_figure(WIDTH, HEIGHT)
         names = list(errors)
         table = np.array([np.asarray(errors[name], float) for name in names])
         table = np.where(table > 0, table, np.nan)  # a log axis cannot show 0
         order = np.argsort(-np.nan_to_num(table[:, -1]), kind="stable")
         largest, others = order[:named], order[named:]
         legend_rows = -(-(len(largest) + 2 * bool(len(others))) // 2)
-        bottom = 0.62 + 0.165 * legend_rows
-        axes = add_axes(figure, 0.75, bottom, 5.45, 3.65 - bottom)
+        bottom = 0.5 + 0.165 * legend_rows
+        axes = add_axes(figure, 0.68, bottom, WIDTH - 0.85, HEIGHT - 0.4 - bottom)
         axes.plot(steps, table[others].T, color=GRAY, lw=0.6, alpha=0.6)
         for k, layer in enumerate(largest):
-            label = shorten(names[layer].removesuffix(".weight"), 34)
+            label = shorten(names[layer].removesuffix(".weight"), 26)
             color, dashes = CYCLE[k % 6], DASHES[k % 5]
             axes.plot(steps, table[layer], color=color, ls=dashes, lw=1.3, label=label)
         if len(others):
@@ -47,11 +59,12 @@ def error_over_time_figure(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
+        axes.set_xlim(*_ends(steps))
         axes.set_xlabel("step")
-        axes.set_ylabel("relative error |q - w|² / |w|² (log)")
+        axes.set_ylabel("|q - w|² / |w|² (log)")
         axes.grid()
         add_legend(figure, 0, loc="lower left", ncols=2, handlelength=3)
-        add_title(figure, "Quantization error over time")
+        add_title(figure, "Quantization error over time", f"a line for each of {len(names)} layers")
     return figure
 
 
@@ -64,11 +77,12 @@ def levels_over_time_figure(
 ) -> Figure:
     """Draw one layer's levels by step beside the histogram of its weights (Fig. 5b).
 
-    The number of levels may change between steps. `edges` and `counts` are the histogram's.
+    The number of levels may change between steps; before the first, every value of the 8-bit grid
+    is a level. `edges` and `counts` are the histogram's.
     """
     with settings():
-        figure = new_figure(5.6, 3.4)
-        axes = add_axes(figure, 0.75, 0.55, 3.3, 2.25)
+        figure = new_figure(WIDTH, HEIGHT)
+        axes = add_axes(figure, 0.62, 0.85, 2.4, HEIGHT - 1.3)
         changes = [k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])]
         for first, end in pairwise([0, *changes, len(levels)]):
             part = np.array(levels[first:end], float)
@@ -83,10 +97,19 @@ def levels_over_time_figure(
                 )
             if first:
                 axes.axvline(steps[first], color=GRAY, lw=0.7, ls=":")
+        handles: list[Artist] = [Line2D([], [], color=BLUE, label="levels, in two blues")]
+        if changes:
+            handles.append(Line2D([], [], color=GRAY, ls=":", label="another bit-width"))
+        if steps[0] > 0:
+            handles.append(Patch(fc=GRAY, alpha=0.2, label="8 bits: the full grid"))
+            axes.axvspan(0, steps[0], color=GRAY, alpha=0.2, lw=0)
+        handles.append(Line2D([], [], color=VERMILLION, lw=0.7, label="last levels"))
+        handles.append(Patch(fc=BLUE, alpha=0.45, label="last float weights"))
+        axes.set_xlim(*_ends(steps))
         axes.set_xlabel("step")
         axes.set_ylabel("level")
         axes.grid()
-        right = add_axes(figure, 4.25, 0.55, 1.2, 2.25, sharey=axes)
+        right = add_axes(figure, 3.3, 0.85, 0.92, HEIGHT - 1.3, sharey=axes)
         right.stairs(
             counts, edges, orientation="horizontal", fill=True, color=BLUE, alpha=0.45, lw=0
         )
@@ -96,8 +119,9 @@ def levels_over_time_figure(
         right.xaxis.set_major_locator(MaxNLocator(2))
         right.set_xlim(0)
         right.set_xlabel("weights per bin")
-        right.set_title("last levels", fontsize=7, color=VERMILLION)
-        add_title(figure, f"Levels over time: {shorten(name, 42)}")
+        add_legend(figure, 0, loc="lower left", ncols=3, handles=handles, handlelength=1.6)
+        title = f"Levels over time: {shorten(name, 30)}"
+        add_title(figure, title, f"{len(levels[-1])} levels at the end", size=9)
     return figure
 
 
@@ -108,37 +132,48 @@ def loss_over_time_figure(
     looks: Sequence[tuple[float, float, float]] = (),
     delivered_step: float | None = None,
     metric: str = "accuracy, %",
+    batch_norm_step: float | None = None,
 ) -> Figure:
     """Draw the loss above the accuracy, or another metric, by step.
 
     Lines are of training batches. Points are of `looks` at held-out samples: step, loss, accuracy.
-    A vertical line marks `delivered_step`. `metric` is the name and unit of accuracies.
+    Vertical lines mark `delivered_step` and `batch_norm_step`, from which BatchNorm's statistics
+    are frozen. `metric` is the name and unit of accuracies.
     """
+    marks = []
+    if batch_norm_step is not None:
+        marks.append((batch_norm_step, f"BatchNorm frozen: step {batch_norm_step:,}", GREEN, "--"))
+    if delivered_step is not None:
+        delivered = f"step {delivered_step:,}" if delivered_step else "start"
+        marks.append((delivered_step, f"delivered: {delivered}", INK, ":"))
     with settings():
-        figure = new_figure(6.4, 3.9)
-        top = add_axes(figure, 0.75, 1.95, 5.45, 1.5)
-        axes = add_axes(figure, 0.75, 0.55, 5.45, 1.15, sharex=top)
+        figure = new_figure(WIDTH, HEIGHT)
+        top = add_axes(figure, 0.68, 1.85, WIDTH - 0.85, HEIGHT - 2.25)
+        axes = add_axes(figure, 0.68, 0.85, WIDTH - 0.85, 0.85, sharex=top)
         look_steps, *look_values = zip(*looks, strict=True) if looks else ((), (), ())
         for each, training, held_out in zip(
             (top, axes), (loss, accuracy), look_values, strict=True
         ):
             each.plot(steps, training, color=BLUE, lw=1.2, label="training batches")
             if looks:
-                each.plot(
-                    look_steps, held_out, "o", color=VERMILLION, ms=4, label="held-out samples"
-                )
-            if delivered_step is not None:
-                label = f"delivered: {f'step {delivered_step:,}' if delivered_step else 'start'}"
-                each.axvline(delivered_step, color=INK, lw=0.9, ls=":", label=label)
+                style: Any = {"color": VERMILLION, "ms": 4, "clip_on": False}
+                each.plot(look_steps, held_out, "o", label="held-out samples", **style)
+            for step, label, color, dashes in marks:
+                each.axvline(step, color=color, lw=1, ls=dashes, label=label)
             each.grid()
             each.yaxis.set_major_locator(MaxNLocator(5))
         top.set_ylabel("loss")
-        top.set_ylim(bottom=0)
+        if min([*loss, *look_values[0]]) >= 0:
+            top.set_ylim(bottom=0)
         top.tick_params(labelbottom=False)
-        top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.3)
-        axes.set_ylabel(metric)
-        if metric == "accuracy, %":
-            axes.set_ylim(max(0, min([*accuracy, *look_values[1]]) - 2), 100.5)
+        limit_shares(axes, [*accuracy, *look_values[1]], metric)
+        axes.set_xlim(*_ends([*steps, *look_steps]))
         axes.set_xlabel("step")
-        add_title(figure, "Loss over time")
+        add_legend(figure, 0, loc="lower left", ncols=2, handles=top.get_legend_handles_labels()[0])
+        add_title(figure, "Loss over time", f"above {metric.partition(',')[0]}")
     return figure
+
+
+def _ends(steps: Sequence[float]) -> tuple[float, float]:
+    """Return the limits of a step axis, which begins at 0."""
+    return 0, max([1, *steps])

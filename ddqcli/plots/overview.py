@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ddqcli.formatting import count, shorten
 from ddqcli.plots.histogram import Layer, add_lines, bar_counts, format_tick, value_limits
-from ddqcli.plots.layout import add_axes, add_color_legend, add_text, new_figure
+from ddqcli.plots.layout import add_axes, add_color_legend, add_text, add_title, new_figure
 from ddqcli.plots.style import GRAY, SHAPE_COLORS, settings
 
 PER_SHEET = (5, 8)  # panels per row, rows
@@ -45,14 +45,16 @@ def _sheet_figure(layers: Sequence[Layer], columns: int, number: int, sheets: in
     learned = any(layer.learned for layer in layers)
     title = "Weights and levels by layer" if learned else "Weights by layer"
     page = f", sheet {number} of {sheets}" if sheets > 1 else ""
-    add_text(figure, 0.15, height - 0.18, title + page, size=11, bold=True)
+    add_title(figure, title + page, f"a histogram for each of {len(layers)} layers")
     shapes = {layer.word for layer in layers}
     legend = {
         shape + " (log height)" * (shape == "heavy-tailed"): color
         for shape, color in SHAPE_COLORS.items()
         if shape in shapes
     }
-    add_color_legend(figure, 0.15, height - 0.41, legend)
+    end = add_color_legend(figure, 0.15, height - 0.41, legend)
+    if learned:
+        add_text(figure, end, height - 0.41, f"|  levels; none drawn of more than {MAX_LEVELS_DRAWN}")
     canvas = add_axes(figure, 0, 0, width, height, xlim=(0, width), ylim=(0, height))
     canvas.set_axis_off()
     for k, layer in enumerate(layers):

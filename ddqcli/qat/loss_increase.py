@@ -6,9 +6,9 @@ Where weights are rounded with compensation, only a share of that error reaches 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ddqcli.qat.model import QuantizedParameter
 from ddqcli.quant.error_curve import squared_error_by_bits
@@ -22,32 +22,57 @@ _CHANNELS = 16  # of a tensor quantized by channel, whose error stands for that 
 _MEMORY = 50  # gradients over which the running mean reaches back
 
 
-@dataclass
 class FisherEstimate:
     """Running mean of every tensor's mean squared gradient, of which its empirical Fisher is made.
 
     The Fisher of a mean loss over batches of B samples is B times the mean squared gradient.
-    `error_share` is the share of a tensor's error that compensated rounding leaves
-    (`quant.compensation.error_share`); 1 for tensors that it lacks.
+
+    Attributes:
+        mean_square: by tensor.
+        seen: number of gradients in the mean.
+        error_share: by tensor, the share of its error that compensated rounding leaves
+            (`quant.compensation.error_share`); 1 for tensors that it lacks.
     """
 
-    tensors: Sequence[QuantizedParameter]
-    batch_size: int
-    mean_square: dict[str, float] = field(default_factory=dict)  # by tensor
-    seen: int = 0  # gradients in the mean
-    error_share: dict[str, float] = field(default_factory=dict)  # by tensor
+    def __init__(
+        self,
+        tensors: Sequence[QuantizedParameter],
+        batch_size: int,
+        mean_square: Mapping[str, float] | None = None,
+    ) -> None:
+        self.tensors, self.batch_size = tensors, batch_size
+        self._mean_square = dict(mean_square or {})
+        self._unread: list[tuple[float, float, list[QuantizedParameter], Tensor | None]] = []
+        self.seen = 0
+        self.error_share: dict[str, float] = {}
 
     def update(self, share: float = 1.0) -> None:
-        """Take in the gradients that the parameters hold, means over a `share` of a batch."""
+        """Take in the gradients that the parameters hold, means over a `share` of a batch.
+
+        Their norms stay on the device until the mean is needed.
+        """
         grads = [(t, t.parameter.grad) for t in self.tensors if t.parameter.grad is not None]
         norms = torch._foreach_norm([grad for _, grad in grads])
-        squares = torch.stack(list(norms)).square().tolist() if norms else []
+        squares = torch.stack(list(norms)).square() if norms else None
         self.seen += 1
         weight = max(1 / self.seen, 1 / _MEMORY)
-        for (tensor, _), square in zip(grads, squares, strict=True):
-            mean = self.mean_square.get(tensor.name, 0.0)
-            new = share * square / tensor.parameter.numel()
-            self.mean_square[tensor.name] = mean + weight * (new - mean)
+        self._unread.append((weight, share, [t for t, _ in grads], squares))
+
+    @property
+    def mean_square(self) -> dict[str, float]:
+        """Mean squared gradient, by tensor. Synchronizes with the device after an update."""
+        unread, self._unread = self._unread, []
+        for weight, share, tensors, squares in unread:
+            values = [] if squares is None else squares.tolist()
+            for tensor, square in zip(tensors, values, strict=True):
+                mean = self._mean_square.get(tensor.name, 0.0)
+                new = share * square / tensor.parameter.numel()
+                self._mean_square[tensor.name] = mean + weight * (new - mean)
+        return self._mean_square
+
+    @mean_square.setter
+    def mean_square(self, value: Mapping[str, float]) -> None:
+        self._mean_square, self._unread = dict(value), []
 
     def of(self, tensor: QuantizedParameter) -> float:
         """Return a tensor's Fisher: lambda, where the loss increase is lambda / 2 * squared error.
@@ -55,10 +80,11 @@ class FisherEstimate:
         It is the same for all tensors before any gradient. Of a frozen tensor it is unknown, and
         taken for the mean over the values of those that are not.
         """
-        if not self.mean_square:
+        mean_square = self.mean_square
+        if not mean_square:
             return 1.0
         unknown = 0.0 if tensor.parameter.requires_grad else self._mean()
-        return self.batch_size * self.mean_square.get(tensor.name, unknown)
+        return self.batch_size * mean_square.get(tensor.name, unknown)
 
     def _mean(self) -> float:
         sizes = {t.name: t.parameter.numel() for t in self.tensors if t.name in self.mean_square}

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddqcli.quant.compiled import maybe_compiled
 from ddqcli.quant.grid import LEVEL_BITS, fit_grid, representable_scale
 from ddqcli.quant.histogram import Histogram, squared_error
-from ddqcli.quant.layout import from_rows, match_layout, to_rows
 from ddqcli.quant.levels import spread_levels
 from ddqcli.quant.lloyd_max import lloyd_max
 from ddqcli.quant.quantizer import DDQuantizer, check_finite
 from ddqcli.quant.straight_through import ReplaceForward
+from ddqcli.quant.uniform_kernels import UniformFakeQuantize
 
 _SAMPLED = 2**16  # about as many values of an input after the first are observed
 _SCALE_OF_ZEROS = 1e-25  # no input that is not zero has so small a step
@@ -65,7 +64,7 @@ class ActivationQuantizer(nn.Module):
             self.learned.use_compiled = self.use_compiled
             return self.learned(x)  # type: ignore[no-any-return]
         high_code = self.low_code + 2**self.bits - 1
-        quantized: Tensor = _UniformFakeQuantize.apply(
+        quantized: Tensor = UniformFakeQuantize.apply(
             x, self.scale(), self.low_code, high_code, self.use_compiled
         )
         return quantized
@@ -149,47 +148,3 @@ def _fit_step(distribution: Histogram, bits: int) -> tuple[float, int]:
         if error < best_error:
             best, best_error = (scale, zero_point), error
     return best
-
-
-class _UniformFakeQuantize(torch.autograd.Function):
-    """Round to codes low..high. Only x is saved for the backward pass, as by a float layer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, use_compiled: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.constants = (low, high, use_compiled)
-        kernel = maybe_compiled(_quantize, x.device, use_compiled)
-        return from_rows(kernel(to_rows(x, 0, 1), scale, low, high), x, 0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        low, high, use_compiled = ctx.constants
-        grad = to_rows(match_layout(grads[0], x), 0, 1)
-        kernel = maybe_compiled(_gradients, x.device, use_compiled)
-        grad_x, grad_scale = kernel(grad, to_rows(x, 0, 1), scale, low, high)
-        return from_rows(grad_x, x, 0), grad_scale, None, None, None
-
-
-def _quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    _, code = _steps_and_code(x, scale, low, high)
-    code = torch.add(code, x, alpha=-0.0)  # 0 for -0, NaN where x is not finite
-    return (code * scale).to(x.dtype)
-
-
-def _gradients(
-    grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """Straight through within the range, and LSQ's gradient of the step (Esser 2020, Eqn 3)."""
-    steps, code = _steps_and_code(x, scale, low, high)
-    inside = (steps >= low) & (steps <= high)
-    slope = code - torch.where(inside, steps, 0.0)
-    return torch.where(inside, grad, 0.0), (grad.float() * slope).sum()
-
-
-def _steps_and_code(x: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """x in units of the step size, and the code it is rounded to."""
-    steps = x.float() / scale
-    return steps, torch.clamp(torch.round(steps), low, high)

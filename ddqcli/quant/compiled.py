@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Triton's own division is off by up to two units in the last place.
-_CUDA_OPTIONS = {"eager_numerics.division_rounding": True}
-
 
 @cache
-def compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` compiled for all shapes."""
-    options: Any = None if device_type == "cpu" else _CUDA_OPTIONS
-    compiled = torch.compile(function, dynamic=True, options=options)
+    compiled = torch.compile(function, dynamic=True)
 
     def call(*args: Any) -> Any:
         # Detached, because torch.compile specializes on requires_grad.
@@ -30,16 +26,21 @@ def compiled(function: Callable[..., Any], device_type: str) -> Callable[..., An
 def maybe_compiled(
     function: Callable[..., Any], device: torch.device, use_compiled: bool
 ) -> Callable[..., Any]:
-    """Return `function` itself, or compiled for the device."""
-    return compiled(function, device.type) if use_compiled else function
+    """Return `function` itself, or compiled if it is for the CPU."""
+    return compiled(function) if use_compiled and device.type == "cpu" else function
 
 
 def can_compile(device: torch.device) -> bool:
-    """True if torch.compile works here. A missing compiler only shows in use, so this compiles."""
+    """True if torch.compile works here. A missing compiler only shows in use, so this compiles.
+
+    On CUDA it is of no use: it needs Triton, and with Triton `triton_ops` runs.
+    """
+    if device.type != "cpu":
+        return False
     # torch.utils.cpp_extension warns where CUDA is installed but absent.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
-        compiled(_probe, device.type)(torch.zeros(8, device=device))
+        compiled(_probe)(torch.zeros(8))
     except Exception:  # whatever a missing or broken compiler raises: the eager path works anyway
         return False
     return True

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ddqcli.quant import kernels
+from ddqcli.quant.device_constants import device_constant
 from ddqcli.quant.lookup import LookupTables
 
 COMPILE_FROM = 2**16  # values of a tensor from which a compiled kernel is worth its call
@@ -58,7 +59,7 @@ def fake_quantize(
     >>> x = torch.tensor([4.0, 5.0, 99.0], requires_grad=True)
     >>> x_q = fake_quantize(x, make_lookup_tables(levels, scale, zero_point, gates, (2,)))
     >>> x_q
-    tensor([ 0., 10., 30.], grad_fn=<_LookupGradientsBackward>)
+    tensor([ 0., 10., 30.], grad_fn=<_LevelGradientsBackward>)
     >>> x_q.sum().backward()
     >>> x.grad  # 99 lies beyond the outer level
     tensor([1., 1., 0.])
@@ -85,7 +86,10 @@ def fake_quantize_many(
         tables: of G groups.
         corrections: lambda of Eqn (9) for each tensor.
     """
-    factors = tables.cells.half_step.new_tensor(corrections) if any(corrections) else None
+    device = tables.values.device
+    factors = None
+    if any(corrections):
+        factors = device_constant(tuple(corrections), device, torch.float32)
     return _apply(xs, tables, factors, 0, False)
 
 
@@ -97,15 +101,8 @@ def _apply(
     use_compiled: bool,
 ) -> tuple[Tensor, ...]:
     """Quantize, with the backward pass that fits what is learned."""
-    path: type[_FakeQuantize]
-    if not (tables.learned and tables.values.requires_grad):
-        path = _StraightThrough
-    elif tables.values_for_gates.requires_grad or not kernels.suits_thresholds(
-        tables.values, use_compiled
-    ):
-        path = _LookupGradients
-    else:
-        path = _ThresholdGradients
+    learned = tables.learned and tables.values.requires_grad
+    path: type[_FakeQuantize] = _LevelGradients if learned else _StraightThrough
     constants = kernels.Constants(tables.cells, correction, axis, use_compiled)
     out: tuple[Tensor, ...] = path.apply(tables.values, tables.values_for_gates, constants, *xs)
     return out
@@ -142,51 +139,16 @@ class _StraightThrough(_FakeQuantize):
         return grad_values, None, None, *_used(grad_xs, grads)
 
 
-class _ThresholdGradients(_FakeQuantize):
-    """Few levels and fixed gates: comparisons and masked sums, fused into one kernel."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        values, *xs = ctx.saved_tensors
-        gradients = kernels.threshold_gradients(values, ctx.constants, grads, xs)
-        return _values_grad(gradients, values), None, None, *_used(gradients.xs, grads)
-
-
-class _LookupGradients(_FakeQuantize):
-    """Any number of levels, groups and tensors, and the gates: table lookups and sums by bin."""
+class _LevelGradients(_FakeQuantize):
+    """Levels are learned, and gates if their values need a gradient."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         values, *xs = ctx.saved_tensors
         learned_gates = ctx.needs_input_grad[1]
-        gradients = kernels.lookup_gradients(values, ctx.constants, grads, xs, learned_gates)
-        return (
-            _values_grad(gradients, values),
-            _values_for_gates_grad(gradients) if learned_gates else None,
-            None,
-            *_used(gradients.xs, grads),
-        )
-
-
-def _values_grad(gradients: kernels.Gradients, values: Tensor) -> Tensor:
-    """Gradient of values [G, n]: x_q minus the straight line, plus Eqn (9).
-
-    Let x = (1 - t) q + t q' lie between q and q'. If q is nearer, x_q minus the line is t q - t q',
-    else (1 - t) q' - (1 - t) q. Either way the factor of q is (x - x_q) / (q' - q), and that of q'
-    the same negated. Beyond the outer levels, x_q is the outer level alone.
-    """
-    below, between, above = gradients.by_gap.tensor_split([1, values.shape[1]], 1)
-    width = values.diff(dim=1)
-    shares = torch.where(width > 0, between / width, 0.0)
-    grad = torch.cat([shares, above], 1) - torch.cat([-below, shares], 1)
-    correction = gradients.correction_by_level
-    return grad if correction is None else grad + correction
-
-
-def _values_for_gates_grad(gradients: kernels.Gradients) -> Tensor | None:
-    """Gradient of x_q, plus Eqn (9), summed by level."""
-    grad, correction = gradients.grad_by_level, gradients.correction_by_level
-    return grad if grad is None or correction is None else correction + grad
+        gradients = kernels.gradients(values, ctx.constants, grads, xs, learned_gates)
+        of_levels = gradients.values, gradients.values_for_gates
+        return *of_levels, None, *_used(gradients.xs, grads)
 
 
 def _used(grad_xs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:

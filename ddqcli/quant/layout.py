@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ddqcli.quant.device_constants import device_constant
 
 
 class Rows:
@@ -37,11 +40,26 @@ class Rows:
         pairs = zip(parts, self.tensors, strict=True)
         return tuple(from_rows(part.clone(), like, 0) for part, like in pairs)
 
+    @property
+    def starts(self) -> Tensor:
+        """Where each group begins in the joined rows, and where the last ends: int64 [G + 1]."""
+        sizes = self.group_sizes
+        ends = tuple(itertools.accumulate(sizes, initial=0))
+        return device_constant(ends, self.tensors[0].device, torch.int64)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Number of values of each group."""
+        if len(self.tensors) > 1:
+            return self.sizes
+        return [self.sizes[0] // self.groups] * self.groups
+
     def spread(self, *per_group: Tensor) -> list[Tensor]:
         """Parameters [G, 1] in the shape that broadcasts against the rows: [G, 1] or [1, N]."""
         if len(self.tensors) == 1:
             return list(per_group)
-        repeats, total = torch.tensor(self.sizes, device=self.tensors[0].device), sum(self.sizes)
+        device, total = self.tensors[0].device, sum(self.sizes)
+        repeats = device_constant(tuple(self.sizes), device, torch.int64)
         return [t.view(-1).repeat_interleave(repeats, output_size=total)[None] for t in per_group]
 
 

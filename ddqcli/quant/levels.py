@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddqcli.quant.device_constants import device_constant
 from ddqcli.quant.grid import GRID_STEPS
 
 
@@ -66,7 +67,7 @@ class EffectiveLevels(torch.autograd.Function):
         max_bits = (levels.shape[1] - 1).bit_length()
         finest = max(min(s + gates.requires_grad, max_bits) for s in bits)
         grid_position = ordered.new_empty(len(ordered), 2**finest)
-        for s, rows in _rows_by_bits(bits):
+        for s, rows in _rows_by_bits(bits, ordered.device):
             grid_position[rows] = _run_means(ordered[rows], s, 2**finest)
         steps = grid_position - zero_point[:, None]
         ctx.save_for_backward(ordered, order, scale, steps)
@@ -115,11 +116,12 @@ def _run_means(ordered: Tensor, s: int, n: int) -> Tensor:
     return level if n == 2**s else level.repeat_interleave(n >> s, dim=1)
 
 
-def _rows_by_bits(bits: tuple[int, ...]) -> list[tuple[int, slice | list[int]]]:
+def _rows_by_bits(bits: tuple[int, ...], device: torch.device) -> list[tuple[int, slice | Tensor]]:
     """Each bit-width in force with the groups that have it."""
     if len(set(bits)) == 1:
         return [(bits[0], slice(None))]
-    return [(s, [g for g, at in enumerate(bits) if at == s]) for s in sorted(set(bits))]
+    groups = {s: tuple(g for g, at in enumerate(bits) if at == s) for s in sorted(set(bits))}
+    return [(s, device_constant(rows, device, torch.int64)) for s, rows in groups.items()]
 
 
 def _run_sums(grad: Tensor, s: int) -> Tensor:
@@ -133,7 +135,7 @@ def _levels_grad(
     """Eqn (8)'s 1 / Z_U: the 2^(b - s) stored levels of a run share its gradient evenly."""
     shared = torch.empty_like(ordered)
     n = ordered.shape[1]
-    for s, rows in _rows_by_bits(bits):
+    for s, rows in _rows_by_bits(bits, ordered.device):
         shared[rows] = (_run_sums(grad[rows], s) * (2**s / n)).repeat_interleave(n >> s, dim=1)
     return torch.empty_like(ordered).scatter_(1, order, shared * scale[:, None])
 
@@ -142,7 +144,7 @@ def _gates_grad(grad: Tensor, ordered: Tensor, scale: Tensor, bits: tuple[int, .
     """Finite differences of x_q when gate s closes (index s - 1) or gate s + 1 opens (index s)."""
     max_bits = (ordered.shape[1] - 1).bit_length()
     out = torch.zeros(len(bits), max_bits, device=ordered.device)
-    for s, rows in _rows_by_bits(bits):
+    for s, rows in _rows_by_bits(bits, ordered.device):
         stored, row_grad, step = ordered[rows], grad[rows], scale[rows][:, None]
         change = _run_means(stored, s, 2**s) - _run_means(stored, s - 1, 2**s)
         out[rows, s - 1] = (_run_sums(row_grad, s) * change * step).sum(1)

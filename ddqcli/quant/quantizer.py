@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.errors import DDQError
+from ddqcli.quant.device_constants import device_constant
 from ddqcli.quant.fake_quantize import fake_quantize
 from ddqcli.quant.grid import GRID_STEPS, LEVEL_BITS, fit_grid, grid_cells, representable_scale
 from ddqcli.quant.histogram import Histogram
@@ -201,17 +202,19 @@ class DDQuantizer(nn.Module):
         if set(self.bits) == {LEVEL_BITS}:
             # 0 * levels, so that the levels get a gradient of zeros.
             return identity + 0 * self.levels, self.scale, self.zero_point
-        whole = torch.tensor([s == LEVEL_BITS for s in self.bits], device=self.levels.device)
+        at_most = tuple(s == LEVEL_BITS for s in self.bits)
+        whole = device_constant(at_most, self.levels.device, torch.bool)
         return torch.where(whole[:, None], identity, self.levels), self.scale, self.zero_point
 
     def _pattern_grid(self) -> tuple[Tensor, Tensor, Tensor]:
         patterns = [grid_pattern(self.kind, s, self.max_bits) for s in self.bits]
         positions, clip_steps = zip(*patterns, strict=True)
         device = self.log2_clip.device
-        levels = torch.tensor(np.stack(positions), dtype=torch.float32, device=device)
-        scale = torch.exp2(self.log2_clip) / torch.tensor(
-            clip_steps, dtype=torch.float32, device=device
+        levels = torch.stack(
+            [device_constant(tuple(row.tolist()), device, torch.float32) for row in positions]
         )
+        steps = device_constant(tuple(map(float, clip_steps)), device, torch.float32)
+        scale = torch.exp2(self.log2_clip) / steps
         scale = ReplaceForward.apply(scale, representable_scale(scale.detach()))
         return levels, scale, torch.full_like(self.zero_point, PATTERN_ZERO)
 

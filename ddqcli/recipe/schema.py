@@ -84,8 +84,9 @@ class DataSection(_Section):
     source: str | None = None
     kwargs: Keywords = {}  # keyword arguments of the data set or factory
     weights: str | None = None  # a torchvision weights entry whose preprocessing to use
-    mean: list[Finite] = list(IMAGENET_MEAN)  # normalization: mean of each channel, of values 0..1
-    std: list[Positive] = list(IMAGENET_STD)  # normalization: standard deviation of each channel
+    # Normalization of values 0..1: mean and standard deviation of each channel, or one for all.
+    mean: list[Finite] = list(IMAGENET_MEAN)
+    std: list[Positive] = list(IMAGENET_STD)
     # Resize the shorter side to this many pixels. None keeps small images; 256 for large ones.
     resize: PositiveCount | None = None
     crop: PositiveCount | None = None  # pixels; center crop in validation, random in training
@@ -101,8 +102,7 @@ class DataSection(_Section):
     def _check_channels(self) -> DataSection:
         if len(self.mean) != len(self.std):
             raise ValueError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give one of each for a "
-                "channel"
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give as many of each"
             )
         return self
 

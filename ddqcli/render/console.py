@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from ddqcli.formatting import visible
 
 ENVELOPE_VERSION = 1
 
+_LABEL_WIDTH = 11  # of `size       76,640 -> ...`
 _PIPE_WIDTH = 160  # columns if stdout is not a terminal, so that layer names stay whole
 
 
@@ -69,6 +72,25 @@ def json_envelope(
         },
         indent=2,
     )
+
+
+def print_lines(lines: Iterable[str], console: Console) -> None:
+    """Print lines of a label and a text.
+
+    On a terminal labels are bold, warnings have a color, and a long text is wrapped beside its
+    label; other programs get each line whole.
+    """
+    if not console.is_terminal:
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=True)
+        return
+    grid = Table.grid()
+    grid.add_column(width=_LABEL_WIDTH, style="bold", no_wrap=True)
+    grid.add_column()
+    for line in map(visible, lines):
+        label, text = line[:_LABEL_WIDTH], line[_LABEL_WIDTH:]
+        grid.add_row(Text(label), Text(text), style="yellow" if "warning" in label else None)
+    console.print(grid)
 
 
 def print_plain(text: str) -> None:

@@ -15,9 +15,9 @@ from ddqcli.render.layer_table import (
     blocks_of,
     distribution_word,
     fitting_columns,
-    kind_word,
     layer_table,
     plain_table,
+    shape_text,
     spark,
 )
 
@@ -53,8 +53,8 @@ def show(result: CheckpointResult, console: Console) -> None:
 def _columns(console: Console) -> list[Column]:
     blocks = blocks_of(console)
     columns = [
-        Column("kind", 7, kind_word, 0, right=False),
-        Column("shape", 16, lambda row: "x".join(map(str, row.shape)), 6, right=False),
+        Column("kind", 9, lambda row: row.kind, 0, right=False),
+        Column("shape", 16, lambda row: shape_text(row, console), 6, right=False),
         Column("params", 6, lambda row: count(row.parameters), 0),
         Column("bytes", 8, lambda row: size(row.bytes), 7),
         Column("min", 7, lambda row: f"{row.min:.2g}", 5),

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from ddqcli.formatting import count, percent, size
 from ddqcli.inspection.trained_rows import ERROR_NOTE, FITTED_NOTE, TrainedResult, TrainedRow
+from ddqcli.render.console import print_lines
 from ddqcli.render.layer_table import (
     LEVELS,
     MORE_COLUMNS,
@@ -14,8 +15,8 @@ from ddqcli.render.layer_table import (
     blocks_of,
     distribution_word,
     fitting_columns,
-    kind_word,
     layer_table,
+    shape_text,
     spark,
 )
 from ddqcli.render.report import total_lines
@@ -36,15 +37,16 @@ def show(result: TrainedResult, console: Console) -> None:
         notes.append(MORE_COLUMNS)
     console.print(Text(" ".join(notes), style="dim"))
     console.print()
-    for line in [*total_lines(result.report), *_closing_lines(result)]:
+    print_lines(total_lines(result.report), console)
+    for line in _closing_lines(result):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _columns(result: TrainedResult, console: Console) -> list[Column]:
     blocks = blocks_of(console)
     columns = [
-        Column("kind", 7, kind_word, 0, right=False),
-        Column("shape", 16, lambda row: "x".join(map(str, row.shape)), 5, right=False),
+        Column("kind", 9, lambda row: row.kind, 0, right=False),
+        Column("shape", 16, lambda row: shape_text(row, console), 5, right=False),
         Column("params", 6, lambda row: count(row.parameters), 1),
         Column("bytes", 8, lambda row: size(row.bytes), 4),
         Column("bits", 4, lambda row: f"{row.bits:.3g}", 0),

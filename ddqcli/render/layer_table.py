@@ -16,7 +16,6 @@ from ddqcli.formatting import shorten
 
 MIN_NAME_WIDTH = 22  # width of the names before further columns are shown
 BLOCKS, ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
-KINDS = {"depthwise": "dw conv", "embedding": "embed"}
 STYLES = {"heavy-tailed": "yellow", "multi-peaked": "magenta", "flat": "cyan"}
 LEVELS = {"uniform": "unif", "power_of_two": "pow2", "best": "best"}
 MORE_COLUMNS = "A wider terminal shows more columns, --json all."
@@ -47,8 +46,27 @@ def fitting_columns(
     return shown
 
 
-def layer_table(rows: Sequence[Any], columns: Sequence[Column], console: Console) -> Table:
-    """Return a table with a line for each row, its name shortened to the width left."""
+def bar(share: float, width: int) -> str:
+    """Return a bar, of `width` characters for a share of 1, in halves of a character."""
+    halves = round(2 * width * min(max(share, 0.0), 1.0))
+    return "━" * (halves // 2) + "╸" * (halves % 2)
+
+
+def shows_bars(console: Console) -> bool:
+    """True on a terminal that can show lines and bars; a pipe gets plain columns."""
+    return console.is_terminal and _is_utf(console)
+
+
+def layer_table(
+    rows: Sequence[Any],
+    columns: Sequence[Column],
+    console: Console,
+    name_of: Callable[[str], str] | None = None,
+) -> Table:
+    """Return a table with a line for each row, its name shortened to the width left.
+
+    `name_of` is how a name is shown, by default without its .weight.
+    """
     name_width = max(console.width - _width(columns), 8)
     ellipsis = "…" if _is_utf(console) else "~"
     table = plain_table(console)
@@ -61,14 +79,14 @@ def layer_table(rows: Sequence[Any], columns: Sequence[Column], console: Console
             no_wrap=True,
         )
     for row in rows:
-        name = Text(shorten(bare_name(row.name), name_width, ellipsis))
+        name = Text(shorten((name_of or bare_name)(row.name), name_width, ellipsis))
         table.add_row(name, *(column.cell(row) for column in columns))
     return table
 
 
 def plain_table(console: Console) -> Table:
     """Return an empty table, without lines if the output is no terminal, for other programs."""
-    if console.is_terminal and _is_utf(console):
+    if shows_bars(console):
         return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
 
@@ -84,13 +102,14 @@ def bare_name(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def kind_word(row: Any) -> str:
-    return str(KINDS.get(row.kind, row.kind))
-
-
 def distribution_word(row: Any) -> Text:
     """Return the distribution's shape; shapes that are hard to quantize have a color."""
     return Text(row.distribution, STYLES.get(row.distribution, ""))
+
+
+def shape_text(row: Any, console: Console) -> str:
+    """Return a shape as text: 64×32×1×1; 1 for a scalar."""
+    return ("×" if _is_utf(console) else "x").join(map(str, row.shape)) or "1"
 
 
 def blocks_of(console: Console) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
-from ddqcli.formatting import visible
+from ddqcli.formatting import duration, visible
 from ddqcli.render.console import err
 from ddqcli.runs.evaluation import Metric
 
@@ -24,7 +27,7 @@ class ProgressReporter:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.bar = _ProgressBar() if sys.stderr.isatty() and not quiet else None
+        self.bar = ProgressBar() if sys.stderr.isatty() and not quiet else None
         self.last_heartbeat = time.monotonic()
         self.last_look: Look | None = None
         self.metric = Metric()
@@ -55,19 +58,18 @@ class ProgressReporter:
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a training step, on the bar or as a heartbeat line; the last step always."""
-        look = self.last_look
-        held_out = f"held-out {self._text(look.held_out_accuracy)}, " if look else ""
-        detail = (
-            f"loss {metrics.loss:.3f}, {self._text(metrics.train_accuracy)}, {held_out}"
-            f"{metrics.average_bits:.2f} bits"
-        )
+        figures = [f"train loss {metrics.loss:.3f}"]
+        if look := self.last_look:
+            figures.append(f"held-out loss {look.held_out_loss:.3f}")
+            figures.append(f"held-out {self._text(look.held_out_accuracy)}")
+        detail = ", ".join([*figures, f"{metrics.average_bits:.2f} bits"])
         now = time.monotonic()
         if self.bar:
             self.bar.show("train", metrics.step, metrics.steps, detail)
         elif now - self.last_heartbeat >= HEARTBEAT_SECONDS or metrics.step >= metrics.steps:
             self.last_heartbeat = now
-            left = _clock(metrics.remaining)
-            self.note(f"train {metrics.step}/{metrics.steps}: {detail}, {left} left")
+            times = _times(metrics.seconds, metrics.remaining)
+            self.note(f"step {metrics.step}/{metrics.steps}: {detail}, {times}")
 
     def judged_by(self, metric: Metric) -> None:
         """Show the values that follow in this metric's unit."""
@@ -78,26 +80,35 @@ class ProgressReporter:
         self.last_look = look
 
     def _text(self, value: float) -> str:
-        """Return a value of the metric: `98.4 %`, `PSNR 31.642 dB`."""
-        if self.metric == Metric():
-            return f"{value:.1f} %"
+        """Return a value of the metric: `accuracy 98.40 %`, `PSNR 31.642 dB`."""
         return f"{self.metric.name} {self.metric.text(value, ' ')}"
 
 
-class _ProgressBar(Progress):
-    """Progress bar with the time left that shows one task at a time."""
+class _TimesColumn(ProgressColumn):
+    """Elapsed and remaining time, in the words of the heartbeat lines."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_times(task.elapsed or 0, task.time_remaining), style="cyan")
+
+
+class ProgressBar(Progress):
+    """Progress bar that shows one task at a time, and its details in a line of their own."""
 
     def __init__(self) -> None:
         super().__init__(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+            _TimesColumn(),
             console=err,
             transient=True,
         )
         self.current: tuple[str, TaskID] | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if detail := "".join(task.fields["detail"] for task in self.tasks):
+            yield Text(f"  {detail}")
 
     def show(self, what: str, done: int, total: int, detail: str = "") -> None:
         """Update the task, or replace the one shown if its description differs."""
@@ -109,8 +120,7 @@ class _ProgressBar(Progress):
         self.update(self.current[1], completed=done, total=total, detail=detail)
 
 
-def _clock(seconds: float) -> str:
-    """Format a duration as m:ss or h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def _times(elapsed: float, remaining: float | None) -> str:
+    """Return `1:05 elapsed, 0:40 left`; without the second part while it is unknown."""
+    left = "" if remaining is None else f", {duration(remaining)} left"
+    return f"{duration(elapsed)} elapsed{left}"

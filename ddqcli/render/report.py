@@ -3,52 +3,61 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from ddqcli.formatting import shorten
+from ddqcli.inspection.trained_rows import short_kind
+from ddqcli.render.console import print_lines
 from ddqcli.render.data import csv_text, markdown, markdown_table
-from ddqcli.runs.report import Report
+from ddqcli.render.layer_table import (
+    Column,
+    bar,
+    bare_name,
+    fitting_columns,
+    layer_table,
+    shape_text,
+    shows_bars,
+)
+from ddqcli.runs.report import Report, TensorRow
 
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
 CSV_COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error")
-_NUMBERS = {"bits", "levels", "bytes", "share", "error"}
 
 
 def show(report: Report, console: Console) -> None:
     """Print the layers, then the totals."""
-    wide = console.width >= 100
-    columns = [column for column in COLUMNS if wide or column != "kind"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(
-            column,
-            justify="right" if column in _NUMBERS else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-    for row in rows(report):
-        table.add_row(*(shorten(row[column], 60 if wide else 30) for column in columns))
-    console.print(table)
+    columns = fitting_columns(
+        _columns(report, console), console.width, [row.name for row in report.layers]
+    )
+    # Other programs get the names that --json has.
+    name_of = bare_name if console.is_terminal else str
+    console.print(layer_table(report.layers, columns, console, name_of))
     console.print()
-    for line in total_lines(report):
-        console.print(line, markup=False, soft_wrap=True)
+    print_lines(total_lines(report), console)
 
 
-def rows(report: Report) -> list[dict[str, str]]:
-    """Return one row of text for each layer; `share` is of all quantized bytes."""
+def _columns(report: Report, console: Console) -> list[Column]:
+    """Return the columns; on a terminal, bars show bits, of 8, and bytes, of the largest tensor."""
     total = max(1, report.totals.quantized_bytes)
+    largest = max((row.bytes for row in report.layers), default=1)
+    bars = shows_bars(console)
+
+    def with_bar(text: str, share: float, width: int, style: str) -> Text:
+        return Text(text) + (Text(" " + bar(share, width), style) if bars else Text())
+
+    def bits(row: TensorRow) -> Text:
+        return with_bar(f"{row.bits:>4.3g}", row.bits / 8, 8, "cyan")
+
+    def share(row: TensorRow) -> Text:
+        return with_bar(f"{100 * row.bytes / total:>5.1f}%", row.bytes / largest, 10, "green")
+
     return [
-        {
-            "name": row.name,
-            "kind": row.kind,
-            "shape": "×".join(map(str, row.shape)) or "1",
-            "bits": f"{row.bits:g}",
-            "levels": str(row.levels),
-            "bytes": f"{row.bytes:,}",
-            "share": f"{100 * row.bytes / total:.1f}%",
-            "error": f"{100 * row.error:.2f}%",
-        }
-        for row in report.layers
+        Column("kind", 9, lambda row: short_kind(row.kind), 2, right=False),
+        Column("shape", 16, lambda row: shape_text(row, console), 3, right=False),
+        Column("bits", 13 if bars else 4, bits, 0, right=not bars),
+        Column("levels", 6, lambda row: str(row.levels), 1),
+        Column("bytes", 9, lambda row: f"{row.bytes:,}", 0),
+        Column("share", 17 if bars else 6, share, 0, right=not bars),
+        Column("error", 7, lambda row: f"{100 * row.error:.2f}%", 0),
     ]
 
 
@@ -94,6 +103,23 @@ def as_csv(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     """Return totals and layers as Markdown, for the summary of a CI job."""
     totals = [f"- {markdown(line.replace('  ', ' ').strip())}" for line in total_lines(report)]
-    cells = [[row[column] for column in COLUMNS] for row in rows(report)]
-    table = markdown_table(COLUMNS, cells, text=len(set(COLUMNS) - _NUMBERS))
+    table = markdown_table(COLUMNS, _markdown_rows(report), text=3)
     return "\n".join(["### ddq report", "", *totals, "", *table])
+
+
+def _markdown_rows(report: Report) -> list[list[str]]:
+    """Return the texts of each layer; `share` is of all quantized bytes."""
+    total = max(1, report.totals.quantized_bytes)
+    return [
+        [
+            row.name,
+            row.kind,
+            "×".join(map(str, row.shape)) or "1",
+            f"{row.bits:g}",
+            str(row.levels),
+            f"{row.bytes:,}",
+            f"{100 * row.bytes / total:.1f}%",
+            f"{100 * row.error:.2f}%",
+        ]
+        for row in report.layers
+    ]

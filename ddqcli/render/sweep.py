@@ -1,55 +1,123 @@
-"""A sweep as a table: size against accuracy, a row for each target."""
+"""A sweep: size against accuracy, as a table with a row for each target, and as a curve."""
 
 from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from ddqcli.commands.sweep import PICTURE, SweepResult
+from ddqcli.formatting import duration
+from ddqcli.render.curve import curve_lines
+from ddqcli.render.data import csv_text, markdown_table
 from ddqcli.runs.evaluation import Metric
+from ddqcli.runs.names import SWEEP_PICTURE
 from ddqcli.runs.report import SweepTable
 
+if TYPE_CHECKING:
+    from ddqcli.commands.sweep import SweepResult
+
+CSV_COLUMNS = ("target", "bytes", "budget_bytes", "average_bits", "accuracy", "drop", "run")
 _TEXT_COLUMNS = ("target", "run")
 
 
-def show(result: SweepResult, console: Console) -> None:
-    """Print the table, the warnings, the folder, and what to type next."""
-    console.print(_table(result.table))
-    console.print()
-    for row in result.table.targets:
-        for warning in row.warnings:
-            console.print(f"warning    {row.target}: {warning}", markup=False, soft_wrap=True)
+def show_result(result: SweepResult, console: Console) -> None:
+    """Print table, curve and warnings of a sweep just made, the folder, and what to type next."""
+    show(result.table, console)
     if result.run_dir is None:
-        console.print("dry run    all budgets can be met; nothing was trained", soft_wrap=True)
+        console.print(
+            "dry run    all budgets can be met, and model and data fit; nothing was trained",
+            soft_wrap=True,
+        )
         return
     for line in (
+        f"time       {duration(result.seconds)}",
         f"runs       {result.run_dir}",
-        f"picture    {result.run_dir}/{PICTURE}.png",
-        f"next       ddq report {result.run_dir}/{result.table.targets[-1].run}",
+        f"picture    {result.run_dir}/{SWEEP_PICTURE}.png",
+        *next_lines(result.run_dir, result.table),
     ):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _table(sweep: SweepTable) -> Table:
+def next_lines(folder: Path, sweep: SweepTable) -> list[str]:
+    """Return the commands that go on with one run of a sweep."""
+    run = f"{shlex.quote(str(folder))} --target {_short(sweep.targets[-1].target)}"
+    return [f"next       ddq report {run}", f"           ddq export {run}"]
+
+
+def show(sweep: SweepTable, console: Console) -> None:
+    """Print a row for each target, the curve, and the warnings."""
+    header, rows = _header(sweep), _rows(sweep)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    metric = sweep.metric
-    for column in ("target", "bytes", "bits a weight", metric.name, "drop", "run"):
+    for column in header:
         table.add_column(
             column, justify="left" if column in _TEXT_COLUMNS else "right", no_wrap=True
         )
-    table.add_row(
-        "float", f"{sweep.float.bytes:,}", "", _text(metric, sweep.float.accuracy), "", ""
-    )
-    for row in sweep.targets:
-        table.add_row(
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
+    if lines := _curve(sweep):
+        for line in lines:
+            console.print(line, soft_wrap=True)
+        console.print()
+    for target in sweep.targets:
+        for warning in target.warnings:
+            console.print(f"warning    {target.target}: {warning}", markup=False, soft_wrap=True)
+
+
+def as_csv(sweep: SweepTable) -> str:
+    """Return the targets as CSV, numbers unformatted."""
+    rows = [row.data() for row in sweep.targets]
+    return csv_text(CSV_COLUMNS, [[row[column] for column in CSV_COLUMNS] for row in rows])
+
+
+def as_markdown(sweep: SweepTable) -> str:
+    """Return the table as Markdown, for the summary of a CI job."""
+    return "\n".join(["### ddq report", "", *markdown_table(_header(sweep), _rows(sweep))])
+
+
+def _header(sweep: SweepTable) -> list[str]:
+    return ["target", "bytes", "ratio", "bits a weight", sweep.metric.name, "drop", "run"]
+
+
+def _rows(sweep: SweepTable) -> list[list[str]]:
+    """Return the texts of the float model and of each target."""
+    metric, stored = sweep.metric, sweep.float
+    first = ["float", f"{stored.bytes:,}", "", "", _text(metric, stored.accuracy), "", ""]
+    return [first] + [
+        [
             row.target,
             f"{row.bytes:,}",
+            f"{stored.bytes / max(1, row.bytes):.1f}x",
             f"{row.average_bits:.3f}",
             _text(metric, row.accuracy),
             "" if row.drop is None else metric.text(row.drop).rstrip("%"),
             row.run or "",
-        )
-    return table
+        ]
+        for row in sweep.targets
+    ]
+
+
+def _curve(sweep: SweepTable) -> list[str]:
+    """Return a picture of the metric over the size of the file; nothing after a dry run."""
+    points = [
+        (row.bytes, row.accuracy, row.target) for row in sweep.targets if row.accuracy is not None
+    ]
+    if not points or sweep.float.accuracy is None:
+        return []
+    metric, stored = sweep.metric, sweep.float.accuracy
+    values, sizes = [stored, *(y for _, y, _ in points)], [x for x, _, _ in points]
+    ticks = [metric.text(max(values)), metric.text(min(values))]
+    ticks += [f"{min(sizes):,} bytes", f"{max(sizes):,}"]
+    title = f"{metric.name} over size of the file (log); dashed: float"
+    return [title, *curve_lines(points, stored, ticks)]
+
+
+def _short(target: str) -> str:
+    return shlex.quote(target.removesuffix(" bits"))
 
 
 def _text(metric: Metric, value: float | None) -> str:

@@ -1,1 +1,2 @@
-"""The run folder: names.py lists its files, folder.py finds it, run.py reads and writes it."""
+"""The run folder: names.py lists its files, folder.py makes it, find.py finds it, run.py reads and
+writes it."""

@@ -127,10 +127,7 @@ class Course(Record):
             return f"trained, {best}step {self.best_step:,} {distance}"
         if not steps:
             return f"{self.delivered} start, not trained {distance}"
-        return (
-            f"{self.delivered} start {distance}; training did not improve it "
-            "(too little data, or a train.lr that does not fit)"
-        )
+        return f"{self.delivered} start {distance}; training did not improve it"
 
     @property
     def _values(self) -> dict[str, Value]:

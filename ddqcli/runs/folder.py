@@ -1,9 +1,10 @@
-"""Create, find, lock and remove run folders."""
+"""Create, lock and remove run folders."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -56,45 +57,6 @@ def create_folder(path: Path | None, name: str) -> Path:
     return path
 
 
-def find_finished(path: Path | None) -> Path:
-    """Return `path` if it is a finished run, or the newest finished run under runs/ for None.
-
-    Raises UsageError if there is none.
-    """
-    if path is None:
-        return _newest_finished()
-    if not path.is_dir():
-        raise UsageError(f"{path} is no run folder; `ddq finetune` makes one under {RUNS}/.")
-    if (path / REPORT).is_file():
-        return path
-    if is_sweep(path) and (reports := sorted(path.glob(f"*/{REPORT}"))):
-        names = ", ".join(str(report.parent) for report in reports)
-        raise UsageError(f"{path} holds several runs; name one: {names}.")
-    raise UsageError(f"{path} holds no finished run: {REPORT} is missing.")
-
-
-def find_unfinished(path: Path | None, *, or_none: bool = False) -> Path | None:
-    """Return the run or sweep to resume: the one at `path`, or the newest unfinished for None.
-
-    A run inside a sweep stands for the whole sweep; one at `path` may also be finished. If there
-    is none, returns None with `or_none` and raises UsageError otherwise.
-    """
-    if path is None:
-        begun = [folder for folder in _own_folders("*") if recipe_path(folder).is_file()]
-        folders = [folder for folder in begun if not is_finished(folder)]
-        where = f"under {Path(RUNS).resolve()}; name one with --run-dir"
-    else:
-        parent = path.parent if path.name else path.absolute().parent
-        folder = parent if is_sweep(parent) else path
-        folders = [folder] if recipe_path(folder).is_file() else []
-        where = f"in {path}: {RECIPE} is missing"
-    if folders:
-        return max(folders, key=_time_of_making)
-    if or_none:
-        return None
-    raise UsageError(f"There is no unfinished run {where}.")
-
-
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
     """Hold the folder's lock, to write in it.
@@ -134,6 +96,20 @@ def hold_for_reading(path: Path) -> Iterator[None]:
         yield
 
 
+def is_busy(path: Path) -> bool:
+    """True if another process is writing in the folder."""
+    try:
+        with hold_for_reading(path):
+            return False
+    except UsageError:
+        return True
+
+
+def resume_command(path: Path) -> str:
+    """Return the command that goes on with the run or sweep in a folder."""
+    return f"ddq finetune --resume --run-dir {shlex.quote(str(path))}"
+
+
 def remove_if_untrained(path: Path) -> None:
     """Remove the folder if it holds no training state; keep files that are not a run's."""
     if read_marker(path) and not any(path.glob(f"*/{RECIPE}" if is_sweep(path) else LAST)):
@@ -170,27 +146,3 @@ def _creation_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(f"The run folder {path} cannot be made: {error.strerror}.") from error
-
-
-def _newest_finished() -> Path:
-    """Return the newest finished run under runs/, runs of sweeps included."""
-    runs = [run for run in (*_own_folders("*"), *_own_folders("*/*")) if (run / REPORT).is_file()]
-    if runs:
-        return max(runs, key=_time_of_making)
-    unfinished = len([run for run in _own_folders("*") if recipe_path(run).is_file()])
-    there = f"{unfinished} unfinished and no finished run" if unfinished else "no run"
-    raise UsageError(
-        f"There is {there} under {Path(RUNS).resolve()}; `ddq finetune MODEL` makes one, or name "
-        "a run folder."
-    )
-
-
-def _own_folders(pattern: str) -> list[Path]:
-    """Return the folders under runs/ that ddq has made; other tools have folders there too."""
-    return sorted(path for path in Path(RUNS).glob(pattern) if read_marker(path))
-
-
-def _time_of_making(folder: Path) -> int:
-    """Return when the folder was made. File times would not survive a copy."""
-    marker = read_marker(folder)
-    return marker.created if marker else 0

@@ -12,6 +12,7 @@ runs/20260131-142310-resnet20/
 A sweep over several targets is a folder of runs, one for each target, with
     sweep.yaml      the resolved recipe with all targets
     sweep.json      the table; written last
+    size-accuracy.png and .svg
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ REPORT = "report.json"
 RECIPE = "recipe.yaml"
 SWEEP = "sweep.json"
 SWEEP_RECIPE = "sweep.yaml"
+SWEEP_PICTURE = "size-accuracy"
 METRICS = "metrics.jsonl"
 LAST = "last.pt"
 FINAL = "final.pt"

@@ -13,7 +13,7 @@ from typing import Any
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.recipe.file import differences, dump_recipes, load_recipes, require_whole
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs import folder
+from ddqcli.runs import find, folder
 from ddqcli.runs import metrics as metrics_file
 from ddqcli.runs.files import sync, write_atomic
 from ddqcli.runs.marker import token_of
@@ -27,7 +27,7 @@ from ddqcli.runs.names import (
     SWEEP,
     SWEEP_RECIPE,
 )
-from ddqcli.runs.report import Report
+from ddqcli.runs.report import Report, SweepTable
 from ddqcli.runs.state import check_resumable, load_torch, save_torch
 
 __all__ = ["FINAL", "LAST", "METRICS", "RECIPE", "REPORT", "ReadOnlyRun", "Run"]
@@ -49,13 +49,13 @@ class Run:
         return cls(folder.create_folder(path, name))
 
     @classmethod
-    def open(cls, path: Path | None, *, trust: bool = False) -> Run:
-        """Return the finished run at `path`, or the newest one under runs/ for None.
+    def open(cls, path: Path | None, target: str | None = None, *, trust: bool = False) -> Run:
+        """Return the finished run at `path`, or the newest one for None; of a sweep, a `target`'s.
 
         `trust` allows the code it names (see `ddqcli.runs.trust`). Raises UsageError if there is
         no run.
         """
-        return cls(folder.find_finished(path), trust)
+        return cls(find.find_finished(path, target), trust)
 
     @classmethod
     def unfinished(
@@ -66,7 +66,7 @@ class Run:
         A run inside a sweep stands for the whole sweep. If there is none, returns None with
         `or_none` and raises UsageError otherwise.
         """
-        path = folder.find_unfinished(path, or_none=or_none)
+        path = find.find_unfinished(path, or_none=or_none)
         return None if path is None else cls(path, trust)
 
     def locked(self) -> AbstractContextManager[None]:
@@ -208,6 +208,16 @@ class Run:
         """Write the table of a sweep, which marks it as finished."""
         self._write(SWEEP, json.dumps(table, indent=1).encode())
 
+    def sweep_table(self) -> SweepTable:
+        """Read sweep.json. Raises UsageError if it cannot be read, DDQError if it is damaged."""
+        path = self.path / SWEEP
+        try:
+            return SweepTable.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise DDQError(f"{path} is damaged; {self._remedy(SWEEP)}.") from error
+
     def write_report(self, report: Report) -> None:
         data = report.data()
         self._write(REPORT, json.dumps({**data, "checksum": _checksum(data)}, indent=1).encode())
@@ -228,7 +238,7 @@ class Run:
         """Return the advice for a damaged file."""
         if name == LAST:
             return "begin a new run"
-        return f"`ddq finetune --resume --run-dir {self.path}` writes it again"
+        return f"`{folder.resume_command(self.path)}` writes it again"
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomic(

@@ -26,6 +26,7 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.marker import token_of
 from ddqcli.runs.run import Run
+from ddqcli.runs.state_home import read_own, state_home
 
 _MAX_RECORD = 1 << 20  # bytes; one of a thousand files takes a tenth
 _INSTALLED = {
@@ -174,17 +175,10 @@ def _record_path(run: Run) -> Path:
     token = token_of(run.path)
     if not token:
         raise ValueError(f"{run.path} has no marker")
-    state = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
-    return base / "ddq" / "runs" / f"{token}.json"
+    return state_home() / "runs" / f"{token}.json"
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     """Read a record that nobody but this user can have written."""
-    with path.open("rb") as file:
-        if hasattr(os, "getuid"):
-            status = os.fstat(file.fileno())
-            if status.st_uid != os.getuid() or status.st_mode & 0o022:
-                raise ValueError(f"{path} may be another user's")
-        record: dict[str, Any] = json.loads(file.read(_MAX_RECORD))
+    record: dict[str, Any] = json.loads(read_own(path, _MAX_RECORD))
     return record

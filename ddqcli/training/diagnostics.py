@@ -13,6 +13,7 @@ from ddqcli.runs.evaluation import Course
 from ddqcli.training import distributed
 from ddqcli.training.trainer import Trainer
 
+_BELOW_FLOAT = 0.5  # points, or percent of a metric in another unit: worth more training
 _FAR_BELOW_FLOAT = 10.0  # points, or percent of a metric in another unit
 _LARGE_FLOAT_SHARE = 0.5  # of the file's bytes
 _SMALL_BATCH = 8  # samples, up to which batch statistics are too noisy to normalize by
@@ -51,29 +52,48 @@ def find_warnings(
 
 
 def _far_below_float(trainer: Trainer, course: Course) -> str | None:
-    metric, values = trainer.data.judged_by, {s.name: s.accuracy for s in course.stages}
-    before, after = values["float"], values[course.delivered]
-    drop = metric.drop(before, after)
-    if drop <= metric.tolerance(_FAR_BELOW_FLOAT, before):
+    drop = _drop(trainer, course, _FAR_BELOW_FLOAT)
+    if drop is None:
         return None
     recipe = trainer.recipe
     bits = f"a larger budget (now {recipe.budget.target})"
     if recipe.budget.target == "none":
         bits = f"a larger weights.max_bits (now {recipe.weights.max_bits})"
     return (
-        f"the quantized model is {metric.amount(drop)} worse than the float model; take {bits}, "
-        f"more training data, or more train.epochs (now {recipe.train.epochs})"
+        f"the quantized model is {trainer.data.judged_by.amount(drop)} worse than the float model; "
+        f"take {bits}, more training data, or more train.epochs (now {recipe.train.epochs})"
     )
 
 
 def _no_improvement(trainer: Trainer, course: Course) -> str | None:
-    """Report that the start is delivered; after two divergences, another warning does."""
+    """Report that the start is delivered, unless it is as good as the float model.
+
+    After two divergences, another warning does.
+    """
     if course.delivered == "trained" or not trainer.steps or trainer.gave_up:
         return None
-    return (
-        f"training did not improve the start: {trainer.data.train.samples:,} training samples may "
-        f"be too few, or train.lr (now {trainer.recipe.train.lr:g}) does not fit"
+    if _drop(trainer, course, _BELOW_FLOAT) is None:
+        return None
+    remedy = (
+        f"{trainer.data.train.samples:,} training samples may be too few, or train.lr (now "
+        f"{trainer.recipe.train.lr:g}) does not fit"
     )
+    start = trainer.looks[0].held_out_loss
+    gain = 1 - min(look.held_out_loss for look in trainer.looks) / start if start > 0 else 0
+    if 0 < gain < trainer.held_out.least_gain:
+        return (
+            f"training lowered the loss on {trainer.held_out.samples:,} held-out samples by "
+            f"{gain:.1%}, which may be chance, so the start is delivered: {remedy}"
+        )
+    return f"training did not improve the start: {remedy}"
+
+
+def _drop(trainer: Trainer, course: Course, points: float) -> float | None:
+    """Return the metric's drop from the float model, if it is more than `points`."""
+    metric, values = trainer.data.judged_by, {s.name: s.accuracy for s in course.stages}
+    before = values["float"]
+    drop = metric.drop(before, values[course.delivered])
+    return drop if drop > metric.tolerance(points, before) else None
 
 
 def _rising_loss(trainer: Trainer) -> str | None:

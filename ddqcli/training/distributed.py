@@ -123,9 +123,9 @@ def sum_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def mean_ranks(value: float) -> float:
-    """Return the mean over all ranks."""
-    return value if shard().count == 1 else float(sum_ranks(torch.tensor(value))) / shard().count
+def mean_ranks(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks."""
+    return value if shard().count == 1 else sum_ranks(value.clone()) / shard().count
 
 
 # ---- failures

@@ -34,7 +34,16 @@ class HeldOut:
     def __init__(self, data: Data, teacher: nn.Module | None, recipe: Recipe) -> None:
         self.data, self.teacher, self.distill = data, teacher, recipe.train.distill
         self.weight = 0.0 if teacher is None else distillation_weight(self.distill, data)
+        self.samples = 0  # of all ranks, as the last look counted them
         self._targets: list[Tree] | None = None
+
+    @property
+    def least_gain(self) -> float:
+        """The fall of the loss, relative to the start, that is more than chance.
+
+        The loss of a sample varies by about its mean, so the mean of n samples by 1 / sqrt(n).
+        """
+        return 1 / math.sqrt(self.samples)
 
     @torch.no_grad()
     def look(self, model: nn.Module, step: int) -> Look:
@@ -55,6 +64,7 @@ class HeldOut:
             scores = self.data.metric(as_float32(output), y).double()
             total += torch.tensor([loss * size, size, scores.sum(), len(scores)]).double()
         loss, samples, score, count = distributed.sum_ranks(total).tolist()
+        self.samples = int(samples)
         mean_loss = math.inf if math.isnan(loss) else loss / samples
         return Look(step, mean_loss, metric.scale * score / count)
 
@@ -73,9 +83,19 @@ class HeldOut:
         return self._targets
 
 
-def is_better(look: Look, best: Look, start: Look, metric: Metric | None = None) -> bool:
-    """True if `look` has the lowest loss so far, and `metric` is not worse than at the start."""
-    return look.held_out_loss < best.held_out_loss and _fall(look, start, metric) <= 0
+def is_better(
+    look: Look, best: Look, start: Look, metric: Metric | None = None, least_gain: float = 0.0
+) -> bool:
+    """True if `look` has the lowest loss so far, and `metric` is not worse than at the start.
+
+    `least_gain` is the share of the start's loss by which the loss must be below it.
+    """
+    gain = start.held_out_loss - look.held_out_loss
+    return (
+        look.held_out_loss < best.held_out_loss
+        and not gain < least_gain * abs(start.held_out_loss)  # an infinite loss has no share
+        and _fall(look, start, metric) <= 0
+    )
 
 
 def is_ruined(look: Look, start: Look, metric: Metric | None = None) -> bool:

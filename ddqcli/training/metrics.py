@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 REPORT_EVERY = 10  # steps
 
@@ -22,6 +22,8 @@ class StepMetrics:
         seconds: time of all steps so far at this process's pace.
         bits: bit-width by tensor, mean over its groups.
         probabilities: of the larger of two bit-widths by tensor, while bits are sampled (SDQ).
+        batch_norm_step: step at which BatchNorm's statistics are estimated anew and frozen; None if
+            they never move.
     """
 
     step: int
@@ -34,6 +36,7 @@ class StepMetrics:
     seconds: float
     bits: dict[str, float]
     probabilities: dict[str, float]
+    batch_norm_step: int | None = None
 
     @property
     def remaining(self) -> float:
@@ -62,22 +65,22 @@ class Look:
 class StepMeans:
     """Means over the steps since the last report."""
 
-    loss_sum: float = 0.0
-    score_sum: float = 0.0
-    steps: int = 0
-
-    def add(self, loss: float, score: float) -> None:
-        """Add one step: its loss, and its mean score."""
-        self.loss_sum += loss
-        self.score_sum += score
-        self.steps += 1
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # mean of each step's samples
 
     @property
     def loss(self) -> float:
         """Mean loss."""
-        return self.loss_sum / self.steps
+        return _mean(self.losses)
 
     @property
     def score(self) -> float:
         """Mean score."""
-        return self.score_sum / self.steps
+        return _mean(self.scores)
+
+
+def _mean(values: list[float]) -> float:
+    total = 0.0
+    for value in values:  # `sum` rounds differently from Python 3.12 on
+        total += value
+    return total / len(values)

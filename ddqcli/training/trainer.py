@@ -37,6 +37,7 @@ from ddqcli.training.metrics import REPORT_EVERY, Look, StepMeans, StepMetrics
 from ddqcli.training.network_checks import is_reentrant
 from ddqcli.training.optimizers import make_optimizers
 from ddqcli.training.signals import hold_signals
+from ddqcli.training.step_results import StepResult, StepResults
 
 _LOOKS = 8  # in a run, beside the one before the first step
 _SETTLED_LEVELS_LR = 0.1  # of train.levels_lr
@@ -79,6 +80,9 @@ class Trainer:
         self.stages: dict[str, float] = {}  # metric on the evaluation data before training
         self.reentrant = is_reentrant(self.model, data)
         self.device = next(self.model.parameters()).device
+        self.reads_each_step = self.device.type == "cpu"  # elsewhere, reading waits for the device
+        self.results = StepResults(self.device, judge_loss=distributed.shard().count == 1)
+        self.means = StepMeans()
         self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0, steps}
         self.model.train()
         held = recipe.train.batch_norm == "held"
@@ -101,21 +105,27 @@ class Trainer:
         is called at each checkpoint, when all parameters are finite. SIGINT and SIGTERM take effect
         at the end of a step, after a checkpoint. Raises Interrupted and Diverged.
         """
-        began, first_step, means = time.monotonic(), self.step, StepMeans()
+        began, first_step, self.means = time.monotonic(), self.step, StepMeans()
+        self.results.clear()
         self._set_train_mode()
         with hold_signals() as signals:
             for x, y in self._batches():
+                if self.gates.reads_device(self.step):
+                    self._read_results()
                 self.gates.before_step(self.step)
-                means.add(*self._train_step(x, y))
+                self._train_step(x, y)
                 self.step += 1
                 if self.step % REPORT_EVERY == 0 or self.step == self.steps:
+                    self._read_results()
                     step_seconds = (time.monotonic() - began) / (self.step - first_step)
-                    on_step(self._metrics(means, step_seconds))
-                    means = StepMeans()
+                    on_step(self._metrics(self.means, step_seconds))
+                    self.means = StepMeans()
                 if self.step in self._look_steps:
+                    self._read_results()
                     on_look(self.look())
                 stop = distributed.any_rank(bool(signals), sync=self.step % REPORT_EVERY == 0)
                 if stop or self._is_checkpoint_step():
+                    self._read_results()
                     parameters = dict(self.model.named_parameters())
                     require_finite(parameters, "A parameter", self._at(self.step))
                     on_save()
@@ -135,9 +145,10 @@ class Trainer:
     def look(self) -> Look:
         """Look at the held-out samples, and keep this state if it is the best so far.
 
-        Only a state within the budget counts. The best has the lowest loss among those whose
-        metric is not worse than that of the first. If AdamW has made the loss larger than the first
-        one, the run settles. Raises Diverged if training has ruined the model.
+        Only a state within the budget counts. The best is the first, or the state of the lowest
+        loss if that is below the first one's by more than chance, and the metric is not worse. If
+        AdamW has made the loss larger than the first one, the run settles. Raises Diverged if
+        training has ruined the model.
         """
         look = self.held_out.look(self.model, self.step)
         self._set_train_mode()
@@ -157,13 +168,16 @@ class Trainer:
                 f"The held-out loss went from {start.held_out_loss:.3g} to "
                 f"{look.held_out_loss:.3g} {self._at(self.step)}"
             )
-        if fits and (self.best is None or is_better(look, self.best, start, self.data.judged_by)):
+        if fits and (self.best is None or self._is_better(look, self.best, start)):
             self.best = look
             self._best_state = {
                 "model": {k: v.clone() for k, v in self.model.state_dict().items()},
                 "gates": self.gates.state(),
             }
         return look
+
+    def _is_better(self, look: Look, best: Look, start: Look) -> bool:
+        return is_better(look, best, start, self.data.judged_by, self.held_out.least_gain)
 
     def _unsettles(self, look: Look, start: Look) -> bool:
         """True at the first look at which small steps have done harm."""
@@ -199,15 +213,20 @@ class Trainer:
         if self.best is None or self._best_state is None:
             return False
         if self.best is not self.looks[-1] or self.step != self.best.step:
-            self.load_model(self._best_state["model"])
-            self.gates.load_state(self._best_state["gates"])
+            self._load_best()
         self.model.eval()
         return True
+
+    def _load_best(self) -> None:
+        assert self._best_state is not None
+        self.load_model(self._best_state["model"])
+        self.gates.load_state(self._best_state["gates"])
 
     def restart_from_best(self, lr_scale: float) -> bool:
         """Continue from the best state with fresh optimizers. False if there is none."""
         if not self.restore_best() or self.best is None:
             return False
+        self._load_best()  # even at its step: a forward pass that diverged moved BatchNorm
         self.step, self.lr_scale = self.best.step, lr_scale
         self.looks = [look for look in self.looks if look.step <= self.step]
         self.model.zero_grad(set_to_none=True)
@@ -254,6 +273,7 @@ class Trainer:
             probabilities={
                 name: round(share, 4) for name, share in self.gates.probabilities().items()
             },
+            batch_norm_step=self.bn_frozen_from if self.uses_batch_statistics else None,
         )
 
     def _at(self, step: int) -> str:
@@ -261,19 +281,21 @@ class Trainer:
 
     # ---- one step: Algorithm 1
 
-    def _train_step(self, x: Tree, y: Tree) -> tuple[float, float]:
-        """Return the loss, and the mean score of the batch."""
+    def _train_step(self, x: Tree, y: Tree) -> None:
+        """Do one step. Its results are read later (`_read_results`), or here on the CPU."""
         self._set_learning_rates()
         self._seed()
         # Backward too may quantize, under activation checkpointing.
         with nullcontext() if self.reentrant else self.quantized.batched():
             output, target, loss = self._forward(x, y)
-            loss_value = float(loss.detach())
-            self._backward(x, loss, loss_value)
-        self._update(loss_value)
+            self._backward(loss)
+        self.results.add(self.step + 1, loss, self._gradients().values())
+        if self.reads_each_step or self.gates.reads_device(self.step):
+            self._read_results(x)
+        self._update(loss.detach())
         with torch.no_grad():
             scores = self.data.metric(as_float32(output), y if self.data.labelled else target)
-        return loss_value, float(scores.float().mean())
+        self.results.add_scores(scores)
 
     def _set_learning_rates(self) -> None:
         """Decay every learning rate to 0 along half a cosine."""
@@ -320,28 +342,64 @@ class Trainer:
         temperature = self.recipe.train.distill.temperature
         return training_loss(self.data, output, y, target, self.distill_weight, temperature)
 
-    def _backward(self, x: Tree, loss: Tensor, loss_value: float) -> None:
-        """Lines 4 and 5: gradients of weights, levels and gates, with gradient correction (Eqn 9).
-
-        Raises Diverged if the loss or a gradient is not finite, DDQError if `x` is not.
-        """
-        at = self._at(self.step + 1)
-        # With several ranks, the averaged gradients make all of them raise at once.
-        if not math.isfinite(loss_value) and distributed.shard().count == 1:
-            raise explain_loss(self.model, x, loss_value, at)
+    def _backward(self, loss: Tensor) -> None:
+        """Lines 4 and 5: gradients of weights, levels and gates, with gradient correction (9)."""
         penalty = self.gates.penalty()  # Eqn 7
         torch.autograd.backward(loss * penalty if penalty != 1 else loss)
         if self.bin_regularization and self.step >= self.gates.frozen_from:
             regularize_bins(self.quantized, self.bin_regularization)
-        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        require_finite(gradients, "The gradient", at)
 
-    def _update(self, loss_value: float) -> None:
-        """Line 6: update gates, weights and levels."""
-        self.gates.after_backward(self.step, distributed.mean_ranks(loss_value))
+    def _gradients(self) -> dict[str, Tensor]:
+        return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def _update(self, loss: Tensor) -> None:
+        """Line 6: update gates, weights and levels; after a step that failed, only gates."""
+        self.gates.after_backward(self.step, distributed.mean_ranks(loss))
         for optimizer in self._optimizers():
+            if not self.reads_each_step:
+                optimizer.found_inf = self.results.failed  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    # ---- results of steps
+
+    def _read_results(self, x: Tree | None = None) -> None:
+        """Read the steps since the last call, for one wait on the device.
+
+        `x` is the input of the last one if its gradients are still there. Raises Diverged if a loss
+        or a gradient is not finite, DDQError if the batch is not.
+        """
+        for result in self.results.read():
+            if not self.results.is_finite(result):
+                self._explain(result, x)
+            self.means.losses.append(result.loss)
+        self.means.scores += self.results.read_scores()
+
+    def _explain(self, result: StepResult, x: Tree | None) -> None:
+        """Raise the error of a step that is not finite."""
+        at = self._at(result.step)
+        if x is None:
+            self._repeat(result.step)
+            raise Diverged(f"The loss became {result.loss}, or a gradient not finite, {at}")
+        # With several ranks, the averaged gradients make all of them raise at once.
+        if self.results.judge_loss and not math.isfinite(result.loss):
+            self._seed()
+            raise explain_loss(self.model, x, result.loss, at)
+        require_finite(self._gradients(), "The gradient", at)
+
+    def _repeat(self, step: int) -> None:
+        """Do a step again that failed, and read it at once. Raises as it should have.
+
+        Its update and those after it were skipped, so the weights are what they were.
+        """
+        self.step, reads_each_step = step - 1, self.reads_each_step
+        self.model.zero_grad(set_to_none=True)
+        x, y = next(iter(self.data.train.epoch(*divmod(self.step, len(self.data.train)))))
+        try:
+            self.reads_each_step = True
+            self._train_step(x, y)
+        finally:
+            self.reads_each_step = reads_each_step
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [o for o in (self.weights_optimizer, self.levels_optimizer) if o]

@@ -138,7 +138,7 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
             if targets:
                 loss = 0.9 * distillation(output, torch.stack(targets).mean(0), 4.0) + 0.1 * loss
             loss.backward()
-        gates.after_backward(number, 0.0)
+        gates.after_backward(number, loss.detach())
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import yaml
+from made_run import make_sweep
 from tiny_project import ddq, exit_code, folder_of_images
 from typer.testing import CliRunner
 
 import ddqcli
 from ddqcli.cli.app import app
 from ddqcli.errors import DDQError, Interrupted, UsageError, VerificationError
+from ddqcli.runs.names import MARKER
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 ENVELOPE = ["version", "command", "status", "exit_code", "data", "errors"]
@@ -62,15 +64,17 @@ def test_the_help_of_each_command_explains_every_option(command: str) -> None:
     text = ddq(command, "--help").out
     assert text.startswith(f"Usage: ddq {command} ")
     options = re.findall(r"^  (?:-\w, )?(--[\w-]+)(.*)$", text, re.M)
-    assert len(options) >= 3
+    assert len(options) >= 2
     assert all(re.search(r"  \S", rest) for _, rest in options), options
 
 
-@pytest.mark.parametrize("command", ["finetune", "report", "export"])
+@pytest.mark.parametrize("command", ["finetune", "report", "export", "runs"])
 def test_the_examples_in_the_help_run(command: str, finished: Path) -> None:
     shutil.copytree("runs/done", "runs/20260131-142310-model")
     if command == "report":
         assert ddq("export", "-o", "model.safetensors").code == 0
+        sweep = make_sweep(Path("runs/20260131-150210-model"), 8, 4)
+        (sweep.path / MARKER).write_text(f"{'0' * 32} 1\n")  # older than the run
     folder_of_images(Path("images"))
     extra = ["--max-steps", "1"] if command == "finetune" else []  # to be fast
     for example in examples_of(command):
@@ -208,7 +212,7 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Make `ddq report` raise this error."""
 
-    def report(*_: object) -> None:
+    def report(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("ddqcli.commands.report.report", report)
@@ -219,9 +223,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_stdout_carries_only_the_result(project: Path) -> None:
     answer = ddq("finetune", "model.pt")
-    assert "train 12/12" in answer.err
+    assert "step 12/12" in answer.err
     assert "data: 70 train, 10 held-out and 32 evaluation images" in answer.err
-    assert not re.search(r"^train ", answer.out, re.M)
+    assert not re.search(r"^step ", answer.out, re.M)
     assert "accuracy" in answer.out
     assert "accuracy   " not in answer.err
 
@@ -242,14 +246,15 @@ def test_without_a_terminal_progress_is_plain_lines(
     monkeypatch.setattr("ddqcli.render.progress.HEARTBEAT_SECONDS", 0.0)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # set by GitHub Actions, whose log is no terminal
     answer = ddq("finetune", "model.pt", "--max-steps", "30", "--epochs", "10")
-    train_lines = [line for line in answer.err.splitlines() if line.startswith("train ")]
+    train_lines = [line for line in answer.err.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in train_lines] == [
-        "train 10/30",
-        "train 20/30",
-        "train 30/30",
+        "step 10/30",
+        "step 20/30",
+        "step 30/30",
     ]
     assert re.search(
-        r"^train 10/30: loss \d\.\d+, \d+\.\d %, held-out \d+\.\d %, \d\.\d+ bits, \d:\d\d left$",
+        r"^step 10/30: train loss \d\.\d+, held-out loss \d\.\d+, held-out accuracy \d+\.\d+ %, "
+        r"\d\.\d+ bits, \d:\d\d elapsed, \d:\d\d left$",
         answer.err,
         re.M,
     )

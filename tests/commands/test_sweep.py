@@ -191,13 +191,16 @@ def test_a_sweep_ends_with_a_table_and_a_picture(swept: Path) -> None:
     }  # fmt: skip
     answer = ddq("finetune", "--resume", "--run-dir", SWEEP)  # which has nothing left to do
     lines = answer.out.splitlines()
-    assert lines[0].split() == ["target", "bytes", "bits", "a", "weight", "accuracy", "drop", "run"]
+    assert lines[0].split() == [
+        *("target", "bytes", "ratio", "bits", "a", "weight", "accuracy", "drop", "run")
+    ]
     assert lines[1].split()[0] == "float"
     for line, folder in zip(lines[2:], FOLDERS, strict=False):
         of_run = report(swept / folder)
         totals, accuracy = of_run["totals"], of_run["accuracy"]
         assert line.split() == [
-            folder[0], "bits", f"{totals['bytes']:,}", f"{totals['average_bits']:.3f}",
+            folder[0], "bits", f"{totals['bytes']:,}",
+            f"{totals['float_bytes'] / totals['bytes']:.1f}x", f"{totals['average_bits']:.3f}",
             f"{accuracy['quantized']:.2f}%", f"{accuracy['drop']:.2f}", folder,
         ]  # fmt: skip
     assert f"picture    {SWEEP}/size-accuracy.png" in lines
@@ -238,7 +241,7 @@ def test_a_recipe_that_was_changed_between_targets_is_refused(project: Path) -> 
 
 def test_its_json_keys_are_these(swept: Path) -> None:
     data = ddq("finetune", "--resume", "--run-dir", SWEEP, "--json").data
-    assert list(data) == ["run_dir", "version", "metric", "float", "targets", "source"]
+    assert list(data) == ["run_dir", "seconds", "version", "metric", "float", "targets", "source"]
     assert list(data["float"]) == ["bytes", "accuracy"]
     for row in data["targets"]:
         assert list(row) == [
@@ -252,18 +255,28 @@ def test_its_json_keys_are_these(swept: Path) -> None:
             "run",
             "warnings",
         ]
+    assert data.pop("seconds") > 0
     assert data == {"run_dir": SWEEP, **json.loads((swept / "sweep.json").read_text())}
 
 
-def test_its_runs_are_ordinary_ones_and_the_last_is_the_newest(swept: Path) -> None:
-    assert Path(ddq("report", "--json").data["target"]) == Path(SWEEP) / "3-bits"
+def test_its_runs_are_ordinary_ones_and_are_picked_by_target(swept: Path) -> None:
+    assert Path(ddq("report", "--json", "--target", "3").data["target"]) == Path(SWEEP) / "3-bits"
     assert ddq("report", f"{SWEEP}/6-bits").code == 0
     assert ddq("export", f"{SWEEP}/6-bits").code == 0
-    answer = ddq("report", SWEEP)
-    assert answer.code == 2
-    assert answer.err.startswith(
-        f"Error: {SWEEP} holds several runs; name one: {SWEEP}/3-bits, {SWEEP}/4-bits, "
+    picked = ddq("export", SWEEP, "--target", "6 bits", "-o", "picked.safetensors", "--json").data
+    assert picked["run_dir"] == f"{SWEEP}/6-bits"
+    assert (
+        Path("picked.safetensors").read_bytes()
+        == Path(SWEEP, "6-bits", "model.safetensors").read_bytes()
     )
+
+
+def test_its_last_lines_are_commands_that_work(swept: Path) -> None:
+    out = ddq("finetune", "--resume", "--run-dir", SWEEP, "-q").out
+    commands = [line.removeprefix("next").strip() for line in out.splitlines()[-2:]]
+    assert commands == [f"ddq report {SWEEP} --target 3", f"ddq export {SWEEP} --target 3"]
+    for command in commands:
+        assert ddq(*command.split()[1:]).code == 0
 
 
 # ---- refusals
@@ -300,14 +313,7 @@ def test_a_signal_before_the_first_target_leaves_no_folder(
     def stopped() -> None:
         from ddqcli.commands import sweep
 
-        finetune = sweep.finetune
-
-        def begun(*args: Any, dry_run: bool = False, **options: Any) -> Any:
-            return (
-                finetune(*args, dry_run=True, **options) if dry_run else signal.raise_signal(sent)
-            )
-
-        sweep.finetune = begun
+        sweep.finetune = lambda *_, **__: signal.raise_signal(sent)
 
     assert exit_code(in_child(BEGIN, before=stopped)) == code
     assert not Path(SWEEP).exists()

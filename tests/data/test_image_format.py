@@ -62,12 +62,21 @@ def test_gray_images_keep_one_channel_or_become_three_on_request(tmp_path):
     assert "gray read as RGB" in data.note
 
 
+def test_one_mean_is_that_of_every_channel(tmp_path):
+    write_folder(tmp_path)
+    data = load(tmp_path, mean=[0.25], std=[0.5])
+    inputs, _ = next(data.val.epoch(0))
+    image = np.array(Image.open(tmp_path / "val" / "ant" / "0.png"))
+    assert np.abs(inputs[0].numpy().transpose(1, 2, 0) - (image / 255 - 0.25) / 0.5).max() < 1e-6
+    assert "mean 0.25 0.25 0.25, std 0.5 0.5 0.5" in data.note
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"crop": 5, "resize": 4}, "data.crop=5 is larger than data.resize=4"),
         ({"crop": 9}, "0.png is 6x5, less than data.crop=9; set data.resize"),
-        ({"mean": [0.5], "std": [0.5]}, "is in color .3 channels., but data.mean has 1 values"),
+        ({"mean": [0.5] * 2, "std": [1] * 2}, "is in color .3 channels., but .* 2 values"),
     ],
 )
 def test_settings_that_do_not_fit_the_images(fields, message, tmp_path):

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
+from parsed_page import Page
 
-from ddqcli.inspection.html import Section, Table, write_html
+from ddqcli.inspection.html import Fact, Picture, Section, Table, write_html
 
-VOID = {"meta", "br"}
-
-
-class Page(HTMLParser):
-    """Check that elements nest; keep the text of each cell."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.cells: list[str] = []
-        self.links: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if name in {"src", "href", "xlink:href"}]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag in {"td", "th"}:
-            self.cells.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in {"td", "th"}:
-            self.cells[-1] += data
+SVG = '<svg role="img" aria-label="A"><path d="M 0 0"/></svg>'
 
 
 def write(tmp_path, *sections):
@@ -39,17 +14,50 @@ def write(tmp_path, *sections):
 
 
 def test_a_page_holds_its_text_escaped_and_its_pictures_as_they_are(tmp_path):
-    table = Table(["layer", "bits"], [["a<b>&c", "4"], ["d", "8"]])
     text = write(
         tmp_path,
-        Section("Size & more", ["1 < 2"], table, ['<svg class="small"><path d="M 0 0"/></svg>']),
+        Section(
+            "Size & more",
+            ["1 < 2"],
+            Table(["layer", "bits"], [["a<b>&c", "4"], ["d", "8"]]),
+            [Picture(SVG, "x < y")],
+            [Fact("<size>", "1 & 2", "<3")],
+            ["<warned>"],
+        ),
     )
     page = Page(text)
-    assert page.open == []
-    assert page.cells == ["layer", "bits", "a<b>&c", "4", "d", "8"]
-    assert "<title>A &lt;title&gt;</title>" in text
-    assert "<h2>Size &amp; more</h2>\n<p>1 &lt; 2</p>" in text
-    assert '<figure><svg class="small"><path d="M 0 0"/></svg></figure>' in text
+    assert page.all("th") + page.all("td") == ["layer", "bits", "a<b>&c", "4", "d", "8"]
+    assert page.all("title") == page.all("h1") == ["A <title>"]
+    assert page.all("h2") == ["Size & more"]
+    assert page.all("p") == ["1 < 2", "Warning: <warned>."]
+    assert page.all("dt") == ["<size>"]
+    assert page.all("dd") == ["1 & 2", "<3"]
+    assert page.all("figcaption") == ["x < y"]
+    assert f"<figure>{SVG}<figcaption>" in text
+
+
+def test_a_wide_picture_and_a_tall_one_take_their_room(tmp_path):
+    pictures = [Picture(SVG, wide=True, rows=2), Picture(SVG, rows=3), Picture(SVG)]
+    text = write(tmp_path, Section("T", pictures=pictures))
+    assert f'<figure class="wide">{SVG}</figure>' in text
+    assert f'<figure style="grid-row: span 3">{SVG}</figure>' in text
+    assert f"<figure>{SVG}</figure>" in text
+
+
+def test_a_bar_has_the_share_of_its_row(tmp_path):
+    text = write(
+        tmp_path,
+        Section("T", table=Table(["a", "b"], [["x", "1"], ["y", "3"]], bars={1: [0.125, 1]})),
+    )
+    assert '<td class="bar" style="--share: 12.5%">1</td>' in text
+    assert '<td class="bar" style="--share: 100.0%">3</td>' in text
+
+
+def test_a_table_scrolls_in_its_own_box_that_the_keyboard_reaches(tmp_path):
+    text = write(tmp_path, Section("My <T>", table=Table(list("abcde"), [])))
+    box = '<div class="table" role="region" aria-label="My &lt;T&gt;" tabindex="0"><table>'
+    assert box in text
+    assert ".table { overflow-x: auto;" in text
 
 
 def test_a_page_loads_nothing_and_fits_phones_light_and_dark(tmp_path):
@@ -67,5 +75,5 @@ def test_text_columns_are_marked(tmp_path):
 
 
 def test_the_same_page_has_the_same_bytes(tmp_path):
-    section = Section("T", ["text"], Table(["a"], [["1"]]), ["<svg></svg>"])
+    section = Section("T", ["text"], Table(["a"], [["1"]]), [Picture(SVG)])
     assert write(tmp_path, section) == write(tmp_path, section)

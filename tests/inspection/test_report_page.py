@@ -2,61 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from made_run import export_made, make_run
+from parsed_page import Page
 from tiny_project import ddq
 
 from ddqcli.errors import DDQError
 from ddqcli.inspection.report import read_report
 from ddqcli.inspection.report_page import write_report_page
+from ddqcli.inspection.sweep_page import write_sweep_page
+from ddqcli.runs.report import SweepRow, SweepTable
 from ddqcli.runs.run import Run
 
-SECTIONS = [
-    *(
-        "Result",
-        "Bits by layer",
-        "Bits over time",
-        "Loss",
-        "Quantization error over time",
-        "Levels over time",
-    ),
-    "Quantized tensors",
-]
-
-
-class Page(HTMLParser):
-    """Headings, cells, paragraphs, number of pictures, and links that would be loaded."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.found: dict[str, list[str]] = {"h1": [], "h2": [], "p": [], "td": [], "th": []}
-        self.pictures, self.links, self.inside = 0, [], ""
-        self.text = path.read_text(encoding="utf-8")
-        self.feed(self.text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.inside = tag
-        self.pictures += tag == "figure"
-        self.links += [
-            value
-            for name, value in attrs
-            if name in {"src", "href"} and not (value or "").startswith("#")
-        ]
-        if tag in self.found:
-            self.found[tag].append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.inside in self.found:
-            self.found[self.inside][-1] += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
+SECTIONS = ["Quantized tensors", "Pictures", "Details", "Tensors that stay float"]
+KINDS = {"Conv2d": "conv", "depthwise Conv2d": "depthwise", "Linear": "linear", "bias": "bias"}
+CURVE = "Size against accuracy"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +36,7 @@ def file(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page_of(target: Path, tmp_path: Path) -> Page:
-    return Page(write_report_page(*read_report(target), tmp_path / "page.html"))
+    return Page.read(write_report_page(*read_report(target), tmp_path / "page.html"))
 
 
 @pytest.fixture(scope="module")
@@ -78,35 +44,62 @@ def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Page:
     return page_of(run.path, tmp_path_factory.mktemp("page"))
 
 
-def test_the_page_of_a_run_has_all_sections_and_the_reports_numbers(run: Run, page: Page) -> None:
-    assert page.found["h1"] == ["ddq report: run"]
-    assert page.found["h2"] == SECTIONS
-    assert page.pictures == 4 + 6
+def test_the_page_starts_with_the_figures_that_matter(run: Run, page: Page) -> None:
     totals = run.report().totals
-    assert page.found["td"][:6] == [
-        *(
-            "bytes",
-            f"{totals.float_bytes:,}",
-            f"{totals.bytes:,}",
-            "not quantized",
-            "",
-            "32",
-        ),
+    assert page.all("h1") == ["ddq report: run"]
+    assert page.all("dt") == ["Size of the file", "Accuracy", "Average"]
+    assert page.all("dd") == [
+        f"{totals.float_bytes / 1000:.1f} kB → {totals.bytes / 1000:.2f} kB",
+        f"{totals.float_bytes / totals.bytes:.1f} times smaller; "
+        f"{100 * totals.bytes / totals.budget_bytes:.1f} % of the budget",
+        "92.50 % → 91.25 %",
+        "float → quantized; -1.25 points",
+        f"{totals.average_bits:.3f} bits a weight",
+        "as stored, with levels and scales; inputs stay float",
     ]
-    assert page.found["td"][12:15] == ["accuracy", "92.50 %", "91.25 %"]
+    assert page.all("p")[:2] == [
+        f"{run.path}: some/net.pt (net.py:build).",
+        "Warning: levels that no weight takes.",
+    ]
+    assert page.places["dl"][0] < page.places["table"][0]
+
+
+def test_every_layer_is_in_a_table_before_all_pictures_and_details(run: Run, page: Page) -> None:
+    assert page.all("h2") == SECTIONS
+    assert page.places["table"][0] < page.places["figure"][0] < page.places["h2"][2]
     for row in run.report().layers:
-        start = page.found["td"].index(row.name)
-        shown = page.found["td"][start : start + 9]
+        shown = page.row_of(row.name, 9)
         shape = "×".join(map(str, row.shape))
-        assert shown[:5] == [row.name, row.kind, shape, str(row.bits), str(row.levels)]
+        kind = KINDS[row.kind]
+        assert shown[:5] == [row.name, kind, shape, str(row.bits), str(row.levels)]
         assert shown[6] == f"{row.bytes:,}"
         assert shown[8] == f"{100 * row.error:.2f}"
-    text = " ".join(page.found["p"])
-    assert "some/net.pt (net.py:build), 100 steps, seed 0" in text
-    assert f"Budget: {totals.budget_bytes:,} bytes" in text
+
+
+def test_the_details_hold_the_course_the_bytes_and_what_stays_float(run: Run, page: Page) -> None:
+    totals = run.report().totals
+    text = " ".join(page.all("p"))
+    assert "Trained for 100 steps, seed 0" in text
     assert "float 92.50 % → quantized 85.00 % → compensated 90.50 % → trained 91.25 %." in text
     assert "Delivered: trained, best of 6 looks: step 80 (-1.25 points from float)." in text
-    assert "Warning: levels that no weight takes." in text
+    assert page.row_of("budget", 2)[1] == f"{totals.budget_bytes:,}"
+    assert page.row_of("quantized model", 3) == ["quantized model", f"{totals.bytes:,}", "100.0"]
+    assert page.row_of("of it: tensors that stay float", 2)[1] == "32"
+    assert page.row_of("no layer's weight", 3) == ["no layer's weight", "1", "bn.weight"]
+
+
+def test_every_picture_has_a_role_a_label_and_a_caption(page: Page) -> None:
+    labels = [svg["aria-label"] for svg in page.svgs]
+    assert len(page.all("figure")) == len(page.all("figcaption")) == len(labels) == 4 + 5
+    assert {svg["role"] for svg in page.svgs} == {"img"}
+    assert all(page.all("figcaption"))
+    assert [label.partition(":")[0] for label in labels] == [
+        "Bits by layer",
+        "Bits over time",
+        "Loss over time",
+        "Quantization error over time",
+        *["Levels over time"] * 5,
+    ]
 
 
 def test_the_page_loads_nothing_and_follows_light_and_dark(page: Page) -> None:
@@ -117,18 +110,70 @@ def test_the_page_loads_nothing_and_follows_light_and_dark(page: Page) -> None:
 
 
 def test_levels_are_shown_of_the_layers_with_the_largest_error(page: Page) -> None:
-    assert re.findall(r"Levels over time: ([\w.]+)", page.text) == [
-        f"block{k}.conv.weight" for k in (9, 8, 7, 6, 5, 4)
+    assert re.findall(r">Levels over time: ([\w.]+)<", page.text) == [
+        f"block{k}.conv.weight" for k in (9, 8, 7, 6, 5)
     ]
 
 
 def test_an_exported_file_has_what_it_can_have(file: Path, tmp_path: Path) -> None:
     page = page_of(file, tmp_path)
-    assert page.found["h2"] == ["Result", "Bits by layer", "Quantized tensors"]
-    assert page.pictures == 1
-    assert page.found["td"].index("block2.conv.weight") < page.found["td"].index(
-        "block9.conv.weight"
-    )
+    assert page.all("h2") == SECTIONS
+    assert len(page.svgs) == 1
+    cells = page.all("td")
+    assert cells.index("block2.conv.weight") < cells.index("block9.conv.weight")
+
+
+# ---- sweeps
+
+
+@pytest.fixture
+def sweep(run: Run, tmp_path: Path) -> tuple[Path, SweepTable]:
+    """A sweep of three copies of the run."""
+    report = run.report()
+    rows = [
+        SweepRow.of(f"{bits} bits", report, f"{bits}-bits").model_copy(
+            update={"bytes": 1000 * bits, "accuracy": 100 - 8 / bits}
+        )
+        for bits in (8, 4, 2)
+    ]
+    table = SweepTable.of(report, rows)
+    for row in rows:
+        make_run(tmp_path / "sweep" / str(row.run), 9)
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(table.data()))
+    return tmp_path / "sweep", table
+
+
+def test_a_run_of_a_sweep_shows_the_curve_before_the_layers(
+    sweep: tuple[Path, SweepTable], tmp_path: Path
+) -> None:
+    page = page_of(sweep[0] / "4-bits", tmp_path)
+    assert page.all("h2") == [CURVE, *SECTIONS]
+    assert page.row_of("4 bits (this run)", 5)[1:] == [
+        *("4.00 kB", f"{sweep[1].float.bytes / 4000:.1f}×"),
+        *(f"{sweep[1].targets[1].average_bits:.3f}", "98.00 %"),
+    ]
+    assert page.svgs[0]["aria-label"] == CURVE
+    assert {"8 bits", "4 bits", "2 bits", "this run", "float model"} <= set(page.all("text"))
+
+
+def test_the_page_of_a_sweep_has_the_curve_and_every_target(
+    sweep: tuple[Path, SweepTable], tmp_path: Path
+) -> None:
+    page = Page.read(write_sweep_page(*sweep, tmp_path / "out"))
+    assert page.all("h1") == ["ddq report: sweep"]
+    assert [cell for cell in page.all("td")[::6]] == ["float", "8 bits", "4 bits", "2 bits"]
+    assert "this run" not in page.text
+
+
+@pytest.mark.parametrize("table", ["", "{}", "[]", '{"targets": 1}'])
+def test_a_damaged_table_of_a_sweep_leaves_the_page_of_its_run(
+    sweep: tuple[Path, SweepTable], tmp_path: Path, table: str
+) -> None:
+    (sweep[0] / "sweep.json").write_text(table)
+    assert page_of(sweep[0] / "2-bits", tmp_path).all("h2") == SECTIONS
+
+
+# ---- what a run may lack, and where the page goes
 
 
 @pytest.mark.parametrize(
@@ -138,11 +183,9 @@ def test_a_run_without_metrics_has_no_figures_over_time(tmp_path: Path, lines: s
     made = make_run(tmp_path / "run")
     path = made.path / "metrics.jsonl"
     path.unlink() if lines is None else path.write_text(lines)
-    assert page_of(made.path, tmp_path).found["h2"] == [
-        "Result",
-        "Bits by layer",
-        "Quantized tensors",
-    ]
+    page = page_of(made.path, tmp_path)
+    assert page.all("h2") == SECTIONS
+    assert len(page.svgs) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ddqcli import plots
 from ddqcli.errors import DDQError
-from ddqcli.inspection.run_figures import FigureGroup, draw_run
+from ddqcli.inspection.run_figures import RunFigure, draw_run
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.run import Run
 
@@ -40,7 +40,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
     return arguments
 
 
-def draw(run: Run) -> list[FigureGroup]:
+def draw(run: Run) -> list[RunFigure]:
     report = run.report()
     return draw_run(run, [row for row in report.layers if row.kind != "bias"], report.course)
 
@@ -67,10 +67,22 @@ def test_looks_and_the_delivered_step_are_drawn_over_the_loss(
 ) -> None:
     run = make_run(tmp_path / "run")
     draw(run)
-    looks, delivered, metric = drawn["loss_over_time_figure"][3:]
+    looks, delivered, metric, frozen = drawn["loss_over_time_figure"][3:]
     assert [step for step, _, _ in looks] == [0, 20, 40, 60, 80, 100]
     assert looks[0] == (0, 0.12, 5)
-    assert (delivered, metric) == (80, "accuracy, %")
+    assert (delivered, metric, frozen) == (80, "accuracy, %", None)
+
+
+def test_the_freeze_of_batch_norm_is_drawn_and_said(
+    tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(f"{json.dumps({**line, 'batch_norm_step': 77})}\n" for line in lines)
+    (run.path / "metrics.jsonl").write_text(text)
+    captions = {figure.stem: figure.caption for figure in draw(run)}
+    assert drawn["loss_over_time_figure"][-1] == 77
+    assert "At step 77, BatchNorm's statistics" in captions["loss"]
 
 
 def test_the_dbps_of_a_run_of_sdq_are_drawn_until_they_freeze(
@@ -84,7 +96,7 @@ def test_the_dbps_of_a_run_of_sdq_are_drawn_until_they_freeze(
             sampled = names if line["step"] <= 30 else names[1:] if line["step"] <= 50 else []
             line["probabilities"] = dict.fromkeys(sampled, line["step"] / 100)
     (run.path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    assert "DBPs over time" in [group.title for group in draw(run)]
+    assert "dbps-over-time" in [drawn.stem for drawn in draw(run)]
     steps, shown, table, bits = drawn["probabilities_over_time_figure"]
     assert steps == [10, 20, 30, 40, 50]
     assert shown == names
@@ -109,9 +121,18 @@ def test_a_target_is_drawn_if_it_counts_stored_bits(
 
 
 @pytest.mark.usefixtures("drawn")
+def test_a_run_that_was_not_trained_has_no_figures_over_time(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    first = [line for line in (run.path / "metrics.jsonl").read_text().splitlines()][:2]
+    (run.path / "metrics.jsonl").write_text("\n".join(first) + "\n")
+    assert all(json.loads(line)["step"] == 0 for line in first)
+    assert draw(run) == []
+
+
+@pytest.mark.usefixtures("drawn")
 def test_levels_by_channel_are_not_drawn(tmp_path: Path) -> None:
-    titles = [group.title for group in draw(make_run(tmp_path / "run", axis=0))]
-    assert titles == ["Bits over time", "Loss", "Quantization error over time"]
+    stems = [drawn.stem for drawn in draw(make_run(tmp_path / "run", axis=0))]
+    assert stems == ["bits-over-time", "loss", "error-over-time"]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +145,7 @@ def test_levels_by_channel_are_not_drawn(tmp_path: Path) -> None:
 )
 def test_metrics_that_lack_something_are_refused(tmp_path: Path, fault: str) -> None:
     run = make_run(tmp_path / "run", 1)
-    (run.path / "metrics.jsonl").write_text(fault + "\n")
+    again = fault.replace('"step": 1', '"step": 2')
+    (run.path / "metrics.jsonl").write_text(f"{fault}\n{again}\n")
     with pytest.raises(DDQError, match=r"metrics\.jsonl is damaged"):
         draw(run)

@@ -243,7 +243,7 @@ def test_the_loss_figure_shows_looks_and_the_delivered_step(delivered: int, labe
     for axes, values in zip(figure.axes, ([2, 0.5], [5, 80]), strict=True):
         assert axes.lines[1].get_xydata().tolist() == [[0, values[0]], [30, values[1]]]
         assert set(axes.lines[2].get_xdata()) == {delivered}
-    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["training batches", "held-out samples", label]
 
 
@@ -341,3 +341,87 @@ def test_the_users_matplotlib_settings_have_no_effect():
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
         assert plots.svg_of(plots.layer_figure(layer(0))) == mine
         assert matplotlib.rcParams["font.size"] == 30
+
+
+# ---- axes that end where values can, and names for screen readers
+
+
+@pytest.mark.parametrize("values", [(99.44, 100.0), (100.0, 100.0), (0.0, 3.0), (0.0, 100.0)])
+def test_no_axis_runs_to_a_share_that_cannot_be(values: tuple[float, float]):
+    low, high = values
+    looks = [(0, 0.4, low), (60, 0.2, high)]
+    loss = plots.loss_over_time_figure([10, 60], [0.5, 0.1], values, looks, 60).axes
+    sweep = plots.size_against_accuracy_figure({"a": [(1e4, low, "2"), (3e4, high, "8")]}).axes
+    for axes in (loss[1], sweep[0]):
+        bottom, top = axes.get_ylim()
+        assert 0 <= bottom <= low <= high <= top <= 100
+        assert bottom < top
+
+
+def test_an_axis_of_another_unit_is_free():
+    for label in ("PSNR, dB", "relative error"):
+        figure = plots.loss_over_time_figure([10, 20], [1, 2], [110.0, 120.0], metric=label)
+        assert figure.axes[1].get_ylim()[1] > 120
+
+
+def test_a_negative_loss_is_in_sight():
+    axes = plots.loss_over_time_figure([10, 20], [-3.0, -5.0], [50, 60]).axes[0]
+    assert axes.get_ylim()[0] < -5
+
+
+@pytest.mark.parametrize("kind", ["bits over time", "DBPs over time", "error", "levels", "loss"])
+def test_a_step_axis_begins_at_0_and_ends_at_the_last_step(kind: str):
+    figure = make(kind, 5)[0]
+    stepped = [axes for axes in figure.axes if axes.get_xlabel() == "step"]
+    assert stepped
+    for axes in stepped:
+        assert axes.get_xlim() == (0, 29 * 20)
+
+
+def test_the_freeze_of_batch_norm_is_marked_and_named():
+    figure = plots.loss_over_time_figure([10, 90], [1, 2], [5, 6], batch_norm_step=40)
+    for axes in figure.axes:
+        assert set(axes.lines[1].get_xdata()) == {40}
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["training batches", "BatchNorm frozen: step 40"]
+
+
+def test_the_time_at_8_bits_without_levels_is_shaded_and_named():
+    def labels(first: int) -> list[str]:
+        levels = [[-1.0, 1.0]] * 2
+        figure = plots.levels_over_time_figure("a", [first, 90], levels, [-1, 0, 1], [3, 4])
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    assert "8 bits: the full grid" in labels(30)
+    assert "8 bits: the full grid" not in labels(0)
+
+
+def test_a_ring_marks_this_run_of_a_sweep():
+    points = [(1e4, 50.0, "2 bits"), (2e4, 60.0, "4 bits")]
+    figure = plots.size_against_accuracy_figure({"a": points}, this="4 bits")
+    (ring,) = [line for line in figure.axes[0].lines if line.get_label() == "this run"]
+    assert ring.get_xydata().tolist() == [[20, 60]]
+
+
+@pytest.mark.parametrize("kind", [*FIGURES, "DBPs over time"])
+def test_every_svg_has_a_role_and_a_label(kind: str):
+    svg = ET.fromstring(plots.svg_of(make(kind, 5)[0]))
+    assert svg.get("role") == "img"
+    assert svg.get("aria-label")
+
+
+def test_a_label_is_data():
+    name = 'a"><script>&\n\x1b.weight'
+    figure = plots.layer_figure(replace(layer(0), name=name))
+    label = ET.fromstring(plots.svg_of(figure)).get("aria-label")
+    assert label.startswith('a"><script>&\\n\\x1b.weight: ')
+
+
+@pytest.mark.parametrize("n", [19, 80, 161])
+def test_the_labels_of_deep_networks_are_all_there_and_readable(n: int):
+    names = [f"features.denseblock{k // 24}.denselayer{k}.conv1.weight" for k in range(n)]
+    figure = plots.bits_by_layer_figure(names, ["conv"] * n, [4] * n)
+    labels = [label for axes in figure.axes for label in axes.get_xticklabels()]
+    assert len({label.get_text() for label in labels}) == n
+    assert min(label.get_fontsize() for label in labels) >= 6
+    assert figure.get_figwidth() > plots.WIDTH  # so a page shows it across, not shrunk

@@ -20,7 +20,7 @@ def test_gates_follow_the_gradient_of_the_budgets_own_measure(count: str) -> Non
         tensor.quantizer.gate_logits.grad = torch.zeros_like(tensor.quantizer.gate_logits)
     whole = {t.name: t.max_bits for t in rule.model.tensors}
     cost = expected_cost(rule.model, whole, count == "eqn6")
-    rule.after_backward(1, loss=2.0)
+    rule.after_backward(1, loss=torch.tensor(2.0))
     for tensor in tensors:
         saved = cost - expected_cost(rule.model, {**whole, tensor.name: 7}, count == "eqn6")
         expected = sorted([0.5] * 7 + [0.5 - 0.3 * 2.0 * saved / cost], reverse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from quant_cases import normal, quantize, seeded
 
-from ddqcli.quant import fake_quantize, kernels
+from ddqcli.quant import fake_quantize, kernels, torch_kernels
 from ddqcli.quant.compiled import can_compile
 from ddqcli.quant.grid import representable_scale
 from ddqcli.quant.lookup import make_lookup_tables
@@ -66,40 +66,39 @@ def test_thresholds_are_for_few_levels_of_one_group_in_compiled_kernels(groups, 
 
 
 @pytest.mark.parametrize(
-    ("trained", "use_compiled", "path"),
+    ("trained", "path"),
     [
-        ((), True, "_StraightThrough"),
-        (("levels",), False, "_LookupGradients"),
-        (("levels",), True, "_ThresholdGradients"),
-        (("levels", "gates"), True, "_LookupGradients"),
+        ((), "_StraightThrough"),
+        (("levels",), "_LevelGradients"),
+        (("levels", "gates"), "_LevelGradients"),
     ],
 )
-def test_the_backward_pass_follows_from_what_is_trained(trained, use_compiled, path, monkeypatch):
-    monkeypatch.setattr(fake_quantize, "COMPILE_FROM", 1)
-    monkeypatch.setattr(kernels, "maybe_compiled", lambda kernel, *_: kernel)
+def test_the_backward_pass_follows_from_what_is_trained(trained, path):
     inputs = {"levels": torch.rand(1, 4) * 255, "gates": torch.ones(1, 2)}
     for name in trained:
         inputs[name].requires_grad_()
     tables = make_lookup_tables(
         inputs["levels"], torch.ones(1), torch.zeros(1), inputs["gates"], (2,)
     )
-    x = normal(50).requires_grad_()
-    out = fake_quantize.fake_quantize(x, tables, use_compiled=use_compiled)
+    out = fake_quantize.fake_quantize(normal(50).requires_grad_(), tables)
     assert type(out.grad_fn).__name__ == f"{path}Backward"
 
 
 @pytest.mark.parametrize("correction", [None, 0.2])
 def test_threshold_and_lookup_kernels_give_the_same_gradients(correction, monkeypatch):
-    monkeypatch.setattr(kernels, "maybe_compiled", lambda kernel, *_: kernel)
-    levels = torch.rand(1, 16, generator=seeded(0)) * 255
+    used, levels = [], torch.rand(1, 16, generator=seeded(0)) * 255
+    monkeypatch.setattr(kernels, "maybe_compiled", lambda kernel, *_: used.append(kernel) or kernel)
     tables = make_lookup_tables(
         levels, torch.tensor([0.03125]), torch.tensor([100.0]), torch.ones(1, 4), (4,)
     )
     factor = None if correction is None else torch.tensor([correction])
-    constants = kernels.Constants(tables.cells, factor, axis=0, use_compiled=False)
     x, grad = normal(2000) * 3, normal(2000, seed=1)
-    by_threshold = kernels.threshold_gradients(tables.values, constants, [grad], [x])
-    by_lookup = kernels.lookup_gradients(tables.values, constants, [grad], [x], False)
+    by_threshold, by_lookup = (
+        kernels.gradients(
+            tables.values, kernels.Constants(tables.cells, factor, 0, fused), [grad], [x], False
+        )
+        for fused in (True, False)
+    )
+    assert used == [torch_kernels.threshold_gradients, torch_kernels.lookup_gradients]
     assert torch.equal(by_threshold.xs[0], by_lookup.xs[0])
-    torch.testing.assert_close(by_threshold.by_gap, by_lookup.by_gap)
-    torch.testing.assert_close(by_threshold.correction_by_level, by_lookup.correction_by_level)
+    torch.testing.assert_close(by_threshold.values, by_lookup.values)

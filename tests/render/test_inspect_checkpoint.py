@@ -75,7 +75,7 @@ def test_each_layer_has_one_line_that_fits(width, terminal):
     lines = (
         shown(width, terminal=terminal).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
     )
-    rows = [line for line in lines if "dw conv" in line]
+    rows = [line for line in lines if "depthwise" in line]
     assert len(rows) == len(NAMES)
     assert all(len(line) <= width for line in rows)
     assert len({line.split()[0] for line in rows}) == len(NAMES)  # shortened names still differ

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from io import StringIO
 
-from ddqcli.render.progress import ProgressReporter
+import pytest
+from rich.console import Console
+
+from ddqcli.render.progress import ProgressBar, ProgressReporter
 from ddqcli.runs.evaluation import Metric
 from ddqcli.training.metrics import Look, StepMetrics
 
@@ -34,9 +37,25 @@ def test_the_last_step_shows_the_latest_accuracy_on_held_out_samples(
         progress.look(Look(30, 0.04, 97.2))
         progress.step(last)
     assert capsys.readouterr().err.splitlines() == [
-        "train 30/30: loss 0.031, 98.4 %, 3.98 bits, 0:00 left",
-        "train 30/30: loss 0.031, 98.4 %, held-out 97.2 %, 3.98 bits, 0:00 left",
+        "step 30/30: train loss 0.031, 3.98 bits, 0:03 elapsed, 0:00 left",
+        "step 30/30: train loss 0.031, held-out loss 0.040, held-out accuracy 97.20 %, 3.98 bits, "
+        "0:03 elapsed, 0:00 left",
     ]
+
+
+def test_a_bar_fits_80_columns_and_shows_the_figures_below(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    console = Console(file=StringIO(), width=80, force_terminal=True, no_color=True)
+    monkeypatch.setattr("ddqcli.render.progress.err", console)
+    bar = ProgressBar()
+    bar.show("train", 30, 1200, figures := "train loss 0.031, held-out accuracy 97.20 %")
+    with console.capture() as capture:
+        console.print(*bar.get_renderables())
+    first, second = capture.get().rstrip("\n").splitlines()[:2]
+    assert first.startswith("train ╸")
+    assert "30/1200 0:00 elapsed" in first
+    assert second.strip() == figures
 
 
 def test_another_metric_is_shown_with_its_name_and_unit(
@@ -47,5 +66,6 @@ def test_another_metric_is_shown_with_its_name_and_unit(
         progress.look(Look(30, 0.04, 31.25))
         progress.step(step(30.5))
     assert capsys.readouterr().err.splitlines() == [
-        "train 30/30: loss 0.031, PSNR 30.5 dB, held-out PSNR 31.25 dB, 3.98 bits, 0:00 left"
+        "step 30/30: train loss 0.031, held-out loss 0.040, held-out PSNR 31.25 dB, 3.98 bits, "
+        "0:03 elapsed, 0:00 left"
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import random_data, trainer
-from torch import nn
+from torch import Tensor, nn
 
 from ddqcli.qat.model import QuantizedParameter
 from ddqcli.recipe.schema import Recipe
@@ -87,6 +87,20 @@ def test_training_that_did_not_improve_the_start_says_so() -> None:
         "training did not improve the start: 32 training samples may be too few, or train.lr (now "
         "0.0001) does not fit"
     )
+
+
+def test_a_gain_within_chance_is_reported_and_a_start_as_good_as_float_is_not() -> None:
+    running = begin()
+    running.looks = [Look(0, 0.5, 85), Look(4, 0.48, 86), Look(STEPS, 0.49, 86)]
+    running.held_out.samples = 100  # chance: 10 %
+    (warning,) = find_warnings(running, [], course(85))
+    assert warning == (
+        "training lowered the loss on 100 held-out samples by 4.0%, which may be chance, so the "
+        "start is delivered: 32 training samples may be too few, or train.lr (now 0.0001) does not "
+        "fit"
+    )
+    assert find_warnings(running, [], course(89.5)) == []
+    assert len(find_warnings(running, [], course(89.4))) == 1
 
 
 def test_a_run_without_training_needs_no_improvement() -> None:
@@ -272,7 +286,7 @@ def test_the_warning_of_idle_gates_agrees_with_a_real_run(lr: float, idle: bool)
     reported: list[dict[str, Any]] = []
     after_backward = running.gates.after_backward
 
-    def report(step: int, loss: float) -> None:
+    def report(step: int, loss: Tensor) -> None:
         after_backward(step, loss)
         bits = {
             t.name: sum(t.quantizer.bits) / len(t.quantizer.bits) for t in running.quantized.tensors

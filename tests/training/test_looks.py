@@ -58,6 +58,22 @@ def test_better_is_a_lower_loss_at_the_accuracy_of_the_start(
 
 
 @pytest.mark.parametrize(
+    ("start", "loss", "better"),
+    [
+        (2.0, 1.79, True),
+        (2.0, 1.81, False),
+        (-2.0, -2.21, True),
+        (-2.0, -2.19, False),
+        (math.inf, 9.0, True),
+        (0.0, -0.1, True),
+    ],
+)
+def test_a_gain_must_exceed_chance(start: float, loss: float, better: bool) -> None:
+    first = Look(0, start, 50.0)
+    assert is_better(look(loss, 50), first, first, least_gain=0.1) == better
+
+
+@pytest.mark.parametrize(
     ("loss", "accuracy", "ruined"),
     [
         (8.1, 44.9, True),

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ddqcli.errors import BudgetError, DDQError
 from ddqcli.qat.budget import ResolvedBudget, cost_of, costs_of, make_budget
@@ -28,8 +29,9 @@ _FISHER_EVERY = 4  # steps between two looks at the gradients; their mean square
 class Rule(ABC):
     """Decides the bits of all tensors during a run.
 
-    A rule implements `start` and, if bits move while training, `before_step`, `after_backward` and
-    `limit`. It may use `allocate_start`, `close_excess`, `open_fitting` and `set_corrections`.
+    A rule implements `start` and, if bits move while training, `before_step`, `after_backward`,
+    `reads_device` and `limit`. It may use `allocate_start`, `close_excess`, `open_fitting` and
+    `set_corrections`.
 
     Attributes:
         name: value of the recipe's gates.rule; sdq for its method sdq.
@@ -82,8 +84,12 @@ class Rule(ABC):
     def before_step(self, step: int) -> None:  # noqa: B027 - a rule need not move bits
         """Move bits if this is a step to do so."""
 
-    def after_backward(self, step: int, loss: float) -> None:
-        """Read the gradients of a step."""
+    def reads_device(self, step: int) -> bool:
+        """True if `before_step` or `after_backward` waits for the device at this step."""
+        return False
+
+    def after_backward(self, step: int, loss: Tensor) -> None:
+        """Read the gradients of a step, and its loss (a scalar)."""
         if step % _FISHER_EVERY == 0 and step <= self.frozen_from:
             self.watch()
 

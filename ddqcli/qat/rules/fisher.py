@@ -36,9 +36,13 @@ class FisherRule(Rule):
             self.allocate_start()
         self.set_corrections()
 
+    def reads_device(self, step: int) -> bool:
+        """True at the steps at which bits are allocated again."""
+        return self.has_budget and step in self.looks_at
+
     def before_step(self, step: int) -> None:
         """Allocate again if this is one of the steps to look at."""
-        if self.has_budget and step in self.looks_at and self.weights_are_finite():
+        if self.reads_device(step) and self.weights_are_finite():
             self._reallocate(self.limit(step))
             self.set_corrections()
 

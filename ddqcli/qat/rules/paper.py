@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ddqcli.qat.budget import cost_of
 from ddqcli.qat.model import QuantizedParameter
@@ -33,11 +34,15 @@ class PaperRule(Rule):
             self.close_excess()
             self.open_fitting()
 
-    def after_backward(self, step: int, loss: float) -> None:
+    def reads_device(self, step: int) -> bool:
+        """True until the freeze: bits follow the gradients of every step."""
+        return self.has_budget and step <= self.frozen_from
+
+    def after_backward(self, step: int, loss: Tensor) -> None:
         """Take one SGD step on the gate logits, until the freeze."""
         super().after_backward(step, loss)
         if self.has_budget and step < self.frozen_from:
-            self._descend(loss)
+            self._descend(float(loss))
 
     @torch.no_grad()
     def _descend(self, loss: float) -> None:

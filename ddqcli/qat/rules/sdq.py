@@ -65,7 +65,11 @@ class SDQRule(Rule):
         elif self.dbps and self.weights_are_finite():
             self._freeze()
 
-    def after_backward(self, step: int, loss: float) -> None:
+    def reads_device(self, step: int) -> bool:
+        """True until the freeze: bits follow the gradients of every step."""
+        return bool(self.dbps)
+
+    def after_backward(self, step: int, loss: Tensor) -> None:
         """Move the DBPs, and put the more probable bits in force."""
         super().after_backward(step, loss)
         if self.dbps:

@@ -1,0 +1,54 @@
+"""A trial of the data before a run: one batch of each kind through the float model and the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import nn
+
+from ddqcli.data.batches import Batch, Batches
+from ddqcli.data.load import Data
+from ddqcli.data.trees import all_finite, call, copied
+from ddqcli.errors import DataError
+from ddqcli.recipe.schema import DistillSection
+from ddqcli.training.distillation import distillation_weight, training_loss
+from ddqcli.training.divergence import explain_loss
+from ddqcli.training.evaluate import evaluate
+
+
+class _FirstBatch:
+    """The first of some batches."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.samples = batches, batches.samples
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return islice(self.batches.epoch(epoch, start), 1)
+
+    def fingerprint(self) -> str:
+        return self.batches.fingerprint()
+
+
+@torch.no_grad()
+def try_data(model: nn.Module, data: Data, distill: DistillSection) -> None:
+    """Evaluate the float model on the first evaluation batch; compute its first training loss.
+
+    Raises DataError for scores or inputs that are not finite, DDQError for such a loss, and what
+    the network and the functions of the data raise.
+    """
+    evaluate(model, replace(data, val=_FirstBatch(data.val)))
+    inputs, targets = next(iter(data.train.epoch(0)))
+    output = call(model, copied(inputs))
+    weight = distillation_weight(distill, data)
+    loss = float(training_loss(data, output, targets, output, weight, distill.temperature))
+    if not all_finite(inputs):
+        raise DataError("The first training batch holds NaN or infinite values; repair the data.")
+    if not math.isfinite(loss):
+        raise explain_loss(model, inputs, loss, "in the first training batch")

@@ -1,0 +1,107 @@
+"""`ddq finetune --dry-run` checks model, recipe, budget and data, and writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_project import ddq
+
+DATA = """
+import torch
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+def data():
+    images, labels = torch.rand(64, 1, 8, 8), torch.arange(64) % 4
+    {change}
+    parts = {{"train": TensorDataset(images, labels), "val": TensorDataset(images, labels)}}
+    return parts | {more}
+
+def loss(output, labels):
+    return F.cross_entropy(output, labels)
+
+def wrong(output, labels):
+    return output.nonsense
+
+def invalid(output, labels):
+    return (output.argmax(1) == labels).float() / 0 * 0
+"""
+# What is wrong, and the end of the message of a dry run, as of a real one.
+FAULTS = {
+    "no labels for the loss": (
+        {"more": '{"loss": wrong}'},
+        "The model cannot run on these data: AttributeError: 'Tensor' object has no attribute "
+        "'nonsense'; `ddq --debug ...` shows where.",
+    ),
+    "three channels": (
+        {"change": "images = images.repeat(1, 3, 1, 1)"},
+        "The model cannot run on these data: RuntimeError: Given groups=1",
+    ),
+    "classes that the model lacks": (
+        {"change": "labels = 0 * labels + 40", "more": '{"loss": loss}'},
+        "The model cannot run on these data: IndexError: Target 40 is out of bounds.",
+    ),
+    "a factory that fails": ({"change": "raise KeyError('images')"}, "KeyError"),
+}
+
+
+@pytest.mark.parametrize(("parts", "message"), FAULTS.values(), ids=FAULTS)
+def test_data_that_a_run_refuses_are_refused_with_the_same_message(
+    project: Path, parts: dict[str, str], message: str
+) -> None:
+    text = DATA.format(**{"change": "pass", "more": "{}", **parts})
+    Path("task.py").write_text(text)
+    command = ["finetune", "model.pt", "--data", "task.py:data", "--max-steps", "1"]
+    dry, real = ddq(*command, "--dry-run"), ddq(*command)
+    assert dry.code == real.code == 2
+    assert message in dry.err
+    assert dry.err.splitlines()[-1] == real.err.splitlines()[-1]
+
+
+def test_files_are_checked_too(project: Path) -> None:
+    command = ["finetune", "model.pt", "--set", "data.mean=[0.5,0.5]", "--set", "data.std=[1,1]"]
+    dry, real = ddq(*command, "--dry-run"), ddq(*command)
+    assert (dry.code, dry.err) == (real.code, real.err)
+    Path("images.npz").unlink()
+    dry, real = ddq("finetune", "model.pt", "--dry-run"), ddq("finetune", "model.pt")
+    assert (dry.code, dry.err.splitlines()[-1]) == (2, real.err.splitlines()[-1])
+
+
+def test_nothing_is_written(project: Path) -> None:
+    before = set(Path().iterdir())
+    answer = ddq("finetune", "model.pt", "--dry-run", "--json")
+    assert answer.code == 0
+    assert (answer.data["run_dir"], answer.data["accuracy"]) == (None, None)
+    assert answer.data["totals"]["bytes"] <= answer.data["totals"]["budget_bytes"]
+    assert set(Path().iterdir()) - before <= {Path("__pycache__")}
+
+
+def test_a_normalization_that_does_not_fit_is_a_warning(project: Path) -> None:
+    flags = ["--set", "data.mean=[3]", "--set", "data.std=[0.1]", "--dry-run", "--json"]
+    (warning,) = ddq("finetune", "model.pt", *flags).data["warnings"]
+    assert "the inputs are not as in training" in warning
+
+
+def test_the_data_of_a_sweep_are_checked_once(project: Path) -> None:
+    answer = ddq("finetune", "model.pt", "--target-bits", "6,4,3", "--dry-run")
+    assert answer.code == 0
+    assert answer.err.count("data: 70 train") == 1
+    Path("images.npz").unlink()
+    assert ddq("finetune", "model.pt", "--target-bits", "6,4", "--dry-run").code == 2
+
+
+def test_a_metric_that_is_nan_is_refused(project: Path) -> None:
+    """At the first batch; a run counts all of them."""
+    Path("task.py").write_text(DATA.format(change="pass", more='{"metric": invalid}'))
+    answer = ddq("finetune", "model.pt", "--data", "task.py:data", "--dry-run")
+    assert answer.code == 2
+    assert "The metric accuracy is NaN or infinite for 16 of 16 evaluation samples" in answer.err
+
+
+def test_a_training_batch_with_nan_is_named(project: Path) -> None:
+    text = DATA.format(change="images[:] = float('nan')", more='{"loss": loss}')
+    Path("task.py").write_text(text)
+    answer = ddq("finetune", "model.pt", "--data", "task.py:data", "--dry-run")
+    assert answer.code == 2
+    assert "The first training batch holds NaN or infinite values" in answer.err
