@@ -113,6 +113,8 @@ class WeightsSection(_Section):
     levels: Levels = "learned"
     max_bits: Bits = 8
     min_bits: Bits = 1
+    # Bit-widths that the target has. Core ML, for one, lacks 5 and 7: [1, 2, 3, 4, 6, 8].
+    bits_offered: list[Bits] = Field(default=[1, 2, 3, 4, 5, 6, 7, 8], min_length=1)
     granularity: Granularity = "layer"  # one set of levels for a layer, or for each output channel
     init: Literal["lloyd_max", "uniform"] = "lloyd_max"  # levels before training
     bias_bits: Bits | None = 8  # None keeps biases in float
@@ -297,6 +299,11 @@ class Recipe(_Section):
         if self.method == "sdq" and self.gates.rule != "fisher":
             raise ValueError(
                 f"gates.rule={self.gates.rule} is a rule of method ddq, and method is sdq; give one"
+            )
+        if self.rule == "paper" and set(self.weights.bits_offered) != set(range(1, 9)):
+            raise ValueError(
+                "gates.rule=paper opens gates one by one, so weights.bits_offered cannot leave "
+                "bit-widths out; take gates.rule=fisher"
             )
         return self
 
