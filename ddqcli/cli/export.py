@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
     Result = ExportResult | OnnxResult | CoreMLResult | CResult
 
-_FORMAT_OF: dict[str, Literal["onnx", "c"]] = {".onnx": "onnx", ".h": "c"}  # of a checked file
+Format = Literal["ddq", "onnx", "coreml", "c"]
+_FORMAT_OF: dict[str, Format] = {
+    ".safetensors": "ddq",
+    ".onnx": "onnx",
+    ".mlpackage": "coreml",
+    ".h": "c",
+}
 
 EXAMPLES = examples(
     "ddq export",
@@ -48,7 +54,7 @@ def export(
         ),
     ] = None,
     file_format: Annotated[
-        Literal["ddq", "onnx", "coreml", "c"],
+        Format,
         typer.Option(
             "--format",
             help="ddq: smallest file; onnx: int8 graph for onnxruntime; coreml: palettes for "
@@ -104,11 +110,16 @@ def export(
             chosen = _FORMAT_OF.get(check.suffix, "ddq")
         if check is not None and (out or half):
             raise UsageError("--check writes nothing; omit --out and --half.")
+        if out is not None and (named := _FORMAT_OF.get(out.suffix, chosen)) != chosen:
+            raise UsageError(
+                f"{out} is named like a file of --format {named}, and the format is {chosen}; give "
+                "the option, or another name."
+            )
         if half and chosen in ("onnx", "c"):
             raise UsageError(f"--half applies to ddq and coreml; {chosen} keeps float32.")
         if (bench or openvino) and chosen != "onnx":
             raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
-        if check is not None and (chosen == "coreml" or check.suffix == ".mlpackage"):
+        if check is not None and chosen == "coreml":
             raise UsageError("A Core ML package is verified when it is written; export it again.")
         folder = find_finished(run, target) if target is not None else run
         if chosen == "coreml":
