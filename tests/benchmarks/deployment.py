@@ -4,7 +4,7 @@
 
 Weights are random and quantized to W4/A8; batch 1, one thread. Latency stands beside the float
 network's in the same runtime: the best of runs that alternate. C is compiled by the system's
-compiler with -O2 and runs the convolutions and linear layers one after another, on random codes.
+compiler with -O3 and runs the convolutions and linear layers one after another, on random codes.
 Runtimes that are not installed are left out. Takes a minute.
 """
 
@@ -138,7 +138,7 @@ def c_row(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -> Row
     folder = made.path.parent
     (folder / "model.h").write_text(text)
     (folder / "main.c").write_text(program(model, x, symbols_of(frozen)))
-    command = [str(compiler()), "-std=c99", "-O2", "-o", "main", "main.c", "-lm"]
+    command = [str(compiler()), "-std=c99", "-O3", "-o", "main", "main.c", "-lm"]
     subprocess.run(command, cwd=folder, check=True)
     done = subprocess.run([folder / "main"], capture_output=True, text=True, check=True)
     flash = sum(row.bytes for row in rows)
