@@ -58,6 +58,14 @@ static inline float ddq_scale(const ddq_tensor *w, uint32_t row)
     return w->scale[ddq_group(w, row)];
 }
 
+/* The value of a quantized bias, a tensor of one column. */
+static inline float ddq_bias(const ddq_tensor *b, uint32_t row)
+{
+    int16_t integer;
+    ddq_unpack(b, row, &integer);
+    return (float)integer * ddq_scale(b, row);
+}
+
 /* The code of a float input: the nearest level; half-way, as ONNX (even) or the upper one. */
 static inline uint8_t ddq_code(const ddq_input *q, float x)
 {
