@@ -101,7 +101,7 @@ def export_coreml(
         package.save(str(temporary))
         results.append(require_same_palettes(temporary, palettes, floats, path))
 
-    write_folder(path, write, is_own=lambda folder: (folder / "Manifest.json").is_file())
+    write_folder(path, write, is_own=_is_own)
     return CoreMLResult(
         run_dir=run.path,
         path=path,
@@ -112,6 +112,12 @@ def export_coreml(
         values=sum(palette.indices.size for palette in palettes.values()),
         unchecked=(_UNCHECKED, *_notes(frozen, palettes, results[0])),
     )
+
+
+def _is_own(folder: Path) -> bool:
+    """True for a package that ddq has written: it is named among the metadata."""
+    model = folder / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    return model.is_file() and b"\n\x03ddq\x12" in model.read_bytes()  # a key of a protobuf map
 
 
 def _example(run: Run) -> Any:

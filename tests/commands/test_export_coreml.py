@@ -22,12 +22,12 @@ def test_a_package_is_written_and_replaced_whole(finished: Path) -> None:
     assert {row["name"] for row in data["layers"]} == {"0.weight", "3.weight", "8.weight"}
     assert not [path for path in PACKAGE.parent.iterdir() if path.name.endswith(".tmp")]
     other = Path("other.mlpackage")
-    other.mkdir()
-    (other / "mine").touch()
+    (other / "Data" / "com.apple.CoreML").mkdir(parents=True)
+    (other / "Data" / "com.apple.CoreML" / "model.mlmodel").write_bytes(b"of another tool")
     answer = ddq("export", "--format", "coreml", "-o", other)
     assert answer.code == 2
     assert "other.mlpackage cannot be written: something else is there" in answer.err
-    assert [path.name for path in other.iterdir()] == ["mine"]
+    assert next(other.rglob("*.mlmodel")).read_bytes() == b"of another tool"
 
 
 @pytest.mark.parametrize(
