@@ -85,7 +85,7 @@ def report(
     """
 
     def work() -> ReportResult | SweepReport | DiffResult:
-        from ddqcli.commands.report import Limits, ReportResult
+        from ddqcli.commands.report import Limits, ReportResult, SweepReport
         from ddqcli.commands.report import report as command
         from ddqcli.errors import UsageError
 
@@ -107,11 +107,15 @@ def report(
             from ddqcli.commands.diff import diff as compare
 
             return compare(*diff)
-        result = command(source, limits, target=target, one_run=html is not None)
+        result = command(source, limits, target=target)
         if html and isinstance(result, ReportResult):
             from ddqcli.inspection.report_page import write_report_page
 
-            result = replace(result, page=write_report_page(result.source, result.report, html))
+            return replace(result, page=write_report_page(result.source, result.report, html))
+        if html and isinstance(result, SweepReport):
+            from ddqcli.inspection.sweep_page import write_sweep_page
+
+            return replace(result, page=write_sweep_page(result.source, result.table, html))
         return result
 
     def show(result: ReportResult | SweepReport | DiffResult) -> None:
@@ -141,11 +145,11 @@ def _closing_lines(result: ReportResult | SweepReport | DiffResult) -> list[str]
     from ddqcli.commands.report import ReportResult, SweepReport
     from ddqcli.render.sweep import next_lines
 
-    if isinstance(result, SweepReport):
-        return [f"runs       {result.source}", *next_lines(result.source, result.table)]
-    if not isinstance(result, ReportResult):
+    if not isinstance(result, ReportResult | SweepReport):
         return []
     page = [f"page       {result.page}"] if result.page else []
+    if isinstance(result, SweepReport):
+        return [f"runs       {result.source}", *page, *next_lines(result.source, result.table)]
     return [f"{'run' if result.source.is_dir() else 'file':<10} {result.source}", *page]
 
 

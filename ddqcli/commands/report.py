@@ -112,10 +112,12 @@ class SweepReport:
 
     source: Path
     table: SweepTable
+    page: Path | None = None  # HTML page, if one was written
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
-        return {"target": str(self.source), **self.table.data()}
+        page = {"page": str(self.page)} if self.page else {}
+        return {"target": str(self.source), **page, **self.table.data()}
 
 
 def report(
@@ -123,17 +125,15 @@ def report(
     limits: Limits | None = None,
     *,
     target: str | None = None,
-    one_run: bool = False,
 ) -> ReportResult | SweepReport:
     """Return the report of a run folder or an exported file; None: the newest run or sweep.
 
-    Of a sweep, `target` picks one run; without it, the sweep's table is returned, unless limits or
-    `one_run` ask for one run. Raises UsageError, DDQError for a damaged run and VerificationError
-    for a damaged file.
+    Of a sweep, `target` picks one run; without it, the sweep's table is returned, unless there are
+    limits, which hold for one run. Raises UsageError, DDQError for a damaged run and
+    VerificationError for a damaged file.
     """
     limits = limits or Limits()
-    one_run = one_run or target is not None or limits != Limits()
-    if not one_run and (sweep := find_sweep(source)):
+    if target is None and limits == Limits() and (sweep := find_sweep(source)):
         return SweepReport(sweep, Run(sweep).sweep_table())
     path, content = read_report(source, target)
     return ReportResult(path, content, limits.unmet(content))

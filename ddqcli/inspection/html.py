@@ -29,7 +29,7 @@ p { max-width: 60rem; margin: .5rem 0; }
   gap: 1rem; margin: 1rem 0; }
 .facts div { padding: .75rem 1rem; background: var(--card); border-radius: 6px; }
 .facts dt, .facts dd { margin: 0; color: var(--soft); font-size: .85rem; }
-.facts .value { color: var(--ink); font-size: 1.35rem; font-weight: 600; line-height: 1.3; }
+.facts .value { color: var(--ink); font-size: 1.25rem; font-weight: 600; line-height: 1.3; }
 .table { overflow-x: auto; margin: .75rem 0; border: 1px solid var(--line); border-radius: 6px; }
 .narrow { width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; font-size: .82rem; white-space: nowrap;
@@ -39,12 +39,12 @@ tbody tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal;
   overflow-wrap: normal; }
 .text { text-align: left; }
-tr > :first-child { position: sticky; left: 0; min-width: min(12rem, 45vw);
-  background: var(--paper); white-space: normal; }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; }
+.name { width: 22rem; min-width: min(12rem, 45vw); }
 .long { min-width: 16rem; white-space: normal; }
 .bar { background: linear-gradient(to right, var(--bar) var(--share), transparent 0)
   left bottom / 100% 3px no-repeat; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr));
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr));
   grid-auto-flow: dense; gap: 1rem; }
 .beside { display: grid; align-items: start; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
@@ -57,7 +57,7 @@ figcaption { padding: .25rem .5rem; color: var(--soft); font-size: .85rem; }
 .wide svg { min-width: 60rem; }
 """
 
-_LONG = 40  # characters of a cell from which it may take several lines
+_LONG_NAME, _LONG = 16, 40  # characters from which the first cell, another one may be wrapped
 _NARROW = 4  # columns of a table that is not as wide as the page
 
 
@@ -182,7 +182,9 @@ def _table(table: Table, title: str) -> str:
         inner = []
         for column, text in enumerate(cells):
             attributes = ' class="text"' if column < table.text else ""
-            if len(text) > _LONG:
+            if column == 0 and len(text) > _LONG_NAME:
+                attributes = ' class="text name"'
+            elif len(text) > _LONG:
                 attributes = ' class="text long"'
             if number is not None and column in table.bars:
                 share = 100 * table.bars[column][number]

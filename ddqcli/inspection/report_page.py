@@ -42,7 +42,7 @@ def write_report_page(source: Path, report: Report, path: Path) -> Path:
 
 def _layers(report: Report) -> html.Section:
     total = max(1, report.totals.quantized_bytes)
-    largest = max((row.bytes for row in report.layers), default=1)
+    largest = max([1, *(row.bytes for row in report.layers)])
     header = ["tensor", "kind", "shape", "bits", "levels"]
     header += ["float bytes", "bytes", "share, %", "error, %"]
     rows = [

@@ -16,11 +16,12 @@ def head_section(source: Path, report: Report) -> Section:
     ratio = f"{totals.float_bytes / max(1, totals.bytes):.1f} times smaller"
     if (budget := totals.budget_bytes) is not None:
         ratio += f"; {100 * totals.bytes / budget:.1f} % of the budget"
-    facts = [Fact("Size of the file", f"{size(totals.float_bytes)} → {size(totals.bytes)}", ratio)]
+    sizes = _arrow(size(totals.float_bytes), size(totals.bytes))
+    facts = [Fact("Size of the file", sizes, ratio)]
     if accuracy:
-        before, after = (metric.text(v, " ") for v in (accuracy.float, accuracy.quantized))
+        values = _arrow(*(metric.text(v, " ") for v in (accuracy.float, accuracy.quantized)))
         change = metric.change(accuracy.float, accuracy.quantized)
-        facts.append(Fact(metric.title, f"{before} → {after}", f"float → quantized; {change}"))
+        facts.append(Fact(metric.title, values, f"float → quantized; {change}"))
     inputs = "inputs stay float"
     if report.activations:
         bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
@@ -29,6 +30,11 @@ def head_section(source: Path, report: Report) -> Section:
     facts.append(Fact("Average", average, f"as stored, with levels and scales; {inputs}"))
     text = [f"{source}: {report.source.path} ({report.source.arch})."]
     return Section("", text, facts=facts, warnings=report.warnings)
+
+
+def _arrow(before: str, after: str) -> str:
+    """Return both values, which stay whole where the line breaks."""
+    return " → ".join(value.replace(" ", "\N{NO-BREAK SPACE}") for value in (before, after))
 
 
 def detail_sections(report: Report) -> list[Section]:

@@ -137,7 +137,8 @@ def _draw_snapshots(
     errors = {row.name: [entry["error"][row.name] for entry in snapshots] for row in rows}
     caption = (
         "Sum of squared differences between quantized weights q and float weights w, over the sum "
-        "of squares. The layers with the largest error at the end have names."
+        "of squares. The layers with the largest error at the end have names. All fall to almost 0 "
+        "where a run moves its weights onto their levels. The last point is the delivered state."
     )
     figure = plots.error_over_time_figure(steps, errors)
     levels = _level_figures(run, snapshots, rows)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ddqcli import plots
+from ddqcli.errors import DDQError
 from ddqcli.formatting import size
 from ddqcli.inspection.html import Section, Table, write_html
 from ddqcli.inspection.layer_figures import output_folder, page_file, page_picture
-from ddqcli.runs.names import SWEEP
 from ddqcli.runs.report import SweepTable
+from ddqcli.runs.run import Run
 
 
 def write_sweep_page(folder: Path, table: SweepTable, path: Path) -> Path:
@@ -20,17 +18,21 @@ def write_sweep_page(folder: Path, table: SweepTable, path: Path) -> Path:
 
     Raises DDQError if it cannot be written.
     """
-    page = page_file(path)
+    page, title = page_file(path), f"ddq report: {folder.resolve().name}"
+    head = Section("", [f"{folder}: {table.source.path} ({table.source.arch})."])
+    rows = [(row.target, warning) for row in table.targets for warning in row.warnings]
+    warnings = Section("Warnings", warnings=[f"{target}: {warning}" for target, warning in rows])
     with output_folder(page.parent):
-        return write_html(page, f"ddq report: {folder.resolve().name}", [sweep_section(table)])
+        sections = [head, sweep_section(table), *([warnings] if rows else [])]
+        return write_html(page, title, sections)
 
 
 def sections_of_sweep(run: Path) -> list[Section]:
     """Return the section of the finished sweep that a run folder belongs to, if there is one."""
     run = run.resolve()
     try:
-        table = SweepTable.model_validate(json.loads((run.parent / SWEEP).read_bytes()))
-    except (OSError, ValueError, ValidationError):  # none, or damaged: the run has its own page
+        table = Run(run.parent).sweep_table()
+    except DDQError:  # there is none, or it is damaged; the run has a page all the same
         return []
     this = next((row.target for row in table.targets if row.run == run.name), None)
     return [sweep_section(table, this)] if this else []

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -83,26 +84,7 @@ def levels_over_time_figure(
     with settings():
         figure = new_figure(WIDTH, HEIGHT)
         axes = add_axes(figure, 0.62, 0.85, 2.4, HEIGHT - 1.3)
-        changes = [k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])]
-        for first, end in pairwise([0, *changes, len(levels)]):
-            part = np.array(levels[first:end], float)
-            for k, series in enumerate(part.T):
-                axes.plot(
-                    steps[first:end],
-                    series,
-                    color=(BLUE, SKY)[k % 2],
-                    lw=1.1 if part.shape[1] <= 16 else 0.6,
-                    marker="." if end - first == 1 else None,
-                    ms=3,
-                )
-            if first:
-                axes.axvline(steps[first], color=GRAY, lw=0.7, ls=":")
-        handles: list[Artist] = [Line2D([], [], color=BLUE, label="levels, in two blues")]
-        if changes:
-            handles.append(Line2D([], [], color=GRAY, ls=":", label="another bit-width"))
-        if steps[0] > 0:
-            handles.append(Patch(fc=GRAY, alpha=0.2, label="8 bits: the full grid"))
-            axes.axvspan(0, steps[0], color=GRAY, alpha=0.2, lw=0)
+        handles = _draw_levels(axes, steps, levels)
         handles.append(Line2D([], [], color=VERMILLION, lw=0.7, label="last levels"))
         handles.append(Patch(fc=BLUE, alpha=0.45, label="last float weights"))
         axes.set_xlim(*_ends(steps))
@@ -125,6 +107,33 @@ def levels_over_time_figure(
     return figure
 
 
+def _draw_levels(
+    axes: Axes, steps: Sequence[float], levels: Sequence[Sequence[float]]
+) -> list[Artist]:
+    """Draw the levels between changes of their number; return the entries of a legend."""
+    changes = [k for k in range(1, len(levels)) if len(levels[k]) != len(levels[k - 1])]
+    for first, end in pairwise([0, *changes, len(levels)]):
+        part = np.array(levels[first:end], float)
+        for k, series in enumerate(part.T):
+            axes.plot(
+                steps[first:end],
+                series,
+                color=(BLUE, SKY)[k % 2],
+                lw=1.1 if part.shape[1] <= 16 else 0.6,
+                marker="." if end - first == 1 else None,
+                ms=3,
+            )
+        if first:
+            axes.axvline(steps[first], color=GRAY, lw=0.7, ls=":")
+    handles: list[Artist] = [Line2D([], [], color=BLUE, label="levels, in two blues")]
+    if changes:
+        handles.append(Line2D([], [], color=GRAY, ls=":", label="another bit-width"))
+    if steps[0] > 0:
+        handles.append(Patch(fc=GRAY, alpha=0.2, label="8 bits: the full grid"))
+        axes.axvspan(0, steps[0], color=GRAY, alpha=0.2, lw=0)
+    return handles
+
+
 def loss_over_time_figure(
     steps: Sequence[float],
     loss: Sequence[float],
@@ -140,12 +149,6 @@ def loss_over_time_figure(
     Vertical lines mark `delivered_step` and `batch_norm_step`, from which BatchNorm's statistics
     are frozen. `metric` is the name and unit of accuracies.
     """
-    marks = []
-    if batch_norm_step is not None:
-        marks.append((batch_norm_step, f"BatchNorm frozen: step {batch_norm_step:,}", GREEN, "--"))
-    if delivered_step is not None:
-        delivered = f"step {delivered_step:,}" if delivered_step else "start"
-        marks.append((delivered_step, f"delivered: {delivered}", INK, ":"))
     with settings():
         figure = new_figure(WIDTH, HEIGHT)
         top = add_axes(figure, 0.68, 1.85, WIDTH - 0.85, HEIGHT - 2.25)
@@ -158,8 +161,12 @@ def loss_over_time_figure(
             if looks:
                 style: Any = {"color": VERMILLION, "ms": 4, "clip_on": False}
                 each.plot(look_steps, held_out, "o", label="held-out samples", **style)
-            for step, label, color, dashes in marks:
-                each.axvline(step, color=color, lw=1, ls=dashes, label=label)
+            if batch_norm_step is not None:
+                label = f"BatchNorm frozen: step {batch_norm_step:,}"
+                each.axvline(batch_norm_step, color=GREEN, lw=1, ls="--", label=label)
+            if delivered_step is not None:
+                label = f"delivered: {f'step {delivered_step:,}' if delivered_step else 'start'}"
+                each.axvline(delivered_step, color=INK, lw=1, ls=":", label=label)
             each.grid()
             each.yaxis.set_major_locator(MaxNLocator(5))
         top.set_ylabel("loss")

@@ -54,7 +54,7 @@ def _sheet_figure(layers: Sequence[Layer], columns: int, number: int, sheets: in
     }
     end = add_color_legend(figure, 0.15, height - 0.41, legend)
     if learned:
-        add_text(figure, end, height - 0.41, f"|  levels; none drawn of more than {MAX_LEVELS_DRAWN}")
+        add_text(figure, end, height - 0.41, f"|  levels, if {MAX_LEVELS_DRAWN} or fewer")
     canvas = add_axes(figure, 0, 0, width, height, xlim=(0, width), ylim=(0, height))
     canvas.set_axis_off()
     for k, layer in enumerate(layers):

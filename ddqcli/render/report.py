@@ -38,7 +38,7 @@ def show(report: Report, console: Console) -> None:
 def _columns(report: Report, console: Console) -> list[Column]:
     """Return the columns; on a terminal, bars show bits, of 8, and bytes, of the largest tensor."""
     total = max(1, report.totals.quantized_bytes)
-    largest = max((row.bytes for row in report.layers), default=1)
+    largest = max([1, *(row.bytes for row in report.layers)])
     bars = shows_bars(console)
 
     def with_bar(text: str, share: float, width: int, style: str) -> Text:

@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ddqcli.formatting import duration
+from ddqcli.render.console import print_lines
 from ddqcli.render.curve import curve_lines
 from ddqcli.render.data import csv_text, markdown_table
+from ddqcli.render.layer_table import bar, shows_bars
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.names import SWEEP_PICTURE
 from ddqcli.runs.report import SweepTable
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 CSV_COLUMNS = ("target", "bytes", "budget_bytes", "average_bits", "accuracy", "drop", "run")
 _TEXT_COLUMNS = ("target", "run")
+_BAR_WIDTH = 8  # characters
 
 
 def show_result(result: SweepResult, console: Console) -> None:
@@ -48,14 +51,22 @@ def next_lines(folder: Path, sweep: SweepTable) -> list[str]:
 
 
 def show(sweep: SweepTable, console: Console) -> None:
-    """Print a row for each target, the curve, and the warnings."""
-    header, rows = _header(sweep), _rows(sweep)
+    """Print a row for each target, the curve, and the warnings.
+
+    On a terminal, bars show the bytes, of the float model's.
+    """
+    bars = shows_bars(console)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in header:
+    for column in _header(sweep):
         table.add_column(
             column, justify="left" if column in _TEXT_COLUMNS else "right", no_wrap=True
         )
-    for row in rows:
+        if bars and column == "bytes":
+            table.add_column("", style="green", width=_BAR_WIDTH)
+    sizes = [sweep.float.bytes, *(row.bytes for row in sweep.targets)]
+    for size, row in zip(sizes, _rows(sweep), strict=True):
+        if bars:
+            row.insert(2, bar(size / max(sizes), _BAR_WIDTH))
         table.add_row(*row)
     console.print(table)
     console.print()
@@ -63,9 +74,8 @@ def show(sweep: SweepTable, console: Console) -> None:
         for line in lines:
             console.print(line, soft_wrap=True)
         console.print()
-    for target in sweep.targets:
-        for warning in target.warnings:
-            console.print(f"warning    {target.target}: {warning}", markup=False, soft_wrap=True)
+    warnings = [(row.target, warning) for row in sweep.targets for warning in row.warnings]
+    print_lines([f"warning    {target}: {warning}" for target, warning in warnings], console)
 
 
 def as_csv(sweep: SweepTable) -> str:

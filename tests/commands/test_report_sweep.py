@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from made_run import make_run, make_sweep
+from parsed_page import Page
 from tiny_project import ddq
 
 from ddqcli.runs.names import REPORT, SWEEP
@@ -72,7 +73,7 @@ def test_inspect_takes_a_target(sweep: Run) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["export", "export runs/s", "inspect runs/s", "report --max-drop 3", "report --html a.html",
+    ["export", "export runs/s", "inspect runs/s", "report --max-drop 3",
      "report --diff runs/s runs/older"],
 )  # fmt: skip
 def test_what_needs_one_run_lists_the_targets(sweep: Run, command: str) -> None:
@@ -82,6 +83,15 @@ def test_what_needs_one_run_lists_the_targets(sweep: Run, command: str) -> None:
         "Error: runs/s holds several runs; name one, such as runs/s/8-bits, or pick it with "
         "--target: 8, 4, 3.\n"
     )
+
+
+def test_the_page_of_a_sweep_is_written_and_named(sweep: Run) -> None:
+    assert "page       a.html" in ddq("report", "runs/s", "--html", "a.html").out.splitlines()
+    assert ddq("report", "--html", "a.html", "--json").data["page"] == "a.html"
+    page = Page.read(Path("a.html"))
+    assert page.all("h1") == ["ddq report: s"]
+    assert page.all("td")[::6] == ["float", "8 bits", "4 bits", "3 bits"]
+    assert len(page.svgs) == 1
 
 
 def test_limits_hold_a_picked_run(sweep: Run) -> None:

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from parsed_page import Page
 from safetensors.numpy import save_file
 
 from ddqcli.commands.inspect import inspect
@@ -291,9 +292,35 @@ def test_pictures_are_written_and_named(path, tmp_path):
     assert {"overview-1.png", "overview-1.svg", "channels/001-block.dw1.weight.svg"} <= names
     assert len([name for name in names if name.startswith("layers/")]) == 2 * 5
     assert all(p.stat().st_size > 2000 for p in found.pictures)
-    page = found.pictures[0].read_text(encoding="utf-8")
-    assert page.count("<figure>") == 5 + 2
-    assert all(row.name in page for row in found.layers)
+
+
+def test_the_page_shows_sizes_then_every_layer_then_labeled_pictures(path, tmp_path):
+    found = inspect(path, out=tmp_path)
+    page = Page.read(tmp_path / "index.html")
+    assert page.all("dt") == [
+        "Size as stored",
+        *(f"With weights of {bits} bits" for bits in (8, 4, 3, 2)),
+    ]
+    sizes = page.all("dd")[::2]
+    shown = [number * {"B": 1, "kB": 1e3}[unit] for number, unit in map(number_and_unit, sizes)]
+    stored = [found.bytes, *(found.bytes_at[bits] for bits in (8, 4, 3, 2))]
+    assert shown == pytest.approx(stored, rel=0.005)
+    assert page.places["dl"][0] < page.places["table"][0] < page.places["figure"][0]
+    for row in found.layers:
+        cells = page.row_of(row.name, 19)
+        assert cells[1:3] == [row.kind, "×".join(map(str, row.shape))]
+        assert cells[5] == f"{row.parameters:,}"
+    assert len(page.all("figure")) == len(page.svgs) == 5 + 2
+    for svg, row in zip(page.svgs, found.layers, strict=False):
+        assert svg["role"] == "img"
+        assert svg["aria-label"].startswith(f"{row.name}: {row.distribution}: ")
+        assert svg["aria-label"].endswith("best 16 levels (4 bits, Lloyd-Max)")
+    assert page.links == []
+
+
+def number_and_unit(text):
+    number, unit = text.split()
+    return float(number), unit
 
 
 def test_a_folder_that_cannot_be_made_is_named(path, tmp_path):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from made_run import export_made, make_run
+from made_run import export_made, make_run, make_sweep
 from parsed_page import Page
 from tiny_project import ddq
 
@@ -17,7 +16,6 @@ from ddqcli.errors import DDQError
 from ddqcli.inspection.report import read_report
 from ddqcli.inspection.report_page import write_report_page
 from ddqcli.inspection.sweep_page import write_sweep_page
-from ddqcli.runs.report import SweepRow, SweepTable
 from ddqcli.runs.run import Run
 
 SECTIONS = ["Quantized tensors", "Pictures", "Details", "Tensors that stay float"]
@@ -48,7 +46,7 @@ def test_the_page_starts_with_the_figures_that_matter(run: Run, page: Page) -> N
     totals = run.report().totals
     assert page.all("h1") == ["ddq report: run"]
     assert page.all("dt") == ["Size of the file", "Accuracy", "Average"]
-    assert page.all("dd") == [
+    assert [text.replace("\N{NO-BREAK SPACE}", " ") for text in page.all("dd")] == [
         f"{totals.float_bytes / 1000:.1f} kB → {totals.bytes / 1000:.2f} kB",
         f"{totals.float_bytes / totals.bytes:.1f} times smaller; "
         f"{100 * totals.bytes / totals.budget_bytes:.1f} % of the budget",
@@ -127,50 +125,39 @@ def test_an_exported_file_has_what_it_can_have(file: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def sweep(run: Run, tmp_path: Path) -> tuple[Path, SweepTable]:
-    """A sweep of three copies of the run."""
-    report = run.report()
-    rows = [
-        SweepRow.of(f"{bits} bits", report, f"{bits}-bits").model_copy(
-            update={"bytes": 1000 * bits, "accuracy": 100 - 8 / bits}
-        )
-        for bits in (8, 4, 2)
-    ]
-    table = SweepTable.of(report, rows)
-    for row in rows:
-        make_run(tmp_path / "sweep" / str(row.run), 9)
-    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(table.data()))
-    return tmp_path / "sweep", table
+def sweep(tmp_path: Path) -> Run:
+    return make_sweep(tmp_path / "sweep", 8, 4, 2)
 
 
-def test_a_run_of_a_sweep_shows_the_curve_before_the_layers(
-    sweep: tuple[Path, SweepTable], tmp_path: Path
-) -> None:
-    page = page_of(sweep[0] / "4-bits", tmp_path)
+def test_a_run_of_a_sweep_shows_the_curve_before_the_layers(sweep: Run, tmp_path: Path) -> None:
+    """Made with 1000 bytes a bit, and a drop of 8 points by the number of bits."""
+    table = sweep.sweep_table()
+    page = page_of(sweep.path / "4-bits", tmp_path)
     assert page.all("h2") == [CURVE, *SECTIONS]
-    assert page.row_of("4 bits (this run)", 5)[1:] == [
-        *("4.00 kB", f"{sweep[1].float.bytes / 4000:.1f}×"),
-        *(f"{sweep[1].targets[1].average_bits:.3f}", "98.00 %"),
+    assert page.row_of("4 bits (this run)", 6)[1:] == [
+        *("4.00 kB", f"{table.float.bytes / 4000:.1f}×"),
+        *(f"{table.targets[1].average_bits:.3f}", "90.50 %", "2.00"),
     ]
     assert page.svgs[0]["aria-label"] == CURVE
     assert {"8 bits", "4 bits", "2 bits", "this run", "float model"} <= set(page.all("text"))
 
 
-def test_the_page_of_a_sweep_has_the_curve_and_every_target(
-    sweep: tuple[Path, SweepTable], tmp_path: Path
-) -> None:
-    page = Page.read(write_sweep_page(*sweep, tmp_path / "out"))
+def test_the_page_of_a_sweep_has_the_curve_and_every_target(sweep: Run, tmp_path: Path) -> None:
+    page = Page.read(write_sweep_page(sweep.path, sweep.sweep_table(), tmp_path / "out"))
     assert page.all("h1") == ["ddq report: sweep"]
-    assert [cell for cell in page.all("td")[::6]] == ["float", "8 bits", "4 bits", "2 bits"]
+    assert page.all("h2") == [CURVE, "Warnings"]
+    assert page.all("p")[0] == f"{sweep.path}: some/net.pt (net.py:build)."
+    assert "Warning: 4 bits: levels that no weight takes." in page.all("p")
+    assert page.all("td")[::6] == ["float", "8 bits", "4 bits", "2 bits"]
     assert "this run" not in page.text
 
 
 @pytest.mark.parametrize("table", ["", "{}", "[]", '{"targets": 1}'])
 def test_a_damaged_table_of_a_sweep_leaves_the_page_of_its_run(
-    sweep: tuple[Path, SweepTable], tmp_path: Path, table: str
+    sweep: Run, tmp_path: Path, table: str
 ) -> None:
-    (sweep[0] / "sweep.json").write_text(table)
-    assert page_of(sweep[0] / "2-bits", tmp_path).all("h2") == SECTIONS
+    (sweep.path / "sweep.json").write_text(table)
+    assert page_of(sweep.path / "2-bits", tmp_path).all("h2") == SECTIONS
 
 
 # ---- what a run may lack, and where the page goes

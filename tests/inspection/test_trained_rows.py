@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from made_run import dequantized, export_made, make_run, weights_of
+from parsed_page import Page
 from tiny_project import ddq, inside
 
 from ddqcli.artifact import decoder
@@ -18,6 +20,7 @@ from ddqcli.commands.inspect import inspect
 from ddqcli.errors import DDQError, UsageError, VerificationError
 from ddqcli.inspection import layer_figures
 from ddqcli.inspection.histograms import SHOWN_BINS
+from ddqcli.inspection.trained_page import write_trained_page
 from ddqcli.inspection.trained_rows import TrainedResult, short_kind
 from ddqcli.runs.run import Run
 
@@ -172,9 +175,55 @@ def test_pictures_and_page_are_written(run: Run, tmp_path: Path) -> None:
         "levels-over-time-4.svg",
     } <= names
     assert len(names) == 1 + 2 + 2 * 4 + 2 * (4 + 4)
-    page = found.pictures[0].read_text(encoding="utf-8")
-    assert page.count("<figure>") == 4 + 4 + 4
-    assert "4 levels in force (2 bits)" in page
+
+
+def test_the_page_of_a_run_has_its_figures_its_table_then_labeled_pictures(
+    run: Run, tmp_path: Path
+) -> None:
+    found = inspect(run.path, out=tmp_path)
+    page = Page.read(tmp_path / "index.html")
+    assert page.all("h2") == [
+        *("Layers", "Pictures", "Weights and their levels", "Details", "Tensors that stay float")
+    ]
+    assert page.all("dt") == ["Size of the file", "Accuracy", "Average"]
+    assert "92.50\N{NO-BREAK SPACE}% → 91.25\N{NO-BREAK SPACE}%" in page.all("dd")
+    assert page.places["dl"][0] < page.places["table"][0] < page.places["figure"][0]
+    assert isinstance(found, TrainedResult)
+    for row in found.layers:
+        assert page.row_of(row.name, 2)[1] == row.kind
+    assert len(page.svgs) == len(page.all("figure")) == 4 + 4 + 4
+    assert {svg["role"] for svg in page.svgs} == {"img"}
+    for svg, row in zip(page.svgs[8:], found.layers, strict=True):
+        levels = f"{len(row.levels)} levels in force ({row.bits:g} bits)"
+        assert svg["aria-label"].startswith(f"{row.name}: {row.distribution}: ")
+        assert svg["aria-label"].endswith(levels)
+        assert levels in page.all("text")
+
+
+@pytest.mark.parametrize(
+    ("levels", "of_file", "caption"),
+    [
+        (16, False, "16 levels in force (8 bits)"),
+        (256, False, "256 levels in force (8 bits): too dense to draw"),
+        (16, True, "16 levels in force (8 bits), and the number of weights at each"),
+        (0, False, "levels by channel are not drawn"),
+    ],
+)
+def test_a_picture_of_a_layer_says_which_levels_it_shows(
+    run: Run, tmp_path: Path, levels: int, of_file: bool, caption: str
+) -> None:
+    found = inspect(run.path)
+    assert isinstance(found, TrainedResult)
+    row = replace(
+        found.layers[0],
+        bits=8,
+        levels=tuple(range(levels)),
+        counts=(1,) * levels,
+        distribution=None if of_file else "flat",
+    )
+    result = replace(found, what="artifact", layers=(row,))
+    write_trained_page(result, tmp_path)
+    assert caption in Page.read(tmp_path / "index.html").all("text")
 
 
 def test_of_many_layers_the_single_pictures_are_svg_only(

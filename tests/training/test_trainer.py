@@ -248,7 +248,8 @@ def test_batch_norm_freezes_at_its_statistics_over_bn_batches(
         before[step] = [value.detach().clone() for value in values]
 
     before_each_step(running, keep)
-    finish_at_last(running)
+    metrics = finish_at_last(running)
+    assert {entry.batch_norm_step for entry in metrics} == {frozen_from}
     weight, bias = (
         before[frozen_from][2:]
         if frozen_from < STEPS
@@ -269,6 +270,11 @@ def test_batch_norm_freezes_at_its_statistics_over_bn_batches(
             running_var, norm.running_var
         )
         assert frozen == (step >= frozen_from), step
+
+
+def test_held_statistics_have_no_step_at_which_they_freeze() -> None:
+    metrics = finish(begin(recipe(train={"batch_norm": "held"})))
+    assert {entry.batch_norm_step for entry in metrics} == {None}
 
 
 def test_without_batches_the_running_statistics_freeze() -> None:

@@ -1,0 +1,109 @@
+"""`ddq report` on a terminal, of 80 and 140 columns, and in a pipe."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from made_run import make_report, make_run
+from rich.console import Console
+
+from ddqcli.render.layer_table import bar
+from ddqcli.render.report import show
+from ddqcli.runs.report import Report
+
+NAMES = [f"features.denseblock{k // 6 + 1}.denselayer{k % 6 + 1}.conv1.weight" for k in range(12)]
+ESCAPE = re.compile("\x1b\\[[0-9;]*m")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return make_run(tmp_path_factory.mktemp("made") / "run", names=NAMES).report()
+
+
+def shown(
+    report: Report, width: int, *, terminal: bool = True, encoding: str = "utf-8", **kwargs: object
+) -> str:
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(
+        file=buffer, width=width, force_terminal=terminal, legacy_windows=False, **kwargs
+    )
+    show(report, console)
+    buffer.flush()
+    return buffer.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_each_tensor_has_one_line_with_bars_that_fits(report: Report, width: int) -> None:
+    """The bar of bits has a character a bit, that of bytes ten for the largest tensor."""
+    lines = ESCAPE.sub("", shown(report, width)).splitlines()
+    assert max(map(len, lines)) <= width
+    rows = lines[2 : 2 + len(report.layers)]
+    assert len({line.split()[0] for line in rows}) == len(report.layers)
+    largest = max(row.bytes for row in report.layers)
+    for line, row in zip(rows, report.layers, strict=True):
+        bars = re.findall("[━╸]+", line)
+        assert bars[0] == "━" * round(row.bits)
+        length = sum(1 if part == "━" else 0.5 for part in bars[1])
+        assert length == pytest.approx(10 * row.bytes / largest, abs=0.251)
+        assert f"{row.bytes:,}" in line.split()
+        assert line.rstrip().endswith(f"{100 * row.error:.2f}%")
+
+
+def test_a_wide_terminal_shows_kind_and_shape_too(report: Report) -> None:
+    narrow, wide = (ESCAPE.sub("", shown(report, width)).splitlines() for width in (80, 140))
+    assert narrow[0].split() == ["layer", "bits", "levels", "bytes", "share", "error"]
+    assert wide[0].split() == ["layer", "kind", "shape", *narrow[0].split()[1:]]
+    assert "depthwise 6×5×3×3" in wide[3]
+
+
+def test_a_pipe_gets_no_bar_no_color_no_rule_and_whole_names(report: Report) -> None:
+    text = shown(report, 160, terminal=False)
+    assert not re.search("[\x1b━╸─]", text)
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(NAMES)]] == NAMES
+    assert f"warning    {report.warnings[0]}" in lines
+
+
+def test_a_terminal_without_unicode_gets_ascii(report: Report) -> None:
+    assert ESCAPE.sub("", shown(report, 80, encoding="ascii")).isascii()
+
+
+def test_no_color_leaves_the_bars(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    colors = re.compile("\x1b\\[(?:[0-9]+;)*(?:3[0-7]|9[0-7]|38;)")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert colors.search(shown(report, 80))
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = shown(report, 80)
+    assert not colors.search(text)
+    assert "━" in text
+
+
+def test_a_long_warning_is_wrapped_beside_its_label() -> None:
+    words = [f"word{k}" for k in range(40)]
+    report = make_report().model_copy(update={"warnings": (" ".join(words),)})
+    lines = ESCAPE.sub("", shown(report, 80)).splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith("warning    "))
+    assert len(lines) - start > 2
+    assert {line[:11].strip() for line in lines[start + 1 :]} == {""}
+    assert " ".join(line[11:].strip() for line in lines[start:]).split() == words
+    piped = shown(report, 80, terminal=False).splitlines()
+    assert piped[-1] == "warning    " + " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("share", "drawn"),
+    [
+        (0, ""),
+        (0.04, "╸"),
+        (0.5, "━━━━━"),
+        (0.56, "━━━━━╸"),
+        (1, "━" * 10),
+        (1.7, "━" * 10),
+        (-1, ""),
+    ],
+)
+def test_a_bar_rounds_to_half_a_character(share: float, drawn: str) -> None:
+    assert bar(share, 10) == drawn
