@@ -26,7 +26,7 @@ LAYERS = (
     {"qat"},
     {"data", "checkpoint", "runs"},
     {"training"},
-    {"onnx", "c_header", "plots"},
+    {"onnx", "coreml", "c_header", "plots"},
     {"inspection"},
     {"library", "__init__"},
     {"commands"},

@@ -40,7 +40,8 @@ _INTRODUCTION = """\
 
        x[i] = ddq_code(&net_fc_input, value[i]);
        ddq_linear(&net_fc_weight, x, net_fc_input.zero_point, row, y);
-       out[k] = (float)y[k] * (ddq_scale(&net_fc_weight, k) * net_fc_input.scale) + bias[k];
+       out[k] = (float)y[k] * (ddq_scale(&net_fc_weight, k) * net_fc_input.scale)
+              + ddq_bias(&net_fc_bias, k);
 
    Without quantized inputs, ddq_unpack gives the integers of a row, to multiply floats with.
 

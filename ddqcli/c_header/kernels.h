@@ -58,6 +58,14 @@ static inline float ddq_scale(const ddq_tensor *w, uint32_t row)
     return w->scale[ddq_group(w, row)];
 }
 
+/* The value of a quantized bias, a tensor of one column. */
+static inline float ddq_bias(const ddq_tensor *b, uint32_t row)
+{
+    int16_t integer;
+    ddq_unpack(b, row, &integer);
+    return (float)integer * ddq_scale(b, row);
+}
+
 /* The code of a float input: the nearest level; half-way, as ONNX (even) or the upper one. */
 static inline uint8_t ddq_code(const ddq_input *q, float x)
 {
@@ -94,27 +102,43 @@ static inline void ddq_conv2d(
     const ddq_tensor *w, const ddq_conv *c, const uint8_t *x, int32_t zero, int16_t *row, int32_t *y)
 {
     const uint32_t depth = c->channels / c->groups, outputs = w->rows / c->groups;
+    const uint32_t stride = c->stride; /* a local, or each sum might change it for the compiler */
     const uint32_t high = c->dilation * (c->kernel_height - 1) + 1;
     const uint32_t wide = c->dilation * (c->kernel_width - 1) + 1;
     const uint32_t rows = (c->height + 2 * c->padding - high) / c->stride + 1;
     const uint32_t columns = (c->width + 2 * c->padding - wide) / c->stride + 1;
     for (uint32_t k = 0; k < w->rows; k++) {
         const uint8_t *image = x + k / outputs * depth * c->height * c->width;
+        const int16_t *weight = row;
+        int32_t *plane = y + k * rows * columns;
         ddq_unpack(w, k, row);
-        for (uint32_t top = 0; top < rows; top++)
-            for (uint32_t left = 0; left < columns; left++) {
-                const int16_t *weight = row;
-                int32_t sum = 0;
-                for (uint32_t d = 0; d < depth; d++)
-                    for (uint32_t i = 0; i < c->kernel_height; i++)
-                        for (uint32_t j = 0; j < c->kernel_width; j++, weight++) {
-                            /* Outside the image, these wrap around to large numbers. */
-                            const uint32_t v = top * c->stride + i * c->dilation - c->padding;
-                            const uint32_t h = left * c->stride + j * c->dilation - c->padding;
-                            if (v < c->height && h < c->width)
-                                sum += *weight * (image[(d * c->height + v) * c->width + h] - zero);
-                        }
-                *y++ = sum;
-            }
+        for (uint32_t i = 0; i < rows * columns; i++)
+            plane[i] = 0;
+        for (uint32_t d = 0; d < depth; d++)
+            for (uint32_t i = 0; i < c->kernel_height; i++)
+                for (uint32_t j = 0; j < c->kernel_width; j++, weight++) {
+                    /* From `first` on and before `last`, this weight stands on the image. */
+                    const uint32_t right = j * c->dilation, border = c->width + c->padding;
+                    uint32_t first = 0, last = 0;
+                    if (c->padding > right)
+                        first = (c->padding - right + stride - 1) / stride;
+                    if (border > right)
+                        last = (border - right - 1) / stride + 1;
+                    if (last > columns)
+                        last = columns;
+                    const uint32_t count = last > first ? last - first : 0;
+                    for (uint32_t top = 0; top < rows; top++) {
+                        /* Above the image, this wraps around to a large number. */
+                        const uint32_t v = top * stride + i * c->dilation - c->padding;
+                        if (v >= c->height || count == 0)
+                            continue;
+                        const uint8_t *line = image + (d * c->height + v) * c->width;
+                        const uint32_t start = first * stride + right - c->padding;
+                        const int32_t value = *weight;
+                        int32_t *out = plane + top * columns + first;
+                        for (uint32_t n = 0; n < count; n++)
+                            out[n] += value * (line[start + n * stride] - zero);
+                    }
+                }
     }
 }

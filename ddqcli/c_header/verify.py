@@ -52,9 +52,9 @@ def require_same_header(text: str, frozen: FrozenModel, name: Path) -> None:
         wanted = [f"{symbol}_{part}" for part in _PARTS]
         wanted += [str(n) for n in (rows, t.indices.size // max(rows, 1), len(t.levels))]
         check(t.name, structs.get(symbol) == wanted)
-        levels = [*(level for level in t.levels if len(level) < 256), np.zeros(0, np.uint8)]
+        tables = [*(level for level in t.levels if len(level) < 256), np.zeros(0, np.uint8)]
         for part, value in (
-            ("levels", np.concatenate(levels)),  # also those that no weight takes
+            ("levels", np.concatenate(tables)),  # also those that no weight takes
             ("bits", np.array(t.bits, np.uint8)),
         ):
             check(t.name, not value.size or np.array_equal(arrays[f"{symbol}_{part}"], value))

@@ -13,11 +13,18 @@ from ddqcli.cli.run_command import run_command
 if TYPE_CHECKING:
     from ddqcli.commands.export import ExportResult
     from ddqcli.commands.export_c import CResult
+    from ddqcli.commands.export_coreml import CoreMLResult
     from ddqcli.commands.export_onnx import OnnxResult
 
-    Result = ExportResult | OnnxResult | CResult
+    Result = ExportResult | OnnxResult | CoreMLResult | CResult
 
-_FORMAT_OF: dict[str, Literal["onnx", "c"]] = {".onnx": "onnx", ".h": "c"}  # of a checked file
+Format = Literal["ddq", "onnx", "coreml", "c"]
+_FORMAT_OF: dict[str, Format] = {
+    ".safetensors": "ddq",
+    ".onnx": "onnx",
+    ".mlpackage": "coreml",
+    ".h": "c",
+}
 
 EXAMPLES = examples(
     "ddq export",
@@ -41,20 +48,25 @@ def export(
         typer.Option(
             "-o",
             "--out",
-            help="Output file.  [default: model.safetensors, .onnx or .h in the run folder]",
+            help="Output file.  [default: model.safetensors, .onnx, .mlpackage or .h in the run "
+            "folder]",
             show_default=False,
         ),
     ] = None,
     file_format: Annotated[
-        Literal["ddq", "onnx", "c"],
+        Format,
         typer.Option(
             "--format",
-            help="ddq: smallest file; onnx: int8 graph for onnxruntime; c: C99 header, no runtime.",
+            help="ddq: smallest file; onnx: int8 graph for onnxruntime; coreml: palettes for "
+            "Apple's systems; c: C99 header, no runtime.",
         ),
     ] = "ddq",
     half: Annotated[
         bool,
-        typer.Option("--half", help="Store float tensors as float16 and report the difference."),
+        typer.Option(
+            "--half",
+            help="Store float tensors as float16 and report the difference; coreml computes in it.",
+        ),
     ] = False,
     check: Annotated[
         Path | None,
@@ -87,6 +99,7 @@ def export(
     def work() -> Result:
         from ddqcli.commands import export as ddq
         from ddqcli.commands import export_c as c
+        from ddqcli.commands import export_coreml as coreml
         from ddqcli.commands import export_onnx as onnx
         from ddqcli.errors import UsageError
         from ddqcli.render.progress import ProgressReporter
@@ -97,11 +110,20 @@ def export(
             chosen = _FORMAT_OF.get(check.suffix, "ddq")
         if check is not None and (out or half):
             raise UsageError("--check writes nothing; omit --out and --half.")
-        if half and chosen != "ddq":
-            raise UsageError(f"--half applies to the ddq format; {chosen} keeps float32.")
+        if out is not None and (named := _FORMAT_OF.get(out.suffix, chosen)) != chosen:
+            raise UsageError(
+                f"{out} is named like a file of --format {named}, and the format is {chosen}; give "
+                "the option, or another name."
+            )
+        if half and chosen in ("onnx", "c"):
+            raise UsageError(f"--half applies to ddq and coreml; {chosen} keeps float32.")
         if (bench or openvino) and chosen != "onnx":
             raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
+        if check is not None and chosen == "coreml":
+            raise UsageError("A Core ML package is verified when it is written; export it again.")
         folder = find_finished(run, target) if target is not None else run
+        if chosen == "coreml":
+            return coreml.export_coreml(folder, out, half=half, trust=trust)
         if chosen == "c":
             return c.export_c(folder, out) if check is None else c.check_c(check, folder)
         with ProgressReporter(quiet=quiet) as reporter:

@@ -179,13 +179,11 @@ def costs_of(tensor: QuantizedParameter, eqn6: bool) -> dict[int, int]:
     its indices).
     """
     groups = len(tensor.quantizer.bits)
-    costs = {
-        s: cost_of(tensor, (s,) * groups, eqn6) for s in range(tensor.min_bits, tensor.max_bits + 1)
-    }
+    costs = {s: cost_of(tensor, (s,) * groups, eqn6) for s in tensor.offered}
     return {
         s: cost
         for s, cost in costs.items()
-        if all(cost < costs[more] for more in range(s + 1, max(costs) + 1))
+        if all(cost < costs[more] for more in costs if more > s)
     }
 
 

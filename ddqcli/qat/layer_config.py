@@ -39,6 +39,7 @@ class LayerConfig:
     skip: bool = field(compare=False)
     act_bits: int = field(compare=False)  # of the layer's input; 0: float
     bias_bits: int | None = field(compare=False)  # None: float
+    offered: tuple[int, ...] = ()  # bit-widths from min_bits to max_bits, which are among them
     # Parameters that an override names as weights, with their kinds.
     named: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
@@ -173,4 +174,14 @@ def _config(recipe: Recipe, name: str, overrides: list[Override], at_end: bool) 
             f"The overrides for {name} give min_bits {config.min_bits} above "
             f"max_bits {config.max_bits}."
         )
-    return config
+    offered = tuple(
+        s for s in sorted(set(weights.bits_offered)) if config.min_bits <= s <= config.max_bits
+    )
+    if config.skip:
+        return config
+    if not offered:
+        raise UsageError(
+            f"{name} may have {config.min_bits} to {config.max_bits} bits, and "
+            f"weights.bits_offered has none of these: {weights.bits_offered}."
+        )
+    return replace(config, min_bits=offered[0], max_bits=offered[-1], offered=offered)

@@ -43,6 +43,7 @@ class QuantizedParameter:
     quantizer: DDQuantizer
     min_bits: int
     max_bits: int  # equal to min_bits: takes no part in the trade of bits
+    offered: tuple[int, ...]  # bit-widths to choose from, ascending
     float_is_constant: bool = field(compare=False)  # all float values were equal before training
     places: Sequence[Place] = field(compare=False, repr=False)  # where the model reads it
 
@@ -226,6 +227,7 @@ def _quantized_parameter(
         quantizer=quantizer,
         min_bits=quantizer.max_bits if bias or config is None else config.min_bits,
         max_bits=quantizer.max_bits,
+        offered=(quantizer.max_bits,) if bias or config is None else config.offered,
         float_is_constant=bool((values == values.flatten()[:1]).all()),
         places=places,
     )

@@ -129,6 +129,8 @@ class WeightsSection(_Section):
     """Maximum bits of a weight tensor."""
     min_bits: Bits = 1
     """Minimum bits of a weight tensor."""
+    bits_offered: list[Bits] = Field(default=[1, 2, 3, 4, 5, 6, 7, 8], min_length=1)
+    """Bit-widths that the target has. Core ML, for one, lacks 5 and 7: [1, 2, 3, 4, 6, 8]."""
     granularity: Granularity = "layer"
     """One set of levels for a layer, or for each output channel."""
     init: Literal["lloyd_max", "uniform"] = "lloyd_max"
@@ -343,6 +345,11 @@ class Recipe(_Section):
         if self.method == "sdq" and self.gates.rule != "fisher":
             raise ValueError(
                 f"gates.rule={self.gates.rule} is a rule of method ddq, and method is sdq; give one"
+            )
+        if self.rule == "paper" and set(self.weights.bits_offered) != set(range(1, 9)):
+            raise ValueError(
+                "gates.rule=paper opens gates one by one, so weights.bits_offered cannot leave "
+                "bit-widths out; take gates.rule=fisher"
             )
         return self
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ddqcli.commands.export import ExportResult
 from ddqcli.commands.export_c import CResult
+from ddqcli.commands.export_coreml import CoreMLResult
 from ddqcli.commands.export_onnx import OnnxResult
 from ddqcli.render.console import print_lines
 from ddqcli.render.report import size_line
@@ -21,10 +22,12 @@ _MOST_LAYERS = 5  # that are listed as slower than in float
 _PARTS = ("indices", "levels", "scales", "gates", "floats", "manifest", "header", "file")
 
 
-def show(result: ExportResult | OnnxResult | CResult, console: Console) -> None:
+def show(result: ExportResult | OnnxResult | CoreMLResult | CResult, console: Console) -> None:
     """Print what was written, or checked."""
     if isinstance(result, OnnxResult):
         file_bytes, lines = result.size, _onnx_lines(result)
+    elif isinstance(result, CoreMLResult):
+        file_bytes, lines = result.size, _coreml_lines(result)
     elif isinstance(result, CResult):
         console.print(_flash_table(result))
         console.print()
@@ -47,6 +50,19 @@ def _size_table(result: ExportResult) -> Table:
         share = f"{100 * nbytes / result.sizes.file:.1f}%"
         table.add_row(part, f"{nbytes:,}", share, style="bold" if part == "file" else "")
     return table
+
+
+def _coreml_lines(result: CoreMLResult) -> list[str]:
+    rounded = ", rounded to float16," if result.half else ""
+    lines = [
+        f"bits       tables{rounded} and indices of {len(result.layers)} weights, "
+        f"{result.values:,} values, read back as trained"
+    ]
+    if wider := [row for row in result.layers if row.stored_bits > row.bits]:
+        lines.append(
+            f"stored     {len(wider)} weights with more bits than trained: Core ML has no 5 and 7"
+        )
+    return lines + [f"unchecked  {reason}" for reason in result.unchecked]
 
 
 def _flash_table(result: CResult) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,33 @@ def write_atomic(
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def write_folder(
+    path: Path, write: Callable[[Path], Any], *, is_own: Callable[[Path], bool]
+) -> None:
+    """Let `write` make a folder beside `path`, of the same name, then move it to `path`.
+
+    A folder that stands there is replaced if `is_own` says so. A crash leaves the old one or the
+    new one, perhaps under a temporary name. Raises UsageError for a place that cannot be written
+    to, DDQError if the disk refuses.
+    """
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or not is_own(path)):
+        raise UsageError(
+            f"{path} cannot be written: something else is there; remove it, or name another folder."
+        )
+    temporary = path.with_name(temporary_name(""))
+    with disk_errors(path):
+        try:
+            temporary.mkdir(mode=0o700)
+            made, old = temporary / path.name, temporary / "old"
+            write(made)
+            if path.is_dir():
+                os.replace(path, old)
+            os.replace(made, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         _sync_folder(path.parent)
 
 

@@ -56,8 +56,11 @@ def test_sizes_are_the_real_bytes(file: Path, contents: Contents) -> None:
     assert by_hand.items() <= sizes.tensors.items()
 
 
-def resnet20(bits: int) -> tuple[list[QuantizedTensor], dict[str, np.ndarray]]:
-    """Shapes and names of a CIFAR ResNet-20; random values of the right kind."""
+Arrays = dict[str, np.ndarray]
+
+
+def resnet20(bits: int) -> tuple[list[QuantizedTensor], Arrays, Arrays]:
+    """Shapes and names of a CIFAR ResNet-20; random values of the right kind, and constants."""
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (16, 3, 3, 3)}
     norms, before = {"bn1": 16}, 16
     for stage, width in enumerate((16, 32, 64), 1):
@@ -79,19 +82,22 @@ def resnet20(bits: int) -> tuple[list[QuantizedTensor], dict[str, np.ndarray]]:
         )
 
     shapes["fc.weight"] = (10, 64)
-    floats = {f"{norm}.num_batches_tracked": np.array(random.integers(1 << 20)) for norm in norms}
+    floats, constants = {}, {}
     for norm, width in norms.items():
-        for part in ("weight", "bias", "running_mean", "running_var"):
+        for part in ("weight", "bias"):
             floats[f"{norm}.{part}"] = random.random(width, np.float32)
+        constants[f"{norm}.running_mean"] = np.zeros(width, np.float32)
+        constants[f"{norm}.running_var"] = np.full(width, 1 - 1e-5, np.float32)
+        constants[f"{norm}.num_batches_tracked"] = np.array(0)
     weights = [tensor(name, shape, bits) for name, shape in shapes.items()]
-    return [*weights, tensor("fc.bias", (10,), 8)], floats
+    return [*weights, tensor("fc.bias", (10,), 8)], floats, constants
 
 
 def test_resnet20_is_at_most_one_percent_above_arithmetic() -> None:
     """With quantized inputs, and all that `ddq export` puts into the file of a run at 4/8."""
-    quantized, floats = resnet20(4)
+    quantized, floats, constants = resnet20(4)
     weights = sum(tensor.indices.size for tensor in quantized)
-    assert (len(quantized), len(floats), weights) == (21, 95, 268_346)
+    assert (len(quantized), len(floats), weights) == (21, 38, 268_346)
     random = np.random.default_rng(1)
     layers = [t.name.removesuffix(".weight") for t in quantized if "weight" in t.name]
     inputs = [
@@ -128,7 +134,7 @@ def test_resnet20_is_at_most_one_percent_above_arithmetic() -> None:
         "train": {"epochs": 2},
     }
     meta = {"recipe": recipe, "report": report}
-    raw, sizes = encode_artifact(quantized, inputs, floats, {}, meta)
+    raw, sizes = encode_artifact(quantized, inputs, floats, {}, meta, constants)
     exact = (
         268_336 * 4 // 8
         + 20 * (16 + 6)

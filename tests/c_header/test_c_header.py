@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quantized_net import quantize, shake
 
+from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.tensors import BFLOAT16, ActivationTable, QuantizedTensor
 from ddqcli.c_header.header import header_text, symbols_of
 from ddqcli.c_header.verify import compiler, require_same_header, require_same_integers
@@ -166,6 +168,60 @@ def test_inputs_get_the_codes_of_torch(levels: np.ndarray, zero_point: int, tmp_
     expected = quantizer(torch.tensor(x)).numpy()
     found = (codes.astype(np.float32) - zero_point) * np.float32(table.scale)
     assert np.array_equal(found, expected)
+
+
+NETWORK = """
+static const ddq_conv first = {2, 6, 6, 3, 3, 1, 1, 1, 1}, second = {4, 6, 6, 3, 3, 2, 1, 1, 4};
+static uint8_t x[144]; static int16_t row[36]; static int32_t y[144]; static float v[144], out[5];
+for (uint32_t i = 0; i < 72; i++) x[i] = ddq_code(&net_0_input, (float)image[i]);
+ddq_conv2d(&net_0_weight, &first, x, net_0_input.zero_point, row, y);
+for (uint32_t i = 0; i < 144; i++) {
+    v[i] = (float)y[i] * (ddq_scale(&net_0_weight, i / 36) * net_0_input.scale);
+    v[i] = v[i] * net_1_weight[i / 36] + net_1_bias[i / 36];
+    x[i] = ddq_code(&net_3_input, v[i] > 0 ? v[i] : 0);
+}
+ddq_conv2d(&net_3_weight, &second, x, net_3_input.zero_point, row, y);
+for (uint32_t i = 0; i < 36; i++) {
+    v[i] = (float)y[i] * (ddq_scale(&net_3_weight, i / 9) * net_3_input.scale)
+         + ddq_bias(&net_3_bias, i / 9);
+    x[i] = ddq_code(&net_5_input, v[i]);
+}
+ddq_linear(&net_5_weight, x, net_5_input.zero_point, row, y);
+for (uint32_t k = 0; k < 5; k++)
+    out[k] = (float)y[k] * (ddq_scale(&net_5_weight, k) * net_5_input.scale)
+           + ddq_bias(&net_5_bias, k);
+fwrite(out, sizeof *out, 5, stdout);
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_a_network_of_the_kernels_answers_as_torch_does(granularity: str, tmp_path: Path) -> None:
+    """As the top of the header says that a layer is computed."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(36, 5),
+    )
+    x = torch.randn(3, 2, 6, 6)
+    path = tmp_path / "m.safetensors"
+    made = quantize(shake(net), x, path, bits=3, act_bits=8, granularity=granularity)
+    artifact = read_artifact(path)
+    frozen = model(
+        list(artifact.quantized.values()),
+        list(artifact.activations.values()),
+        floats=artifact.floats,
+        constants=artifact.constants,
+    )
+    main = array("double", "image", x[0].double().numpy()) + NETWORK
+    found = np.frombuffer(output(tmp_path, header_text(frozen, "x")[0], main), np.float32)
+    with torch.no_grad():
+        expected = made.model(x[:1])[0].numpy()
+    assert abs(found - expected).max() < 1e-5 * abs(expected).max()
 
 
 FLOATS = {

@@ -1,4 +1,4 @@
-"""`ddq export --format c`: a header of what was trained, and its answers to bad combinations."""
+"""`ddq export --format c`: a header of what was trained; bad combinations are refused."""
 
 from __future__ import annotations
 
@@ -47,8 +47,16 @@ def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--format", "c", "--half"), "--half applies to the ddq format; c keeps float32."),
+        (("--format", "c", "--half"), "--half applies to ddq and coreml; c keeps float32."),
         (("--format", "c", "--bench"), "--bench and --openvino run an ONNX file"),
+        (
+            ("-o", "net.onnx"),
+            "net.onnx is named like a file of --format onnx, and",
+        ),
+        (
+            ("--format", "c", "-o", "net.mlpackage"),
+            "is named like a file of --format coreml",
+        ),
         (("--check", "gone.h"), "There is no file gone.h."),
         (("--check", "gone.h", "-o", "x"), "--check writes nothing"),
     ],

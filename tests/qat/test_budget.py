@@ -170,6 +170,20 @@ def test_files_keep_targets_in_bytes_to_the_byte_and_come_near(granularity: str)
             assert nbytes > 0.9 * target
 
 
+@pytest.mark.parametrize("rule", ["fisher", "fixed", "sdq"])
+def test_only_bit_widths_that_are_offered_are_given(rule: str) -> None:
+    chosen = set()
+    for target in (1.5, 2.5, 3.2, 4.5, 5.0, 5.5, 6.5, 7.0):
+        sections = {"weights": {"bits_offered": [1, 2, 3, 4, 6, 8]}}
+        running = rule_of(rule_recipe(rule, {"target_bits": target}, **sections), steps=0)
+        running.start()
+        assert running.budget.limit is not None
+        assert running.cost() <= running.budget.limit
+        chosen |= set(bits_in_force(running.model))
+    assert chosen <= {1, 2, 3, 4, 6, 8}
+    assert {2, 4, 6} <= chosen
+
+
 def test_header_and_manifest_are_counted_as_they_are() -> None:
     model = convert(network(), rule_recipe("fixed", None, activations={"bits": 4}))
     budget = make_budget(model, rule_recipe("fixed", None))

@@ -189,3 +189,18 @@ def test_ends_of_a_transformer() -> None:
         "1.self_attn.out_proj (input)": "attention reads this layer's weight past its forward",
         "2.out_proj (input)": "attention reads this layer's weight past its forward",
     }
+
+
+def test_ranges_end_at_bit_widths_that_are_offered() -> None:
+    offered = {"bits_offered": [8, 6, 4, 3, 2, 1], "min_bits": 2, "max_bits": 7}
+    overrides = [{"match": "0", "bits": 8}, {"match": "1", "min_bits": 5}]
+    assert bits_of(convert(small(), recipe(*overrides, **offered))) == {
+        "0": (8, 8),
+        "1": (6, 6),
+        "3": (2, 6),
+        "4": (2, 6),
+    }
+    message = r"4 may have 5 to 5 bits, and weights.bits_offered has none of these: \[8, 6, 4, 3"
+    with pytest.raises(UsageError, match=message):
+        convert(small(), recipe({"match": "4", "bits": 5}, **offered))
+    convert(small(), recipe({"match": "4", "bits": 5, "skip": True}, **offered))
