@@ -110,7 +110,8 @@ def _describe(code: str) -> dict[str, Any] | None:
     file = code_file(code)
     if file is None or _is_installed(file):
         return None
-    folder, files = file.parent.resolve(), {file.resolve()}
+    folder = file.parent.resolve()
+    files = {folder / file.name}  # it may be a link to a file elsewhere
     if ":" in code:
         loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
         paths = [Path(name) for name in loaded if name and os.path.isabs(name)]
@@ -131,7 +132,7 @@ def _change(code: str, known: dict[str, Any] | None) -> str | None:
     if known is None:
         return f"{file} has come to be"
     folder, files = file.parent.resolve(), known["files"]
-    if file.resolve().name not in files:
+    if file.name not in files:
         return f"{file} has come to be"
     for name, digest in files.items():
         if sha256_of_files(folder / name) != digest:

@@ -165,6 +165,19 @@ def test_code_that_changed_is_refused(exported: Path) -> None:
     assert not ran()
 
 
+def test_code_may_be_a_link_to_a_file_elsewhere(project: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.py"
+    Path("net.py").rename(elsewhere)
+    Path("net.py").symlink_to(elsewhere)
+    assert ddq("finetune", "--run-dir", "runs/done").code == 0
+    assert ddq("export", "--json").data["behaviour"]["outputs"] == 0
+    poison(elsewhere)
+    assert "net.py has changed since this machine made the run" in unchecked(
+        ddq("export", "--json")
+    )
+    assert not ran()
+
+
 def test_a_recipe_that_changed_is_refused(exported: Path) -> None:
     poison(Path("evil.py"))
     recipe = Path("runs/done/recipe.yaml")
