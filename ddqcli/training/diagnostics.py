@@ -78,12 +78,11 @@ def _no_improvement(trainer: Trainer, course: Course) -> str | None:
         f"{trainer.data.train.samples:,} training samples may be too few, or train.lr (now "
         f"{trainer.recipe.train.lr:g}) does not fit"
     )
-    start = trainer.looks[0].held_out_loss
-    gain = 1 - min(look.held_out_loss for look in trainer.looks) / start if start > 0 else 0
-    if 0 < gain < trainer.held_out.least_gain:
+    start, best = trainer.looks[0].held_out_loss, min(k.held_out_loss for k in trainer.looks)
+    if 0 < start - best < trainer.held_out.least_gain * abs(start):
         return (
-            f"training lowered the loss on {trainer.held_out.samples:,} held-out samples by "
-            f"{gain:.1%}, which may be chance, so the start is delivered: {remedy}"
+            f"training changed the loss on {trainer.held_out.samples:,} held-out samples from "
+            f"{start:.3g} to {best:.3g}, which may be chance, so the start is delivered: {remedy}"
         )
     return f"training did not improve the start: {remedy}"
 

@@ -37,6 +37,19 @@ def flipped(path: str, at: float = 0.5) -> Change:
     return change
 
 
+def flipped_in_a_tensor(path: str) -> Change:
+    """Flip one bit of the largest tensor of a training state."""
+
+    def change() -> None:
+        content = bytearray(Path(path).read_bytes())
+        with zipfile.ZipFile(path) as archive:
+            largest = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+        content[content.index(largest) + len(largest) // 2] ^= 16
+        Path(path).write_bytes(content)
+
+    return change
+
+
 def holding(path: str, content: bytes | str) -> Change:
     return lambda: Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -610,7 +623,7 @@ RUNS: dict[str, tuple[Change, str, str, int]] = {
     ),
     "a training state cut short": (truncated(f"{RUN}/last.pt"), RESUME, "last.pt is damaged", 1),
     "a flipped bit of a training state": (
-        flipped(f"{RUN}/last.pt", 0.4),
+        flipped_in_a_tensor(f"{RUN}/last.pt"),
         RESUME,
         "last.pt is damaged",
         1,

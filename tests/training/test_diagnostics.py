@@ -95,9 +95,9 @@ def test_a_gain_within_chance_is_reported_and_a_start_as_good_as_float_is_not() 
     running.held_out.samples = 100  # chance: 10 %
     (warning,) = find_warnings(running, [], course(85))
     assert warning == (
-        "training lowered the loss on 100 held-out samples by 4.0%, which may be chance, so the "
-        "start is delivered: 32 training samples may be too few, or train.lr (now 0.0001) does not "
-        "fit"
+        "training changed the loss on 100 held-out samples from 0.5 to 0.48, which may be chance, "
+        "so the start is delivered: 32 training samples may be too few, or train.lr (now 0.0001) "
+        "does not fit"
     )
     assert find_warnings(running, [], course(89.5)) == []
     assert len(find_warnings(running, [], course(89.4))) == 1
