@@ -63,7 +63,7 @@ def build_trainer(
     gates = make_rule(recipe.rule, quantized, recipe, budget, steps, batch_size)
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
     labeler = None if needs_labels else float_model
-    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler)
+    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler, on_progress)
     gates.recount()
     gates.start()
     _compile_if_worthwhile(quantized, steps, recipe.train.device)
@@ -82,7 +82,7 @@ def build_trainer(
         with quantized.folded():
             return evaluate(trainer.model, data, on_progress=on_progress)
 
-    choose_start(trainer, float_model, metric)
+    choose_start(trainer, float_model, metric, on_progress)
     return trainer
 
 
