@@ -124,11 +124,11 @@ class ProgressBar(Progress):
         if self.tasks and (self.tasks[0].description != what or done < self.tasks[0].completed):
             self.remove_task(self.tasks[0].id)
         if not self.tasks:
-            self.add_task(what, total=total, detail=detail)
-        task = self.tasks[0].id
-        self.update(task, completed=done, total=total, detail=detail)
+            self.add_task(what, total=total, completed=done, detail=detail)
+        self.update(self.tasks[0].id, completed=done, total=total, detail=detail)
         if done >= total:
-            self.remove_task(task)
+            self.remove_task(self.tasks[0].id)
+            self.refresh()  # now: a note that follows is printed above what was last drawn
 
 
 def _times(elapsed: float, remaining: float | None) -> str:

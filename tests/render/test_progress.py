@@ -82,6 +82,18 @@ def test_work_that_is_done_leaves_the_bar(clock: list[float]) -> None:
     assert texts(bar) == []
 
 
+def test_a_note_after_work_that_is_done_stands_alone(clock: list[float]) -> None:
+    bar = ProgressBar()
+    with bar:
+        bar.show("evaluate", 11, 12)
+        bar.refresh()
+        bar.show("evaluate", 12, 12)
+        bar.console.print("a note")
+    before, after = bar.console.file.getvalue().split("a note")
+    assert "evaluate" in before
+    assert "evaluate" not in after
+
+
 def test_each_pass_has_a_clock_of_its_own(clock: list[float]) -> None:
     bar = ProgressBar()
     bar.show("evaluate", 1, 12)
