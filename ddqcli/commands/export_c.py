@@ -21,6 +21,7 @@ class CResult:
     """A verified header."""
 
     run_dir: Path
+    warnings: tuple[str, ...]  # of the run
     path: Path
     size: int  # bytes of text
     float_bytes: int
@@ -39,6 +40,7 @@ class CResult:
         """Return the result as JSON-able values."""
         return {
             "run_dir": str(self.run_dir),
+            "warnings": list(self.warnings),
             "path": str(self.path),
             "format": "c",
             "float_bytes": self.float_bytes,
@@ -106,6 +108,7 @@ def _verified(
     stored = [*frozen.trained.values(), *frozen.floats.values()]
     return CResult(
         run_dir=run.path,
+        warnings=run.report().warnings,
         path=name,
         size=len(raw),
         float_bytes=run.report().totals.float_bytes,
