@@ -260,6 +260,20 @@ def test_a_file_that_names_its_network_needs_no_other(tmp_path: Path) -> None:
 # ---- the import
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ddqcli.load("gone.safetensors", Net), r"load\(\) .*, not Net; pass Net\(\)\."),
+        (lambda: ddqcli.quantize(Net, bits=4), r"quantize\(\) .*, not Net; pass Net\(\)\."),
+        (lambda: ddqcli.save(Net, "a.safetensors"), r"save\(\) .*, not Net; pass Net\(\)\."),
+        (lambda: ddqcli.parameter_groups({}, 0.1), r"takes a network, .*, not a dict\."),
+    ],
+)
+def test_a_function_in_place_of_a_network_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
 def test_importing_ddqcli_does_not_import_torch() -> None:
     program = (
         "import sys, ddqcli; assert 'torch' not in sys.modules; "
