@@ -49,7 +49,7 @@ class ExportResult:
         return {
             "run_dir": str(self.run_dir),
             "path": str(self.path),
-            "format": "ddq",
+            "format": "safetensors",
             "float_bytes": self.float_bytes,
             "half": self.half,
             "sizes": {

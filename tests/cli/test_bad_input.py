@@ -138,7 +138,7 @@ FLAGS = {
     "set without =": ("finetune model.pt --set train.lr", "write it as --set train.lr=0.02"),
     "set of no field": (
         "finetune model.pt --set train.lrr=1",
-        "train.lrr: unknown field; did you mean lr?",
+        "train.lrr: unknown field; did you mean train.lr?",
     ),
     "set of a section": (
         "finetune model.pt --set train=5",
