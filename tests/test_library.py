@@ -196,7 +196,11 @@ def two_batches_of_which_the_second_fails() -> Any:
         ({"bits": 4, "max_bits": 9}, UsageError, "max_bits: Input should be less than or equal"),
         ({"bits": 4, "min_bits": 3, "max_bits": 2}, UsageError, "min_bits 3 is above max_bits 2"),
         ({"bits": 4, "overrides": [{"match": "conv"}]}, UsageError, "No layer .* override conv"),
-        ({"bits": 0.5}, BudgetError, "The budget of .* bytes cannot be met: the smallest"),
+        (
+            {"bits": 0.5},
+            BudgetError,
+            "The budget of 0.5 bits a weight .* cannot be met: the smallest",
+        ),
         ({"budget": ddqcli.Budget(target_size="1%")}, BudgetError, "smallest reachable size"),
         (
             {"bits": 4, "act_bits": 8, "calibration": two_batches_of_which_the_second_fails()},

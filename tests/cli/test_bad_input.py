@@ -125,7 +125,7 @@ FLAGS = {
     ),
     "budget out of reach": (
         "finetune model.pt --target-bits 0.5",
-        "the smallest reachable size is",
+        "The budget of 0.5 bits a weight (",
     ),
     "size out of reach": ("finetune model.pt --target-size 500", "the smallest reachable size is"),
     "0 bits": ("finetune model.pt --max-bits 0", "weights.max_bits = 0: input should be greater"),
