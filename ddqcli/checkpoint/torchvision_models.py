@@ -28,7 +28,7 @@ from ddqcli.checkpoint.state_fit import (
     state_shapes,
 )
 from ddqcli.errors import UsageError
-from ddqcli.recipe.factory import FACTORY_SPEC
+from ddqcli.recipe.factory import FACTORY_SPEC, missing_function
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
@@ -48,6 +48,8 @@ def build_torchvision(
     Keyword arguments that `kwargs` leaves open, such as num_classes, follow from the weights.
     Raises UsageError for an unknown or unrecognized network, CheckpointError if weights do not fit.
     """
+    if name is not None and name.endswith(".py"):
+        raise UsageError(missing_function(Path(name)))
     if name is not None and name not in classifier_names():
         near = difflib.get_close_matches(name, classifier_names(), n=3, cutoff=0.75)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""

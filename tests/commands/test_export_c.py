@@ -57,7 +57,7 @@ def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
             ("--format", "c", "-o", "net.mlpackage"),
             "is named like a file of --format coreml",
         ),
-        (("--check", "gone.h"), "There is no file gone.h."),
+        (("--check", "gone.h"), "There is no file gone.h in "),
         (("--check", "gone.h", "-o", "x"), "--check writes nothing"),
     ],
 )

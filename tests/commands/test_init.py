@@ -128,7 +128,7 @@ def test_a_factory_of_data_is_named_and_not_called(bare: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("gone.pt", "There is no checkpoint gone.pt."),
+        ("gone.pt", "There is no checkpoint gone.pt in "),
         ("model.pt --arch net.py:gone", "net.py"),
         ("model.pt --arch net.py:build --data gone", "The data gone do not exist"),
         ("model.pt --arch net.py:build -o gone/a.yaml", "gone/a.yaml cannot be written"),
