@@ -85,7 +85,7 @@ def recognize(path: Path, tensors: Tensors, kwargs: dict[str, Any]) -> tuple[str
 
     Compares with the members of one family: the one whose first member shares most names. A test
     checks that no two networks have the same shapes, so the first that fits is the one.
-    Raises UsageError, naming the closest network; `path` is for that message.
+    Raises UsageError, which names a network of mostly the same shapes; `path` is for that message.
     """
     families: dict[str, list[str]] = {}
     for name in classifier_names():
@@ -101,10 +101,16 @@ def recognize(path: Path, tensors: Tensors, kwargs: dict[str, Any]) -> tuple[str
             return name, complete
         fits[name] = fit
     name, fit = max(fits.items(), key=lambda item: (item[1].matching, -len(item[1].missing)))
+    wanted = fit.common + len(fit.missing)
+    closest = ""
+    if 2 * fit.matching > wanted:  # a poor match tells nothing
+        closest = (
+            f": the closest, {name}, has {wanted} tensors, of which it has {fit.common}, "
+            f"{fit.matching} in the same shape"
+        )
     raise UsageError(
-        f"{path} is no classification network of torchvision: the closest, {name}, has "
-        f"{fit.common + len(fit.missing)} tensors, of which it has {fit.common}, {fit.matching} in "
-        "the same shape; say how to build it with --arch NAME or --arch path/to/file.py:factory."
+        f"{path} is no classification network of torchvision{closest}; say how to build it with "
+        "--arch NAME or --arch path/to/file.py:factory."
     )
 
 
