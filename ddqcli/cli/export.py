@@ -97,13 +97,10 @@ def export(
     """
 
     def work() -> Result:
-        from ddqcli.commands import export as safetensors
-        from ddqcli.commands import export_c as c
-        from ddqcli.commands import export_coreml as coreml
-        from ddqcli.commands import export_onnx as onnx
         from ddqcli.errors import UsageError
-        from ddqcli.render.progress import ProgressReporter
+        from ddqcli.runs.files import check_output
         from ddqcli.runs.find import find_finished
+        from ddqcli.runs.run import Run
 
         chosen = file_format
         if check is not None and file_format == "safetensors":
@@ -122,6 +119,15 @@ def export(
         if check is not None and chosen == "coreml":
             raise UsageError("A Core ML package is verified when it is written; export it again.")
         folder = find_finished(run, target) if target is not None else run
+        if out is not None and chosen != "coreml":
+            check_output(out, Run.open(folder).inputs())
+        # These import torch, so that wrong options are refused before.
+        from ddqcli.commands import export as safetensors
+        from ddqcli.commands import export_c as c
+        from ddqcli.commands import export_coreml as coreml
+        from ddqcli.commands import export_onnx as onnx
+        from ddqcli.render.progress import ProgressReporter
+
         if chosen == "coreml":
             return coreml.export_coreml(folder, out, half=half, trust=trust)
         if chosen == "c":

@@ -95,12 +95,8 @@ def load_data(
 
 def open_source(section: DataSection) -> Source | None:
     """Open a folder, .npz file or data set of torchvision; None if the section names a factory."""
-    if not section.source:
-        raise UsageError(
-            "No data are named; give --data, or data.source in a recipe: a folder, a .npz file, "
-            "DATASET:ROOT or module:factory."
-        )
-    path = Path(section.source).expanduser()
+    named = section.require_source()
+    path = Path(named).expanduser()
     if path.is_dir() or path.suffix == ".npz":
         try:
             return open_folder(path) if path.is_dir() else open_npz(path)
@@ -108,7 +104,7 @@ def open_source(section: DataSection) -> Source | None:
             raise DataError(
                 f"{error.filename or path} cannot be read: {error.strerror}."
             ) from error
-    name, colon, root = section.source.partition(":")
+    name, colon, root = named.partition(":")
     if colon and is_torchvision(name, root):
         return open_torchvision(name, str(Path(root).expanduser()), section.kwargs)
     if colon:
@@ -116,7 +112,7 @@ def open_source(section: DataSection) -> Source | None:
     if path.suffix == ".py":
         raise DataError(missing_function(path))
     raise DataError(
-        f"The data {section.source} do not exist; give a folder, a .npz file, DATASET:ROOT or "
+        f"The data {named} do not exist; give a folder, a .npz file, DATASET:ROOT or "
         "module:factory."
     )
 
