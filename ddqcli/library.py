@@ -15,6 +15,7 @@ from ddqcli import __version__
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.sizes import Sizes
+from ddqcli.checkpoint.compiled import uncompiled
 from ddqcli.checkpoint.recorded import build_recorded
 from ddqcli.data.trees import call
 from ddqcli.errors import UsageError, VerificationError
@@ -72,10 +73,11 @@ def quantize(
         The model.
 
     Raises BudgetError for a budget that cannot be met and UsageError for arguments or a model that
-    do not allow quantization; the model is then as it was.
+    do not allow quantization; the model is then as it was. TypeError for what is no network.
 
     >>> model = ddqcli.quantize(model, bits=4)  # doctest: +SKIP
     """
+    _require_network("quantize", model)
     if (bits is None) == (budget is None):
         raise UsageError("Give quantize() either bits or a budget.")
     recipe = _recipe(
@@ -128,6 +130,7 @@ def parameter_groups(
 
     >>> optimizer = torch.optim.AdamW(ddqcli.parameter_groups(model, lr=1e-4))  # doctest: +SKIP
     """
+    _require_network("parameter_groups", model)
     quantized = QuantizedModel.of(model)
     network = [{"lr": lr, **group} for group in network_groups(quantized, weight_decay)]
     levels = [{"weight_decay": 0.0, **group} for group in level_groups(quantized, levels_lr)]
@@ -150,6 +153,7 @@ def save(model: nn.Module, path: str | Path) -> Sizes:
 
     >>> ddqcli.save(model, "model.safetensors").file  # doctest: +SKIP
     """
+    _require_network("save", model)
     path = Path(path)
     frozen = FrozenModel.from_state(freeze(QuantizedModel.of(model)))
     raw, sizes = encode_artifact(
@@ -173,24 +177,38 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Fill `model`, the float architecture, with an exported file; return it in eval mode.
 
     Its weights become the trained values bit for bit, and layers whose inputs were quantized
-    quantize them. The file must be of this architecture, name for name. For inference: no gradients
-    pass the inputs' quantizers, and BatchNorm has scale and shift in place of statistics.
+    quantize them. The file must be of this architecture, name for name. As by `ddq finetune`, half
+    precision becomes float32, and torch.compile is taken off: the original network is returned. For
+    inference: no gradients pass the inputs' quantizers, and BatchNorm has scale and shift in place
+    of statistics.
 
     Without `model`, the network of torchvision or timm is built that the file of `ddq export`
     names. No code runs that comes with the file.
 
     Raises UsageError for a file that is none of ddq's or names no such network, VerificationError
-    for a damaged one, and CheckpointError for one of another network, which leaves the model as it
-    was.
+    for a damaged one, CheckpointError for one of another network, which leaves the model as it was,
+    and TypeError for a `model` that is no network, such as the function that builds it.
 
     >>> model = ddqcli.load("model.safetensors", torchvision.models.resnet18())  # doctest: +SKIP
     """
+    if model is not None:
+        _require_network("load", model)
     arrays, tables, meta = decode_model(Path(path))
     tensors = to_torch(arrays)
     if model is None:
         model = build_recorded(Path(path), tensors, meta)
+    model, _ = uncompiled(model)
     fill(model, tensors, tables, str(path))
     return model
+
+
+def _require_network(function: str, model: object) -> None:
+    """Raise TypeError for anything but a network, such as the function that builds it."""
+    if isinstance(model, nn.Module):
+        return
+    name = getattr(model, "__name__", "")
+    given = f"{name}; pass {name}()" if name and callable(model) else f"a {type(model).__name__}"
+    raise TypeError(f"{function}() takes a network, a torch.nn.Module, not {given}.")
 
 
 def _recipe(**sections: Any) -> Recipe:

@@ -51,7 +51,7 @@ class ExportResult:
             "run_dir": str(self.run_dir),
             "warnings": list(self.warnings),
             "path": str(self.path),
-            "format": "ddq",
+            "format": "safetensors",
             "float_bytes": self.float_bytes,
             "half": self.half,
             "sizes": {

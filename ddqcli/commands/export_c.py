@@ -10,6 +10,7 @@ from ddqcli.c_header.header import FlashRow, header_text
 from ddqcli.c_header.verify import compiler, require_same_header, require_same_integers
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.frozen import FrozenModel
+from ddqcli.recipe.missing_file import missing_file
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, REPORT, Run
 
@@ -78,7 +79,7 @@ def check_c(file: Path, run_dir: Path | None = None) -> CResult:
     Raises as `export_c`.
     """
     if not file.is_file():
-        raise UsageError(f"There is no file {file}.")
+        raise UsageError(missing_file(file))
     beside = file.parent if (file.parent / REPORT).is_file() else None
     run = Run.open(run_dir or beside)
     frozen, text, rows = _expected(run)

@@ -19,6 +19,7 @@ from ddqcli.onnx.openvino import openvino_answers, require_openvino
 from ddqcli.onnx.runtime import Answers, Comparison, compare, onnxruntime_answers
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
+from ddqcli.recipe.missing_file import missing_file
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, REPORT, Run
@@ -153,7 +154,7 @@ def check_onnx(
     from ddqcli.onnx.seal import opened
 
     if not file.is_file():
-        raise UsageError(f"There is no file {file}.")
+        raise UsageError(missing_file(file))
     opened(file.read_bytes(), str(file))  # before the work of exporting again
     beside = file.parent if (file.parent / REPORT).is_file() else None
     run = Run.open(run_dir or beside, trust=trust)

@@ -107,5 +107,9 @@ def _closing_lines(result: CheckpointResult) -> list[str]:
         files = len(result.pictures)
         lines.append(f"pictures   {result.pictures[0]} shows them all ({files} files)")
     path = shlex.quote(str(result.path))
-    lines.append(f"next       ddq finetune {path} --data FOLDER --target-bits 4")
+    # Recognizing a network takes torch, which this command does without.
+    lines.append("arch       net.py:build builds your network; one of torchvision needs no --arch")
+    lines.append(
+        f"next       ddq finetune {path} --arch net.py:build --data FOLDER --target-bits 4"
+    )
     return lines

@@ -34,8 +34,29 @@ def invalid(output, labels):
 FAULTS = {
     "no labels for the loss": (
         {"more": '{"loss": wrong}'},
-        "The model cannot run on these data: AttributeError: 'Tensor' object has no attribute "
-        "'nonsense'; `ddq --debug ...` shows where.",
+        "The loss of task.py:data failed on (output, target) of a batch: AttributeError: 'Tensor' "
+        "object has no attribute 'nonsense'; it must return the mean loss of the batch as a tensor "
+        "of one value; `ddq --debug ...` shows where.",
+    ),
+    "a loss without a gradient": (
+        {"more": '{"loss": lambda o, y: F.cross_entropy(o.detach(), y)}'},
+        "The loss of task.py:data returned a value without a gradient; compute it from the output",
+    ),
+    "a loss of each sample": (
+        {"more": '{"loss": lambda o, y: F.cross_entropy(o, y, reduction="none")}'},
+        "The loss of task.py:data returned shape [",
+    ),
+    "a metric that fails": (
+        {"more": '{"metric": wrong}'},
+        "The metric of task.py:data failed on (output, target) of a batch: AttributeError: ",
+    ),
+    "a misspelled loss": (
+        {"more": '{"losses": loss}'},
+        "returned a mapping with train, val, losses; 'losses' is unknown; did you mean 'loss'?",
+    ),
+    "evaluation inputs that are not finite": (
+        {"change": "images = images.clone(); images[0, 0, 0, 0] = float('nan')"},
+        "Batch 0 of the evaluation data holds NaN or infinite values; repair the data.",
     ),
     "three channels": (
         {"change": "images = images.repeat(1, 3, 1, 1)"},
@@ -43,7 +64,8 @@ FAULTS = {
     ),
     "classes that the model lacks": (
         {"change": "labels = 0 * labels + 40", "more": '{"loss": loss}'},
-        "The model cannot run on these data: IndexError: Target 40 is out of bounds.",
+        "The loss of task.py:data failed on (output, target) of a batch: IndexError: Target 40 is "
+        "out of bounds; it must return",
     ),
     "a factory that fails": ({"change": "raise KeyError('images')"}, "KeyError"),
 }
@@ -121,7 +143,8 @@ def test_a_metric_that_is_nan_is_refused(project: Path) -> None:
 
 
 def test_a_training_batch_with_nan_is_named(project: Path) -> None:
-    text = DATA.format(change="images[:] = float('nan')", more='{"loss": loss}')
+    train = '"train": TensorDataset(images / 0 * 0, labels)'
+    text = DATA.format(change="pass", more=f'{{{train}, "loss": loss}}')
     Path("task.py").write_text(text)
     answer = ddq("finetune", "model.pt", "--data", "task.py:data", "--dry-run")
     assert answer.code == 2
