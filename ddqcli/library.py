@@ -15,6 +15,7 @@ from ddqcli import __version__
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.read import decode_model
 from ddqcli.artifact.sizes import Sizes
+from ddqcli.checkpoint.compiled import uncompiled
 from ddqcli.checkpoint.recorded import build_recorded
 from ddqcli.data.trees import call
 from ddqcli.errors import UsageError, VerificationError
@@ -177,8 +178,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Fill `model`, the float architecture, with an exported file; return it in eval mode.
 
     Its weights become the trained values bit for bit, and layers whose inputs were quantized
-    quantize them. The file must be of this architecture, name for name. For inference: no gradients
-    pass the inputs' quantizers, and BatchNorm has scale and shift in place of statistics.
+    quantize them. The file must be of this architecture, name for name. As by `ddq finetune`, half
+    precision becomes float32, and torch.compile is taken off: the original network is returned. For
+    inference: no gradients pass the inputs' quantizers, and BatchNorm has scale and shift in place
+    of statistics.
 
     Without `model`, the network of torchvision or timm is built that the file of `ddq export`
     names. No code runs that comes with the file.
@@ -195,6 +198,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     tensors = to_torch(arrays)
     if model is None:
         model = build_recorded(Path(path), tensors, meta)
+    model, _ = uncompiled(model)
     fill(model, tensors, tables, str(path))
     return model
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ddqcli.checkpoint.built_model import BuiltModel, call_architecture
+from ddqcli.checkpoint.compiled import uncompiled
 from ddqcli.checkpoint.read import Checkpoint
 from ddqcli.checkpoint.state_fit import load_state
 from ddqcli.checkpoint.torchvision_models import build_torchvision
@@ -14,6 +15,7 @@ from ddqcli.errors import UsageError
 from ddqcli.recipe.factory import import_factory
 
 _TIMM = "timm"
+_COMPILED = ", without torch.compile"
 
 
 def build_model(checkpoint: Checkpoint, arch: str | None, kwargs: dict[str, Any]) -> BuiltModel:
@@ -34,11 +36,12 @@ def build_model(checkpoint: Checkpoint, arch: str | None, kwargs: dict[str, Any]
     if arch is None and checkpoint.module is not None:
         name = type(checkpoint.module).__name__
         note = f"{name}, the module pickled in the checkpoint"
-        return BuiltModel(checkpoint.module.float().eval(), name, note)
+        model, was_compiled = uncompiled(checkpoint.module)
+        return BuiltModel(model.float().eval(), name, note + _COMPILED * was_compiled)
     if arch is not None and ":" in arch:
-        model = call_architecture(_factory(arch), arch, kwargs)
-        prefix_note = load_state(model, checkpoint.tensors, checkpoint.path, arch)
-        return BuiltModel(model.float().eval(), arch, arch + prefix_note)
+        model, was_compiled = uncompiled(call_architecture(_factory(arch), arch, kwargs))
+        note = arch + load_state(model, checkpoint.tensors, checkpoint.path, arch)
+        return BuiltModel(model.float().eval(), arch, note + _COMPILED * was_compiled)
     return build_torchvision(checkpoint, arch, kwargs)
 
 

@@ -22,6 +22,7 @@ class CResult:
     """A verified header."""
 
     run_dir: Path
+    warnings: tuple[str, ...]  # of the run
     path: Path
     size: int  # bytes of text
     float_bytes: int
@@ -40,6 +41,7 @@ class CResult:
         """Return the result as JSON-able values."""
         return {
             "run_dir": str(self.run_dir),
+            "warnings": list(self.warnings),
             "path": str(self.path),
             "format": "c",
             "float_bytes": self.float_bytes,
@@ -107,6 +109,7 @@ def _verified(
     stored = [*frozen.trained.values(), *frozen.floats.values()]
     return CResult(
         run_dir=run.path,
+        warnings=run.report().warnings,
         path=name,
         size=len(raw),
         float_bytes=run.report().totals.float_bytes,

@@ -46,6 +46,7 @@ class OnnxResult:
     """A written ONNX file, and how onnxruntime's answers compare with torch's."""
 
     run_dir: Path
+    warnings: tuple[str, ...]  # of the run
     path: Path
     size: int  # bytes
     float_bytes: int
@@ -62,6 +63,7 @@ class OnnxResult:
         """Return the result as JSON-able values."""
         return {
             "run_dir": str(self.run_dir),
+            "warnings": list(self.warnings),
             "path": str(self.path),
             "format": "onnx",
             "float_bytes": self.float_bytes,
@@ -202,6 +204,7 @@ def _verified(
     stored = expected.model.unpacked.values()
     return OnnxResult(
         run_dir=run.path,
+        warnings=run.report().warnings,
         path=name,
         size=len(raw),
         float_bytes=run.report().totals.float_bytes,

@@ -10,13 +10,17 @@ from torch.nn import functional as F
 
 from ddqcli.errors import DataError
 
+_IGNORED = -100  # a label that torch's cross-entropy leaves out
 Score = Callable[[Any, Any], Tensor]  # (output, target) -> loss or metric
 
 
-def classification(count: int | None, *, exact: bool) -> tuple[Score, Score]:
+def classification(
+    count: int | None, *, exact: bool, own_loss: bool = False
+) -> tuple[Score, Score]:
     """Return the mean cross-entropy, and the top-1 hits [B] as 0 or 1.
 
     `count` is the number of classes, if known. The model may give more scores unless `exact`.
+    Beside an `own_loss`, which may ignore labels, the metric counts a label without score as wrong.
     Both functions raise DataError if output [B, K] and target [B] do not fit together.
     """
 
@@ -24,13 +28,14 @@ def classification(count: int | None, *, exact: bool) -> tuple[Score, Score]:
         scores = _check(output, target, count, exact)
         try:
             return F.cross_entropy(scores.float(), target.long())
-        except IndexError as error:
-            raise DataError(
-                f"A label lies beyond the model's {scores.shape[1]} scores: {error}"
-            ) from error
+        except IndexError:
+            _check_labels(scores, target)
+            raise
 
     def metric(output: Any, target: Any) -> Tensor:
         scores = _check(output, target, count, exact)
+        if not own_loss:
+            _check_labels(scores, target)
         hits: Tensor = scores.argmax(1) == target
         return hits.float()
 
@@ -58,3 +63,14 @@ def _check(output: Any, target: Any, count: int | None, exact: bool) -> Tensor:
             f"The model gives {scores} scores but the data have {count} classes; they must agree."
         )
     return output
+
+
+def _check_labels(scores: Tensor, target: Tensor) -> None:
+    """Raise DataError for a label that is no index of the scores; cross-entropy ignores -100."""
+    count = scores.shape[1]
+    outside = target[((target < 0) & (target != _IGNORED)) | (target >= count)]
+    if len(outside):
+        raise DataError(
+            f"A label lies beyond the model's {count} scores: {outside[0]}; give labels from 0 to "
+            f"{count - 1}, or a network with more scores."
+        )

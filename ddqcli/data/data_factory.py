@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,13 @@ def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:
         ) from error
     keys = ("train", "val", "loss", "metric")
     if isinstance(data, Mapping):
+        if unknown := [key for key in data if key not in keys]:
+            near = difflib.get_close_matches(str(unknown[0]), keys, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(keys)}."
+            raise DataError(
+                f"The data factory {spec} returned a mapping with {list_names(data)}; "
+                f"{unknown[0]!r} is unknown; {hint}"
+            )
         parts, kind = {key: data.get(key) for key in keys}, f"a mapping with {list_names(data)}"
     else:
         parts, kind = {key: getattr(data, key, None) for key in keys}, f"a {type(data).__name__}"

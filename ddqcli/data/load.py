@@ -21,6 +21,7 @@ from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.memory_batches import MemoryBatches
 from ddqcli.data.metric import own_metric
 from ddqcli.data.npz import open_npz
+from ddqcli.data.own_loss import own_loss
 from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.data.source import Source
 from ddqcli.data.torchvision_sets import is_torchvision, open_torchvision
@@ -217,7 +218,7 @@ def _factory_data(
     data = call_factory(spec, section.kwargs)
     batches = FactoryBatches(spec, section, seed, device, shard, max_steps)
     splits = _Splits(*batches.train(data.train), batches.val(data.val))
-    loss, metric = classification(None, exact=False)
+    loss, metric = classification(None, exact=False, own_loss=data.loss is not None)
     judged_by = Metric()
     if data.metric is not None:
         metric, judged_by = own_metric(data.metric, spec)
@@ -226,7 +227,7 @@ def _factory_data(
     note += f"; its own {' and '.join(own)}" if own else ""
     return Data(
         *splits,
-        loss=data.loss or loss,
+        loss=own_loss(data.loss, spec) if data.loss is not None else loss,
         metric=metric,
         classes=None,
         note=note,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddqcli.data.batches import batch_size
 from ddqcli.data.classification import Score
+from ddqcli.data.own_loss import call_own
 from ddqcli.data.source import list_names
 from ddqcli.errors import DataError
 from ddqcli.runs.evaluation import Metric
@@ -52,14 +53,13 @@ def _checked(function: Score, spec: str, *, shares: bool) -> Score:
     """Wrap a metric: raise DataError unless it returns one score for each sample."""
 
     def checked(output: Any, target: Any) -> Tensor:
-        scores = function(output, target)
+        samples = batch_size((output, target))
+        needed = f"{samples} scores are needed, one a sample"
+        scores = call_own(function, "metric", spec, output, target, needed)
         if not isinstance(scores, Tensor) or scores.ndim != 1:
             is_tensor = isinstance(scores, Tensor)
             kind = f"shape {list(scores.shape)}" if is_tensor else f"a {type(scores).__name__}"
-            raise DataError(
-                f"The metric of {spec} returned {kind}; {batch_size((output, target))} scores are "
-                "needed, one a sample."
-            )
+            raise DataError(f"The metric of {spec} returned {kind}; {needed}.")
         if shares and ((scores < -1e-6) | (scores > 1 + 1e-6)).any():
             raise DataError(
                 f"The metric of {spec} returned scores from {scores.min():.4g} to "

@@ -44,7 +44,8 @@ def fill(
     # `ddq finetune` stores weights that the network computes (weight_norm) as plain ones.
     make_plain(model, lambda name: name in tensors)
     layers = {name.removesuffix(INPUT): table for name, table in tables.items()}
-    _check_fit(model, tensors, layers, source)
+    if _check_fit(model, tensors, layers, source):
+        model.float()  # as `ddq finetune` did
     model.load_state_dict(dict(tensors))
     for module in model.modules():
         if isinstance(input_quantizer(module), FrozenInputQuantizer):  # of an earlier file
@@ -64,10 +65,18 @@ def _check_fit(
     tensors: Mapping[str, torch.Tensor],
     layers: Mapping[str, ActivationTable],
     source: str,
-) -> None:
+) -> bool:
+    """Raise CheckpointError for another network; True if it must be made float32 for the values."""
     state = model.state_dict()
     modules = dict(model.named_modules(remove_duplicate=False))
     common = [(name, tensors[name], value) for name, value in state.items() if name in tensors]
+    rounded = {n: (stored, own) for n, stored, own in common if _rounds(stored, own.dtype)}
+    float32_holds_all = not any(
+        t.is_floating_point() and _rounds(t, torch.float32) for t in tensors.values()
+    )
+    must_widen = float32_holds_all and all(
+        stored.is_floating_point() and own.is_floating_point() for stored, own in rounded.values()
+    )
     unknown = [name for name in tensors if name not in state]
     unknown += [name + INPUT for name in layers if name not in modules]
     differences = {
@@ -80,8 +89,8 @@ def _check_fit(
         ],
         "it has in a type that this one would round": [
             f"{name} {stored.dtype}, not {own.dtype}"
-            for name, stored, own in common
-            if torch.promote_types(stored.dtype, own.dtype) != own.dtype
+            for name, (stored, own) in rounded.items()
+            if not must_widen
         ],
     }
     faults = [
@@ -94,3 +103,9 @@ def _check_fit(
             f"{source} is not of this {type(model).__name__}: {'; '.join(faults)}; "
             "build the network as it was built for `ddq finetune`."
         )
+    return bool(rounded)
+
+
+def _rounds(stored: torch.Tensor, dtype: torch.dtype) -> bool:
+    """True if `dtype` cannot hold all values of the stored tensor's type."""
+    return torch.promote_types(stored.dtype, dtype) != dtype

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ddqcli.data.load import Data
 from ddqcli.data.seeding import generator
-from ddqcli.data.trees import Tree, all_finite, call, copied
-from ddqcli.errors import DataError
+from ddqcli.data.trees import Tree, call, copied
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.training import distributed
 from ddqcli.training.distillation import matched, rows_of_scores, scale_of
+from ddqcli.training.divergence import require_finite_batch
+from ddqcli.training.evaluate import OnProgress
 
 
 def calibrate(
@@ -24,6 +25,7 @@ def calibrate(
     batches: int,
     watch: Callable[[float], None],
     teacher: nn.Module | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Fit the input quantizers, and call `watch` with each of `batches` weight gradients in place.
 
@@ -41,7 +43,7 @@ def calibrate(
     model = quantized.model
     with _eval_mode(model):
         for number, (x, y) in enumerate(islice(data.train.epoch(0), batches)):
-            _require_finite_batch(x, number)
+            require_finite_batch(x, number, "training")
             output = call(model, copied(x))
             if teacher is None:
                 loss = data.loss(output, y)
@@ -50,6 +52,8 @@ def calibrate(
             torch.autograd.backward(loss)
             watch(1 / distributed.shard().count)
             model.zero_grad(set_to_none=True)
+            if on_progress:
+                on_progress("calibrate", number + 1, min(batches, len(data.train)))
     unreached = [name for name, quantizer in quantized.activations.items() if not quantizer.fit()]
     for name in unreached:
         quantized.keep_input_float(
@@ -64,13 +68,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     model.eval()
     yield
     model.train(training)
-
-
-def _require_finite_batch(x: Tree, number: int) -> None:
-    if not all_finite(x):
-        raise DataError(
-            f"Batch {number} of the training data holds NaN or infinite values; repair the data."
-        )
 
 
 def _drawn_loss(output: Tree, target: Tree, labels: Tree, batch: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddqcli.data.trees import Tree, all_finite, call
-from ddqcli.errors import DDQError
+from ddqcli.errors import DataError, DDQError
 
 
 class Diverged(DDQError):
@@ -29,6 +29,14 @@ def require_finite(tensors: Mapping[str, Tensor], what: str, when: str) -> None:
     for name, tensor in reversed(list(tensors.items())):
         if not tensor.isfinite().all():
             raise Diverged(f"{what} of {_float_name(name)} became NaN or infinite {when}")
+
+
+def require_finite_batch(x: Tree, number: int, kind: str) -> None:
+    """Raise DataError for inputs that are not finite; `kind` is training or evaluation."""
+    if not all_finite(x):
+        raise DataError(
+            f"Batch {number} of the {kind} data holds NaN or infinite values; repair the data."
+        )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from ddqcli.data.load import Data
 from ddqcli.data.trees import call, copied, is_plain, tensors
 from ddqcli.errors import DataError
 from ddqcli.training import distributed
+from ddqcli.training.divergence import require_finite_batch
 
 _PROBE_SAMPLES = 8
 OnProgress = Callable[[str, int, int], None]  # (activity, batches done, batches in all)
@@ -25,7 +26,7 @@ def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = N
     """Return the mean of the metric over all held-out samples, in its unit.
 
     Leaves the model in eval mode. Each rank evaluates its shard; the result is the same on all of
-    them. Raises DataError, naming samples, for scores that are not finite.
+    them. Raises DataError for inputs that are not finite and, naming samples, for such scores.
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # of scores, and their number
@@ -34,6 +35,7 @@ def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = N
         if not batch_size(batch):
             continue  # the last batch may have fewer samples than there are ranks
         inputs, targets = batch
+        require_finite_batch(inputs, done, "evaluation")
         with parametrize.cached():
             scores = data.metric(call(model, inputs), targets).double().cpu()
         invalid += (int(total[1]) + (~scores.isfinite()).nonzero()[:, 0]).tolist()

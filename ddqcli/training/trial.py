@@ -8,11 +8,11 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddqcli.data.batches import Batch, Batches
 from ddqcli.data.load import Data
-from ddqcli.data.trees import all_finite, call, copied
+from ddqcli.data.trees import all_finite, call, copied, map_tensors
 from ddqcli.errors import DataError
 from ddqcli.recipe.schema import DistillSection
 from ddqcli.training.distillation import distillation_weight, training_loss
@@ -37,18 +37,26 @@ class _FirstBatch:
 
 
 @torch.no_grad()
-def try_data(model: nn.Module, data: Data, distill: DistillSection) -> None:
-    """Evaluate the float model on the first evaluation batch; compute its first training loss.
+def try_data(model: nn.Module, data: Data, distill: DistillSection) -> float:
+    """Return the float model's metric on the first evaluation batch; compute a training loss.
 
     Raises DataError for scores or inputs that are not finite, DDQError for such a loss, and what
     the network and the functions of the data raise.
     """
-    evaluate(model, replace(data, val=_FirstBatch(data.val)))
+    score = evaluate(model, replace(data, val=_FirstBatch(data.val)))
     inputs, targets = next(iter(data.train.epoch(0)))
     output = call(model, copied(inputs))
     weight = distillation_weight(distill, data)
-    loss = float(training_loss(data, output, targets, output, weight, distill.temperature))
+    with torch.enable_grad():
+        trained = map_tensors(_with_gradient, output)
+        loss = training_loss(data, trained, targets, output, weight, distill.temperature).item()
     if not all_finite(inputs):
         raise DataError("The first training batch holds NaN or infinite values; repair the data.")
     if not math.isfinite(loss):
         raise explain_loss(model, inputs, loss, "in the first training batch")
+    return score
+
+
+def _with_gradient(x: Tensor) -> Tensor:
+    """Return the tensor as training gives it to the loss; a loss may change it in place."""
+    return x.detach().requires_grad_().clone() if x.is_floating_point() else x

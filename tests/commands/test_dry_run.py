@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny_project import ddq
+import torch
+from tiny_project import ddq, images
 
 DATA = """
 import torch
@@ -31,8 +34,29 @@ def invalid(output, labels):
 FAULTS = {
     "no labels for the loss": (
         {"more": '{"loss": wrong}'},
-        "The model cannot run on these data: AttributeError: 'Tensor' object has no attribute "
-        "'nonsense'; `ddq --debug ...` shows where.",
+        "The loss of task.py:data failed on (output, target) of a batch: AttributeError: 'Tensor' "
+        "object has no attribute 'nonsense'; it must return the mean loss of the batch as a tensor "
+        "of one value; `ddq --debug ...` shows where.",
+    ),
+    "a loss without a gradient": (
+        {"more": '{"loss": lambda o, y: F.cross_entropy(o.detach(), y)}'},
+        "The loss of task.py:data returned a value without a gradient; compute it from the output",
+    ),
+    "a loss of each sample": (
+        {"more": '{"loss": lambda o, y: F.cross_entropy(o, y, reduction="none")}'},
+        "The loss of task.py:data returned shape [",
+    ),
+    "a metric that fails": (
+        {"more": '{"metric": wrong}'},
+        "The metric of task.py:data failed on (output, target) of a batch: AttributeError: ",
+    ),
+    "a misspelled loss": (
+        {"more": '{"losses": loss}'},
+        "returned a mapping with train, val, losses; 'losses' is unknown; did you mean 'loss'?",
+    ),
+    "evaluation inputs that are not finite": (
+        {"change": "images = images.clone(); images[0, 0, 0, 0] = float('nan')"},
+        "Batch 0 of the evaluation data holds NaN or infinite values; repair the data.",
     ),
     "three channels": (
         {"change": "images = images.repeat(1, 3, 1, 1)"},
@@ -40,7 +64,8 @@ FAULTS = {
     ),
     "classes that the model lacks": (
         {"change": "labels = 0 * labels + 40", "more": '{"loss": loss}'},
-        "The model cannot run on these data: IndexError: Target 40 is out of bounds.",
+        "The loss of task.py:data failed on (output, target) of a batch: IndexError: Target 40 is "
+        "out of bounds; it must return",
     ),
     "a factory that fails": ({"change": "raise KeyError('images')"}, "KeyError"),
 }
@@ -78,6 +103,23 @@ def test_nothing_is_written(project: Path) -> None:
     assert set(Path().iterdir()) - before <= {Path("__pycache__")}
 
 
+def test_the_float_metric_of_one_batch_is_that_of_its_samples(project: Path) -> None:
+    """A batch of small images for evaluation has 500 samples."""
+    data = images(601, "x_test", "y_test")
+    np.savez("images.npz", **images(80, "x_train", "y_train"), **data)
+    answer = ddq("finetune", "model.pt", "--dry-run")
+    scope: dict[str, Any] = {}
+    exec(Path("net.py").read_text(), scope)
+    network = scope["build"]().eval()
+    network.load_state_dict(torch.load("model.pt"))
+    outputs = network((torch.from_numpy(data["x_test"])[:, None] / 255 - 0.5) / 0.5)
+    right = outputs.argmax(1).numpy() == data["y_test"]
+    line = "float accuracy on one batch: {:.2f} %"
+    expected, of_all = (line.format(100 * part.mean()) for part in (right[:500], right))
+    assert expected != of_all
+    assert answer.err.splitlines().count(expected) == 1
+
+
 def test_a_normalization_that_does_not_fit_is_a_warning(project: Path) -> None:
     flags = ["--set", "data.mean=[3]", "--set", "data.std=[0.1]", "--dry-run", "--json"]
     (warning,) = ddq("finetune", "model.pt", *flags).data["warnings"]
@@ -101,7 +143,8 @@ def test_a_metric_that_is_nan_is_refused(project: Path) -> None:
 
 
 def test_a_training_batch_with_nan_is_named(project: Path) -> None:
-    text = DATA.format(change="images[:] = float('nan')", more='{"loss": loss}')
+    train = '"train": TensorDataset(images / 0 * 0, labels)'
+    text = DATA.format(change="pass", more=f'{{{train}, "loss": loss}}')
     Path("task.py").write_text(text)
     answer = ddq("finetune", "model.pt", "--data", "task.py:data", "--dry-run")
     assert answer.code == 2

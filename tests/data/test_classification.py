@@ -61,6 +61,23 @@ def test_outputs_that_do_not_fit_the_data(count, exact, output, target, message)
         loss(output, target)
 
 
+@pytest.mark.parametrize("label", [-1, 4, 9])
+def test_a_label_that_is_no_index_of_the_scores_is_named_by_loss_and_metric(label):
+    for judge in classification(None, exact=False):
+        with pytest.raises(DataError, match=f"model's 4 scores: {label}; give labels from 0 to 3,"):
+            judge(torch.zeros(3, 4), torch.tensor([0, label, 3]))
+
+
+def test_beside_a_loss_of_their_own_labels_without_score_count_as_errors():
+    _, metric = classification(None, exact=False, own_loss=True)
+    assert metric(torch.eye(4)[:2], torch.tensor([0, 255])).tolist() == [1, 0]
+
+
+def test_labels_that_cross_entropy_ignores_count_as_errors_of_the_metric():
+    _, metric = classification(None, exact=False)
+    assert metric(torch.eye(4)[:2], torch.tensor([0, -100])).tolist() == [1, 0]
+
+
 def test_more_scores_than_labels_are_allowed_where_class_names_are_unknown():
     loss, _ = classification(10, exact=False)
     assert loss(torch.zeros(2, 1000), torch.zeros(2).long()).item() == pytest.approx(

@@ -134,6 +134,12 @@ def other(**changes: nn.Module) -> nn.Module:
     return model
 
 
+def integers(layer: nn.Linear) -> nn.Linear:
+    del layer.bias
+    layer.register_buffer("bias", torch.zeros(5, dtype=torch.long))
+    return layer
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -150,8 +156,8 @@ def other(**changes: nn.Module) -> nn.Module:
             "it lacks 10.weight, 10.bias; build the",
         ),
         (
-            lambda: conv_net().half(),
-            "a type that this one would round 0.weight torch.float32, not torch.float16",
+            lambda: other(_9=integers(nn.Linear(8, 5))),
+            "a type that this one would round 9.bias torch.float32, not torch.int64",
         ),
     ],
     ids=["shape", "unknown", "lacks", "type"],
@@ -168,6 +174,23 @@ def test_another_network_is_refused_by_name_and_left_alone(
     assert str(error.value).startswith(f"{exported.path} is not of this Sequential: ")
     assert message in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in unfit.state_dict().items())
+
+
+@pytest.mark.parametrize("half", ["all", "1"], ids=["all", "BatchNorm"])
+def test_a_network_in_half_precision_is_made_float32_and_answers_as_trained(
+    half: str, tmp_path: Path
+) -> None:
+    build, x = NETS["convolutions"]
+    exported = quantize(build(), x, tmp_path / "m.safetensors")
+    expected = ddqcli.load(exported.path, build())
+    model = build()
+    (model if half == "all" else model.get_submodule(half)).half()
+    loaded = ddqcli.load(exported.path, model)
+    assert loaded is model
+    for name, value in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+        assert loaded.state_dict()[name].dtype == value.dtype
+    assert torch.equal(loaded(x), expected(x))
 
 
 def test_a_file_that_quantizes_the_input_of_a_layer_unknown_here_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""A user's own loss: a function of outputs and targets, whose faults are reported as its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddqcli.data.classification import Score
+from ddqcli.data.trees import tensors
+from ddqcli.errors import DataError, DDQError
+
+_NEEDED = "it must return the mean loss of the batch as a tensor of one value"
+
+
+def own_loss(function: Score, spec: str) -> Score:
+    """Wrap the loss of a factory: raise DataError unless it returns one value with a gradient."""
+
+    def checked(output: Any, target: Any) -> Tensor:
+        loss = call_own(function, "loss", spec, output, target, _NEEDED)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            is_tensor = isinstance(loss, Tensor)
+            kind = f"shape {list(loss.shape)}" if is_tensor else f"a {type(loss).__name__}"
+            raise DataError(f"The loss of {spec} returned {kind}; {_NEEDED}.")
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors(output))
+        if trained and not loss.requires_grad:
+            raise DataError(
+                f"The loss of {spec} returned a value without a gradient; compute it from the "
+                "output by functions of torch, without detach(), item() or NumPy."
+            )
+        return loss
+
+    return checked
+
+
+def call_own(function: Score, kind: str, spec: str, output: Any, target: Any, needed: str) -> Any:
+    """Return `function(output, target)`, a factory's loss or metric, which `kind` says.
+
+    Raises DataError with what is `needed` if it fails, and lets a lack of memory pass.
+    """
+    try:
+        return function(output, target)
+    except (DDQError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())[:200]
+        if "allocate memory" in message:
+            raise
+        raise DataError(
+            f"The {kind} of {spec} failed on (output, target) of a batch: {type(error).__name__}: "
+            f"{message.rstrip('.')}; {needed}; `ddq --debug ...` shows where."
+        ) from error
