@@ -26,6 +26,7 @@ from ddqcli.qat.load import fill, to_torch
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.level_kinds import LevelKind
+from ddqcli.recipe.faults import plain_message
 from ddqcli.recipe.schema import Budget, Recipe
 from ddqcli.runs.files import write_atomic
 from ddqcli.training.optimizers import level_groups, network_groups
@@ -216,8 +217,9 @@ def _recipe(**sections: Any) -> Recipe:
     try:
         return Recipe.model_validate(sections)
     except ValidationError as error:
-        faults = [f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors()]
-        raise UsageError(f"quantize() cannot use {'; '.join(faults)}.") from error
+        faults = [f"{fault['loc'][-1]}: {plain_message(fault)}" for fault in error.errors()]
+        text = "; ".join(faults)
+        raise UsageError(f"quantize() cannot use {text}{'' if text[-1] == '?' else '.'}") from error
 
 
 def _calibrate(quantized: QuantizedModel, batches: Iterable[Any]) -> None:

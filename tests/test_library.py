@@ -193,8 +193,13 @@ def two_batches_of_which_the_second_fails() -> Any:
         ({"bits": 4, "budget": ddqcli.Budget()}, UsageError, "either bits or a budget"),
         ({"bits": 4, "act_bits": 8}, UsageError, "Give quantize.. calibration batches"),
         ({"bits": 4, "act_bits": 8, "calibration": []}, UsageError, "reached no layer"),
-        ({"bits": 4, "max_bits": 9}, UsageError, "max_bits: Input should be less than or equal"),
-        ({"bits": 4, "min_bits": 3, "max_bits": 2}, UsageError, "min_bits 3 is above max_bits 2"),
+        ({"bits": 4, "max_bits": 9}, UsageError, "max_bits: input should be less than or equal"),
+        (
+            {"bits": 4, "min_bits": 3, "max_bits": 2},
+            UsageError,
+            "weights: min_bits 3 is above max_bits 2",
+        ),
+        ({"bits": 4, "levels": "leraned"}, UsageError, r"; did you mean learned\?$"),
         ({"bits": 4, "overrides": [{"match": "conv"}]}, UsageError, "No layer .* override conv"),
         (
             {"bits": 0.5},

@@ -57,6 +57,7 @@ def export(
         Format,
         typer.Option(
             "--format",
+            metavar="FORMAT",
             help="safetensors: smallest file; onnx: int8 graph for onnxruntime; coreml: palettes "
             "for Apple's systems; c: C99 header, no runtime.",
         ),

@@ -36,9 +36,14 @@ def describe_fault(error: ErrorDetails) -> str:
     if error["type"] == "model_type":
         known = _fields(error["loc"])
         return f"  {path} = {short_repr(value)}: is a section; known in it: {', '.join(known)}"
-    message = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(value, dict) else f" = {short_repr(value)}"
-    return f"  {path or 'recipe'}{shown}: {message[0].lower()}{message[1:]}{_remedy(error)}"
+    return f"  {path or 'recipe'}{shown}: {plain_message(error)}"
+
+
+def plain_message(error: ErrorDetails) -> str:
+    """Return what is wrong, in words for users, with a likely remedy."""
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}{_remedy(error)}"
 
 
 def _remedy(error: ErrorDetails) -> str:

@@ -312,7 +312,7 @@ RECIPES: dict[str, tuple[bytes | str, str]] = {
         RECIPE.replace("epochs: 3", "epochs: 3, teacher: {checkpoint: big.pt}"),
         "big.pt",
     ),
-    "no model": ("train: {epochs: 1}", "say how to build it with --arch"),
+    "no model": ("data: {source: images.npz}", "say how to build it with --arch"),
 }
 
 
