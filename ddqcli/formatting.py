@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 # Control characters, line separators, and what turns the direction of text or has no width.
 _INVISIBLE = re.compile(
@@ -90,3 +92,9 @@ def _three_digits(value: float) -> str:
     if value < 9.995:
         return f"{value:.2f}"
     return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def did_you_mean(wrong: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """Return `; did you mean NAME?` for the closest of the names, or nothing; `prefix` it."""
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -73,10 +73,11 @@ def quantize(
         The model.
 
     Raises BudgetError for a budget that cannot be met and UsageError for arguments or a model that
-    do not allow quantization; the model is then as it was.
+    do not allow quantization; the model is then as it was. TypeError for what is no network.
 
     >>> model = ddqcli.quantize(model, bits=4)  # doctest: +SKIP
     """
+    _require_network("quantize", model)
     if (bits is None) == (budget is None):
         raise UsageError("Give quantize() either bits or a budget.")
     recipe = _recipe(
@@ -129,6 +130,7 @@ def parameter_groups(
 
     >>> optimizer = torch.optim.AdamW(ddqcli.parameter_groups(model, lr=1e-4))  # doctest: +SKIP
     """
+    _require_network("parameter_groups", model)
     quantized = QuantizedModel.of(model)
     network = [{"lr": lr, **group} for group in network_groups(quantized, weight_decay)]
     levels = [{"weight_decay": 0.0, **group} for group in level_groups(quantized, levels_lr)]
@@ -151,6 +153,7 @@ def save(model: nn.Module, path: str | Path) -> Sizes:
 
     >>> ddqcli.save(model, "model.safetensors").file  # doctest: +SKIP
     """
+    _require_network("save", model)
     path = Path(path)
     frozen = FrozenModel.from_state(freeze(QuantizedModel.of(model)))
     raw, sizes = encode_artifact(
@@ -183,11 +186,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     names. No code runs that comes with the file.
 
     Raises UsageError for a file that is none of ddq's or names no such network, VerificationError
-    for a damaged one, and CheckpointError for one of another network, which leaves the model as it
-    was.
+    for a damaged one, CheckpointError for one of another network, which leaves the model as it was,
+    and TypeError for a `model` that is no network, such as the function that builds it.
 
     >>> model = ddqcli.load("model.safetensors", torchvision.models.resnet18())  # doctest: +SKIP
     """
+    if model is not None:
+        _require_network("load", model)
     arrays, tables, meta = decode_model(Path(path))
     tensors = to_torch(arrays)
     if model is None:
@@ -195,6 +200,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     model, _ = uncompiled(model)
     fill(model, tensors, tables, str(path))
     return model
+
+
+def _require_network(function: str, model: object) -> None:
+    """Raise TypeError for anything but a network, such as the function that builds it."""
+    if isinstance(model, nn.Module):
+        return
+    name = getattr(model, "__name__", "")
+    given = f"{name}; pass {name}()" if name and callable(model) else f"a {type(model).__name__}"
+    raise TypeError(f"{function}() takes a network, a torch.nn.Module, not {given}.")
 
 
 def _recipe(**sections: Any) -> Recipe:

@@ -194,15 +194,19 @@ for line in sys.argv[1:]:
     try:
         app(shlex.split(line))
     except SystemExit as stop:
-        assert not stop.code, line
+        assert (stop.code or 0) == CODE, line
 print("\\n", *sys.modules, file=sys.stderr)
 """
 
 
-def libraries_after(*commands: str) -> set[str]:
-    """Return the top-level modules that a process has imported after these `ddq` commands."""
+def libraries_after(*commands: str, code: int = 0) -> set[str]:
+    """Return the top-level modules that a process has imported after these `ddq` commands.
+
+    Each must exit with `code`.
+    """
+    script = LIST_MODULES.replace("CODE", str(code))
     process = subprocess.run(
-        [sys.executable, "-c", LIST_MODULES, *commands], capture_output=True, text=True
+        [sys.executable, "-c", script, *commands], capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
     return {name.split(".")[0] for name in process.stderr.splitlines()[-1].split()}
@@ -224,6 +228,19 @@ def test_report_never_imports_torch(finished: Path) -> None:
         for options in ([], ["--json"], ["--csv"], ["--md"], ["--max-size", "100%"])
     ]
     assert not {"torch", "torchvision", "matplotlib", "scipy"} & libraries_after(*commands)
+
+
+def test_wrong_options_are_refused_before_torch_is_imported(finished: Path) -> None:
+    Path("bare.yaml").write_text("budget: {target_bits: 4}\n")
+    commands = (
+        "finetune model.pt --target-bits 4 --target-size 2kB",
+        "finetune model.pt --recipe bare.yaml",
+        "finetune gone.pt",
+        "export -o model.pt",
+        "export -o net.onnx",
+        "export --half --format onnx",
+    )
+    assert not {"torch", "torchvision"} & libraries_after(*commands, code=2)
 
 
 # ---- the network

@@ -196,7 +196,11 @@ def two_batches_of_which_the_second_fails() -> Any:
         ({"bits": 4, "max_bits": 9}, UsageError, "max_bits: Input should be less than or equal"),
         ({"bits": 4, "min_bits": 3, "max_bits": 2}, UsageError, "min_bits 3 is above max_bits 2"),
         ({"bits": 4, "overrides": [{"match": "conv"}]}, UsageError, "No layer .* override conv"),
-        ({"bits": 0.5}, BudgetError, "The budget of .* bytes cannot be met: the smallest"),
+        (
+            {"bits": 0.5},
+            BudgetError,
+            "The budget of 0.5 bits a weight .* cannot be met: the smallest",
+        ),
         ({"budget": ddqcli.Budget(target_size="1%")}, BudgetError, "smallest reachable size"),
         (
             {"bits": 4, "act_bits": 8, "calibration": two_batches_of_which_the_second_fails()},
@@ -258,6 +262,20 @@ def test_a_file_that_names_its_network_needs_no_other(tmp_path: Path) -> None:
 
 
 # ---- the import
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ddqcli.load("gone.safetensors", Net), r"load\(\) .*, not Net; pass Net\(\)\."),
+        (lambda: ddqcli.quantize(Net, bits=4), r"quantize\(\) .*, not Net; pass Net\(\)\."),
+        (lambda: ddqcli.save(Net, "a.safetensors"), r"save\(\) .*, not Net; pass Net\(\)\."),
+        (lambda: ddqcli.parameter_groups({}, 0.1), r"takes a network, .*, not a dict\."),
+    ],
+)
+def test_a_function_in_place_of_a_network_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
 
 
 def test_importing_ddqcli_does_not_import_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,16 @@ def _levels(packed: PackedTensor) -> tuple[Array, ...]:
     )
 
 
+def _other_reader(path: Path) -> str:
+    """Return the command for a file that is none of ddq's, by its ending, or nothing."""
+    name = shlex.quote(str(path))
+    if path.suffix in (".onnx", ".h"):
+        return f"; `ddq export --check {name}` verifies an exported {path.suffix} file"
+    if path.suffix in (".pt", ".pth", ".th", ".safetensors"):
+        return f"; `ddq inspect {name}` shows a checkpoint"
+    return ""
+
+
 @contextmanager
 def _translated_errors(path: Path) -> Iterator[None]:
     """Turn errors of the decoder, and of content that contradicts itself, into DDQErrors."""
@@ -127,7 +138,7 @@ def _translated_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except decoder.NotAnArtifact as error:
-        raise UsageError(f"{error}.") from error
+        raise UsageError(f"{error}{_other_reader(path)}.") from error
     except decoder.ArtifactError as error:
         raise VerificationError(f"{error}.") from error
     except Exception as error:  # anything a forged file can lead to

@@ -22,6 +22,7 @@ from ddqcli.checkpoint.state_keys import bare_names, find_state
 from ddqcli.checkpoint.torch_load import first_line, load_torch_file
 from ddqcli.errors import CheckpointError
 from ddqcli.hashing import sha256_of_files
+from ddqcli.recipe.missing_file import CHECKPOINTS, missing_file
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _size_and_head(path: Path) -> tuple[int, bytes]:
     """Return the size in bytes and the first 16 bytes of a file that is not empty."""
     try:
         if not path.exists():
-            raise CheckpointError(f"There is no checkpoint {path}.")
+            raise CheckpointError(missing_file(path, "checkpoint", CHECKPOINTS))
         if not path.is_file():
             raise CheckpointError(
                 f"{path} is not a regular file; name a checkpoint such as model.pt."

@@ -26,6 +26,7 @@ from ddqcli.checkpoint.safetensors_header import is_safetensors, read_safetensor
 from ddqcli.checkpoint.state_keys import bare_names
 from ddqcli.checkpoint.torch_zip import TensorLocation, locate_state_dict
 from ddqcli.errors import CheckpointError
+from ddqcli.recipe.missing_file import CHECKPOINTS, missing_file
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,7 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(9)
     except FileNotFoundError as error:
-        raise CheckpointError(f"There is no file {path}.") from error
+        raise CheckpointError(missing_file(path, suffixes=CHECKPOINTS)) from error
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
 

@@ -28,7 +28,7 @@ from ddqcli.checkpoint.state_fit import (
     state_shapes,
 )
 from ddqcli.errors import UsageError
-from ddqcli.recipe.factory import FACTORY_SPEC
+from ddqcli.recipe.factory import FACTORY_SPEC, missing_function
 
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")
@@ -48,6 +48,8 @@ def build_torchvision(
     Keyword arguments that `kwargs` leaves open, such as num_classes, follow from the weights.
     Raises UsageError for an unknown or unrecognized network, CheckpointError if weights do not fit.
     """
+    if name is not None and name.endswith(".py"):
+        raise UsageError(missing_function(Path(name)))
     if name is not None and name not in classifier_names():
         near = difflib.get_close_matches(name, classifier_names(), n=3, cutoff=0.75)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
@@ -83,7 +85,7 @@ def recognize(path: Path, tensors: Tensors, kwargs: dict[str, Any]) -> tuple[str
 
     Compares with the members of one family: the one whose first member shares most names. A test
     checks that no two networks have the same shapes, so the first that fits is the one.
-    Raises UsageError, naming the closest network; `path` is for that message.
+    Raises UsageError, which names a network of mostly the same shapes; `path` is for that message.
     """
     families: dict[str, list[str]] = {}
     for name in classifier_names():
@@ -99,10 +101,16 @@ def recognize(path: Path, tensors: Tensors, kwargs: dict[str, Any]) -> tuple[str
             return name, complete
         fits[name] = fit
     name, fit = max(fits.items(), key=lambda item: (item[1].matching, -len(item[1].missing)))
+    wanted = fit.common + len(fit.missing)
+    closest = ""
+    if 2 * fit.matching > wanted:  # a poor match tells nothing
+        closest = (
+            f": the closest, {name}, has {wanted} tensors, of which it has {fit.common}, "
+            f"{fit.matching} in the same shape"
+        )
     raise UsageError(
-        f"{path} is no classification network of torchvision: the closest, {name}, has "
-        f"{fit.common + len(fit.missing)} tensors, of which it has {fit.common}, {fit.matching} in "
-        "the same shape; say how to build it with --arch NAME or --arch path/to/file.py:factory."
+        f"{path} is no classification network of torchvision{closest}; say how to build it with "
+        "--arch NAME or --arch path/to/file.py:factory."
     )
 
 

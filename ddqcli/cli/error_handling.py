@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,10 +15,12 @@ import typer
 from typer.core import TyperGroup
 
 from ddqcli.errors import DDQError, Interrupted
-from ddqcli.formatting import visible
+from ddqcli.formatting import did_you_mean, visible
 
 # ClickException of Typer's parser, which moved between Typer versions.
 _ParserError: Any = typer.BadParameter.__base__
+_NO_NUMBER = re.compile(r"Input should be a valid (integer|number), unable to parse.*", re.S)
+_NO_CHOICE = re.compile(r"'([^']*)' is not one of (.*)", re.S)
 
 
 class ErrorHandlingGroup(TyperGroup):
@@ -94,15 +97,29 @@ def _parser_message(error: Any) -> str:
     """
     if not (hasattr(error, "option_name") and hasattr(error, "possibilities") and error.ctx):
         text: str = error.format_message()
-        return text
-    from ddqcli.cli.suggestions import did_you_mean
+        return _plain_words(text, error.__cause__)
+    from ddqcli.cli.suggestions import suggest_option
 
     options = {
         option: getattr(parameter, "help", None) or ""
         for parameter in error.ctx.command.params
         for option in parameter.opts
     }
-    return f"{error.message}{did_you_mean(error.option_name, options)}"
+    return f"{error.message}{suggest_option(error.option_name, options)}"
+
+
+def _plain_words(text: str, cause: Any) -> str:
+    """Return a message about a wrong value as one of the command line, and with a likely value.
+
+    Some versions of Typer let pydantic, the `cause`, validate and word it.
+    """
+    text = text.replace("Value error, ", "")
+    if (number := _NO_NUMBER.search(text)) and hasattr(cause, "errors"):
+        wrong = cause.errors()[0]["input"]
+        text = f"{text[: number.start()]}{wrong!r} is not a valid {number[1]}"
+    if choice := _NO_CHOICE.search(text):
+        text = text.rstrip(".") + did_you_mean(choice[1], re.findall("'([^']+)'", choice[2]))
+    return text
 
 
 def print_error(message: str) -> None:

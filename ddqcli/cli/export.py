@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     Result = ExportResult | OnnxResult | CoreMLResult | CResult
 
-Format = Literal["ddq", "onnx", "coreml", "c"]
+Format = Literal["safetensors", "onnx", "coreml", "c"]
 _FORMAT_OF: dict[str, Format] = {
-    ".safetensors": "ddq",
+    ".safetensors": "safetensors",
     ".onnx": "onnx",
     ".mlpackage": "coreml",
     ".h": "c",
@@ -57,10 +57,10 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="ddq: smallest file; onnx: int8 graph for onnxruntime; coreml: palettes for "
-            "Apple's systems; c: C99 header, no runtime.",
+            help="safetensors: smallest file; onnx: int8 graph for onnxruntime; coreml: palettes "
+            "for Apple's systems; c: C99 header, no runtime.",
         ),
-    ] = "ddq",
+    ] = "safetensors",
     half: Annotated[
         bool,
         typer.Option(
@@ -97,17 +97,14 @@ def export(
     """
 
     def work() -> Result:
-        from ddqcli.commands import export as ddq
-        from ddqcli.commands import export_c as c
-        from ddqcli.commands import export_coreml as coreml
-        from ddqcli.commands import export_onnx as onnx
         from ddqcli.errors import UsageError
-        from ddqcli.render.progress import ProgressReporter
+        from ddqcli.runs.files import check_output
         from ddqcli.runs.find import find_finished
+        from ddqcli.runs.run import Run
 
         chosen = file_format
-        if check is not None and file_format == "ddq":
-            chosen = _FORMAT_OF.get(check.suffix, "ddq")
+        if check is not None and file_format == "safetensors":
+            chosen = _FORMAT_OF.get(check.suffix, "safetensors")
         if check is not None and (out or half):
             raise UsageError("--check writes nothing; omit --out and --half.")
         if out is not None and (named := _FORMAT_OF.get(out.suffix, chosen)) != chosen:
@@ -116,12 +113,21 @@ def export(
                 "the option, or another name."
             )
         if half and chosen in ("onnx", "c"):
-            raise UsageError(f"--half applies to ddq and coreml; {chosen} keeps float32.")
+            raise UsageError(f"--half applies to safetensors and coreml; {chosen} keeps float32.")
         if (bench or openvino) and chosen != "onnx":
             raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
         if check is not None and chosen == "coreml":
             raise UsageError("A Core ML package is verified when it is written; export it again.")
         folder = find_finished(run, target) if target is not None else run
+        if out is not None and chosen != "coreml":
+            check_output(out, Run.open(folder).inputs())
+        # These import torch, so that wrong options are refused before.
+        from ddqcli.commands import export as safetensors
+        from ddqcli.commands import export_c as c
+        from ddqcli.commands import export_coreml as coreml
+        from ddqcli.commands import export_onnx as onnx
+        from ddqcli.render.progress import ProgressReporter
+
         if chosen == "coreml":
             return coreml.export_coreml(folder, out, half=half, trust=trust)
         if chosen == "c":
@@ -137,8 +143,8 @@ def export(
                     folder, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
             if check is not None:
-                return ddq.check(check, folder, trust=trust, on_progress=progress)
-            return ddq.export(folder, out, half=half, trust=trust, on_progress=progress)
+                return safetensors.check(check, folder, trust=trust, on_progress=progress)
+            return safetensors.export(folder, out, half=half, trust=trust, on_progress=progress)
 
     run_command("export", work, _show, as_json)
 

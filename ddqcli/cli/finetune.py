@@ -149,7 +149,6 @@ def finetune(
         from ddqcli.recipe.assignments import with_assignments
         from ddqcli.recipe.file import find_recipe, load_recipes
         from ddqcli.runs.run import Run
-        from ddqcli.training.distributed import is_main
 
         if target_bits is not None and target_size is not None:
             raise UsageError("--target-bits and --target-size are both given; give one.")
@@ -167,9 +166,11 @@ def finetune(
                 "--allow-pickle, or name the recipe with --recipe."
             )
         checkpoint = _checkpoint(model, recipes[0])
+        recipes[0].data.require_source()
         if run:
             run.check_same_recipes([each.with_checkpoint(checkpoint) for each in recipes])
         from ddqcli.render.progress import ProgressReporter
+        from ddqcli.training.distributed import is_main  # imports torch: after all that is refused
 
         if not is_main():
             discard_stdout()
@@ -210,16 +211,23 @@ def _number(text: str) -> float | str:
 
 
 def _checkpoint(model: Path | None, recipe: Recipe) -> Path:
-    """Return the checkpoint of the command line, else of the recipe. Raises UsageError."""
-    from ddqcli.errors import UsageError
+    """Return the checkpoint of the command line, else of the recipe.
 
-    if model is not None:
-        return model
-    if recipe.model.checkpoint:
-        return Path(recipe.model.checkpoint)
-    raise UsageError(
-        "No model is given; run `ddq finetune MODEL`, or set model.checkpoint in the recipe."
-    )
+    Raises UsageError for none, CheckpointError if it is not there.
+    """
+    from ddqcli.errors import CheckpointError, UsageError
+    from ddqcli.recipe.missing_file import CHECKPOINTS, missing_file
+
+    named = model or recipe.model.checkpoint
+    if named is None:
+        raise UsageError(
+            "No model is given; run `ddq finetune MODEL`, or set model.checkpoint in the recipe."
+        )
+    path = Path(named)
+    with suppress(OSError, ValueError):  # a name that no file can have is told when it is opened
+        if not path.exists():
+            raise CheckpointError(missing_file(path, "checkpoint", CHECKPOINTS))
+    return path
 
 
 def _consent(

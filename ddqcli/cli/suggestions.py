@@ -43,7 +43,7 @@ def suggest(wrong: str, options: Mapping[str, str]) -> list[str]:
     return found[:_MOST]
 
 
-def did_you_mean(wrong: str, options: Mapping[str, str]) -> str:
+def suggest_option(wrong: str, options: Mapping[str, str]) -> str:
     """Return `; did you mean --lr?`, or nothing."""
     *others, last = suggest(wrong, options) or [""]
     if not last:

@@ -35,6 +35,7 @@ class ExportResult:
     """A verified file."""
 
     run_dir: Path
+    warnings: tuple[str, ...]  # of the run
     path: Path
     sizes: Sizes
     float_bytes: int
@@ -48,8 +49,9 @@ class ExportResult:
         """Return the result as JSON-able values."""
         return {
             "run_dir": str(self.run_dir),
+            "warnings": list(self.warnings),
             "path": str(self.path),
-            "format": "ddq",
+            "format": "safetensors",
             "float_bytes": self.float_bytes,
             "half": self.half,
             "sizes": {
@@ -203,6 +205,7 @@ def _result(
     ]
     return ExportResult(
         run_dir=run.path,
+        warnings=run.report().warnings,
         path=path,
         sizes=sizes,
         float_bytes=run.report().totals.float_bytes,

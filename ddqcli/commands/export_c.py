@@ -10,6 +10,7 @@ from ddqcli.c_header.header import FlashRow, header_text
 from ddqcli.c_header.verify import compiler, require_same_header, require_same_integers
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.frozen import FrozenModel
+from ddqcli.recipe.missing_file import missing_file
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, REPORT, Run
 
@@ -21,6 +22,7 @@ class CResult:
     """A verified header."""
 
     run_dir: Path
+    warnings: tuple[str, ...]  # of the run
     path: Path
     size: int  # bytes of text
     float_bytes: int
@@ -39,6 +41,7 @@ class CResult:
         """Return the result as JSON-able values."""
         return {
             "run_dir": str(self.run_dir),
+            "warnings": list(self.warnings),
             "path": str(self.path),
             "format": "c",
             "float_bytes": self.float_bytes,
@@ -76,7 +79,7 @@ def check_c(file: Path, run_dir: Path | None = None) -> CResult:
     Raises as `export_c`.
     """
     if not file.is_file():
-        raise UsageError(f"There is no file {file}.")
+        raise UsageError(missing_file(file))
     beside = file.parent if (file.parent / REPORT).is_file() else None
     run = Run.open(run_dir or beside)
     frozen, text, rows = _expected(run)
@@ -106,6 +109,7 @@ def _verified(
     stored = [*frozen.trained.values(), *frozen.floats.values()]
     return CResult(
         run_dir=run.path,
+        warnings=run.report().warnings,
         path=name,
         size=len(raw),
         float_bytes=run.report().totals.float_bytes,

@@ -38,6 +38,7 @@ class CoreMLResult:
     """A package whose palettes were read back."""
 
     run_dir: Path
+    warnings: tuple[str, ...]  # of the run
     path: Path
     size: int  # bytes of all files of the package
     float_bytes: int
@@ -50,6 +51,7 @@ class CoreMLResult:
         """Return the result as JSON-able values."""
         return {
             "run_dir": str(self.run_dir),
+            "warnings": list(self.warnings),
             "path": str(self.path),
             "format": "coreml",
             "float_bytes": self.float_bytes,
@@ -104,6 +106,7 @@ def export_coreml(
     write_folder(path, write, is_own=_is_own)
     return CoreMLResult(
         run_dir=run.path,
+        warnings=run.report().warnings,
         path=path,
         size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         float_bytes=run.report().totals.float_bytes,

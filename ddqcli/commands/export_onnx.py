@@ -20,6 +20,7 @@ from ddqcli.onnx.openvino import openvino_answers, require_openvino
 from ddqcli.onnx.runtime import Answers, Comparison, compare, onnxruntime_answers
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
+from ddqcli.recipe.missing_file import missing_file
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, REPORT, Run
@@ -47,6 +48,7 @@ class OnnxResult:
     """A written ONNX file, and how onnxruntime's answers compare with torch's."""
 
     run_dir: Path
+    warnings: tuple[str, ...]  # of the run
     path: Path
     size: int  # bytes
     float_bytes: int
@@ -63,6 +65,7 @@ class OnnxResult:
         """Return the result as JSON-able values."""
         return {
             "run_dir": str(self.run_dir),
+            "warnings": list(self.warnings),
             "path": str(self.path),
             "format": "onnx",
             "float_bytes": self.float_bytes,
@@ -153,7 +156,7 @@ def check_onnx(
     from ddqcli.onnx.seal import opened
 
     if not file.is_file():
-        raise UsageError(f"There is no file {file}.")
+        raise UsageError(missing_file(file))
     opened(file.read_bytes(), str(file))  # before the work of exporting again
     beside = file.parent if (file.parent / REPORT).is_file() else None
     run = Run.open(run_dir or beside, trust=trust)
@@ -203,6 +206,7 @@ def _verified(
     stored = expected.model.unpacked.values()
     return OnnxResult(
         run_dir=run.path,
+        warnings=run.report().warnings,
         path=name,
         size=len(raw),
         float_bytes=run.report().totals.float_bytes,

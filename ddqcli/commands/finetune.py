@@ -109,6 +109,11 @@ def finetune(
     introduce = SilentListener().note if introduced else listener.note
     recipe = recipe.with_checkpoint(checkpoint_path)
     models = _load_and_convert(checkpoint_path, recipe, start, introduce)
+    if models.budget.limit is None:
+        introduce(
+            f"no budget is given: weights take up to {recipe.weights.max_bits} bits, their "
+            "maximum; give --target-bits 4 or --target-size 150kB"
+        )
     if dry_run:
         warnings = _try_data(models, recipe, introduce)
         report = _first_report(models, recipe, warnings)
@@ -345,7 +350,9 @@ def _try_data(models: _Models, recipe: Recipe, introduce: _Note) -> list[str]:
     """Raise what a run would raise at its first batches; return a warning of the inputs, if any."""
     data = _load_data(recipe, models, introduce)
     with explain_user_errors(_CANNOT_RUN, UsageError, recipe):
-        try_data(models.float_model, data, recipe.train.distill)
+        accuracy = try_data(models.float_model, data, recipe.train.distill)
+        value = data.judged_by.text(accuracy, " ")
+        introduce(f"float {data.judged_by.name} on one batch: {value}")
         warning = _input_warning(models, data, math.nan, recipe)  # a batch may be of one class
         _check_distillation(models, data, recipe, introduce)
         refuse_written_weights(models.quantized, models.float_model, data)

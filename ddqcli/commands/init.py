@@ -20,12 +20,12 @@ from ddqcli.errors import DDQError, UsageError
 from ddqcli.formatting import count
 from ddqcli.recipe.assignments import assign
 from ddqcli.recipe.file import RECIPE_NAME
+from ddqcli.recipe.missing_file import CHECKPOINTS
 from ddqcli.recipe.paths import move_paths
 from ddqcli.recipe.schema import DataSection, Recipe
 from ddqcli.recipe.template import commented_recipe
 from ddqcli.runs.files import check_output, write_atomic
 
-_SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
 _TARGET_BITS = 4
 _GRAY = [0.5]  # of mean and std
 T = TypeVar("T")
@@ -180,7 +180,7 @@ def _describe_data(text: str) -> DataFacts | None:
 
 def _checkpoints() -> list[Path]:
     """Return the checkpoints in the working folder, without files that ddq exported."""
-    files = sorted(path for path in Path().iterdir() if path.suffix in _SUFFIXES)
+    files = sorted(path for path in Path().iterdir() if path.suffix in CHECKPOINTS)
     return [path for path in files if path.is_file() and not is_artifact(path)]
 
 

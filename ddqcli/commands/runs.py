@@ -31,6 +31,7 @@ class RunRow:
     bytes: int | None
     metric: Metric | None
     accuracy: Accuracy | None  # values of the metric, whichever it is
+    warnings: tuple[str, ...]  # of the report
     resume: str | None  # the command that goes on with an unfinished or damaged run
     runs: tuple[RunRow, ...] = ()  # of a sweep
 
@@ -46,6 +47,7 @@ class RunRow:
             "bytes": self.bytes,
             "metric": self.metric and self.metric.data(),
             "accuracy": self.accuracy and self.accuracy.data(),
+            "warnings": list(self.warnings),
             "resume": self.resume,
             "runs": [run.data() for run in self.runs],
         }
@@ -120,6 +122,7 @@ def _new_row(
         bytes=report.totals.bytes if report else None,
         metric=report.metric if report else None,
         accuracy=report.accuracy if report else None,
+        warnings=report.warnings if report else (),
         resume=resume_command(folder) if state in ("unfinished", "damaged") else None,
         runs=runs,
     )

@@ -120,6 +120,7 @@ def _finetune_each(
         listener.note(
             f"target {recipe.budget.target} ({number + 1} of {len(recipes)}): {run.path}{origin}"
         )
+        listener.target(recipe.budget.target)
         unfinished = run if run.recipe_path.exists() else None
         if unfinished:
             unfinished.check_same_recipes([recipe])

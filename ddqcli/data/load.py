@@ -26,6 +26,7 @@ from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.data.source import Source
 from ddqcli.data.torchvision_sets import is_torchvision, open_torchvision
 from ddqcli.errors import DataError, UsageError
+from ddqcli.recipe.factory import missing_function
 from ddqcli.recipe.schema import DataSection
 from ddqcli.runs.evaluation import Metric
 
@@ -95,12 +96,8 @@ def load_data(
 
 def open_source(section: DataSection) -> Source | None:
     """Open a folder, .npz file or data set of torchvision; None if the section names a factory."""
-    if not section.source:
-        raise UsageError(
-            "No data are named; set data.source to a folder, a .npz file, DATASET:ROOT or "
-            "module:factory."
-        )
-    path = Path(section.source).expanduser()
+    named = section.require_source()
+    path = Path(named).expanduser()
     if path.is_dir() or path.suffix == ".npz":
         try:
             return open_folder(path) if path.is_dir() else open_npz(path)
@@ -108,13 +105,15 @@ def open_source(section: DataSection) -> Source | None:
             raise DataError(
                 f"{error.filename or path} cannot be read: {error.strerror}."
             ) from error
-    name, colon, root = section.source.partition(":")
+    name, colon, root = named.partition(":")
     if colon and is_torchvision(name, root):
         return open_torchvision(name, str(Path(root).expanduser()), section.kwargs)
     if colon:
         return None
+    if path.suffix == ".py":
+        raise DataError(missing_function(path))
     raise DataError(
-        f"The data {section.source} do not exist; give a folder, a .npz file, DATASET:ROOT or "
+        f"The data {named} do not exist; give a folder, a .npz file, DATASET:ROOT or "
         "module:factory."
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from torchvision import datasets
 
 from ddqcli.data.source import Source
 from ddqcli.errors import DataError, UsageError
+from ddqcli.formatting import did_you_mean
 
 
 def is_torchvision(name: str, root: str) -> bool:
@@ -21,8 +21,7 @@ def is_torchvision(name: str, root: str) -> bool:
     if name in datasets.__all__:
         return True
     if not all(part.isidentifier() for part in root.split(".")):
-        near = difflib.get_close_matches(name, datasets.__all__, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
+        hint = did_you_mean(name, datasets.__all__) or "."
         raise UsageError(f"torchvision has no data set {name}{hint}")
     return False
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,16 +83,20 @@ def make_budget(
     meta = meta or {}
     described = _description_bytes(model, meta)
     target, eqn6 = recipe.budget, recipe.budget.count == "eqn6"
-    limit = None
+    limit, in_words = None, ""
+    in_unit: Callable[[int], str] = "{:,} bytes".format
     if target.target_bits is not None:
+        in_unit = partial(_in_bits, weights=weights, eqn6=eqn6)
         limit = int(weights * (2**target.target_bits if eqn6 else target.target_bits / 8))
         overhead, uncertain = {}, 0  # not counted
         _check_usable(model, recipe, target.target_bits, limit)
+        in_words = f"{target.target_bits:g} bits a weight ({_cost_text(limit, eqn6)})"
     elif target.target_size is not None:
         try:
             size = parse_size(target.target_size, float_bytes)
             limit = size - overhead_bytes - described
             overhead[DESCRIPTION] = described
+            in_words = f"{target.target_size} ({size:,} bytes of the whole file)"
         except ValueError as error:
             raise BudgetError(f"{error}, of a float model of {float_bytes:,} bytes.") from error
     options = [BitOptions(t.name, costs_of(t, eqn6), {}) for t in model.tensors]
@@ -99,10 +105,21 @@ def make_budget(
             options,
             limit,
             overhead,
-            unit="by Eqn (6)'s count" if eqn6 else "bytes",
+            target=in_words,
+            in_unit=in_unit,
             remedies=_remedies(model, recipe),
         )
     return ResolvedBudget(limit, overhead_bytes, float_bytes, weights, eqn6, described, meta)
+
+
+def _in_bits(cost: int, *, weights: int, eqn6: bool) -> str:
+    """Return a cost as bits a weight, rounded up, so that this target can be met, and as it is."""
+    bits = math.log2(cost / weights) if eqn6 else 8 * cost / weights
+    return f"{math.ceil(1000 * bits) / 1000:g} bits a weight ({_cost_text(cost, eqn6)})"
+
+
+def _cost_text(cost: int, eqn6: bool) -> str:
+    return f"{cost:,} by Eqn (6)'s count" if eqn6 else f"{cost:,} bytes"
 
 
 def _description_bytes(model: QuantizedModel, meta: Mapping[str, Any]) -> int:

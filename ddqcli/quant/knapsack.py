@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,8 @@ def check_feasible(
     budget: int,
     overhead: Mapping[str, int] | None = None,
     *,
-    unit: str = "bytes",
+    target: str = "",
+    in_unit: Callable[[int], str] = "{:,} bytes".format,
     remedies: Sequence[str] = (),
 ) -> None:
     """Raise BudgetError if the tensors cannot meet `budget`.
@@ -55,7 +56,8 @@ def check_feasible(
         budget: the most that they may cost together.
         overhead: cost of what is not quantized, by name, if the user's target counts it too. The
             message then speaks of the target that the user set.
-        unit: unit of the costs.
+        target: the target as the user set it; by default, `budget` in its unit.
+        in_unit: writes a cost in the unit of the target.
         remedies: what else can be done than raising the target.
     """
     extra = sum((overhead or {}).values())
@@ -66,8 +68,8 @@ def check_feasible(
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:_LARGEST_NAMED]
     of_overhead = f", {extra:,} of them outside the quantized tensors" if extra else ""
     raise BudgetError(
-        f"The budget of {budget + extra:,} {unit} cannot be met: "
-        f"the smallest reachable size is {least:,} {unit}{of_overhead}. "
+        f"The budget of {target or in_unit(budget + extra)} cannot be met: "
+        f"the smallest reachable size is {in_unit(least)}{of_overhead}. "
         f"The largest there: {', '.join(f'{name} ({size:,})' for name, size in largest)}. "
         f"{', or '.join(['Raise the target', *remedies])}."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 
 from ddqcli.errors import UsageError
 from ddqcli.recipe.consent import require_consent
+from ddqcli.recipe.missing_file import missing_file
 
 FACTORY_SPEC = "write it as package.module:factory or path/to/file.py:factory"
+_MOST_NAMED = 5  # functions of a file that an error message names
 
 
 def import_factory(spec: str) -> Callable[..., Any]:
@@ -25,6 +28,8 @@ def import_factory(spec: str) -> Callable[..., Any]:
     """
     require_consent(spec)
     location, _, name = spec.rpartition(":")
+    if not name and location.endswith(".py"):
+        raise UsageError(missing_function(Path(location)))
     if not location or not name:
         raise UsageError(f"{spec!r} names no function; {FACTORY_SPEC}.")
     is_file = location.endswith(".py")
@@ -36,6 +41,20 @@ def import_factory(spec: str) -> Callable[..., Any]:
     fault = "is no function" if hasattr(module, name) else "is not there"
     others = f"it has {', '.join(near)}" if near else "it has no functions"
     raise UsageError(f"{name} {fault} in {location}; {others}.")
+
+
+def missing_function(path: Path) -> str:
+    """Return a sentence about a .py file without `:function`. Reads the file, and runs nothing."""
+    if not path.is_file():
+        return missing_file(path)
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        body = []
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    names = [n.name for n in body if isinstance(n, kinds) and not n.name.startswith("_")]
+    choices = " or ".join(f"{path}:{name}" for name in names[:_MOST_NAMED])
+    return f"{path} names a file, and no function in it; write {choices or f'{path}:FUNCTION'}."
 
 
 @contextmanager
@@ -84,7 +103,7 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     """Import a file once, under its own name, so that worker processes can import it too."""
     if not path.is_file():
-        raise UsageError(f"There is no file {path}.")
+        raise UsageError(missing_file(path))
     path = path.resolve()
     for module in list(sys.modules.values()):
         if getattr(module, "__file__", None) == str(path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 import reprlib
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from ddqcli.formatting import did_you_mean
 from ddqcli.recipe.schema import Override, Recipe
 
 _SHORT = reprlib.Repr()  # a faulty value may be of any size
@@ -29,15 +30,25 @@ def describe_fault(error: ErrorDetails) -> str:
     path, value = field_path(error), error["input"]
     if error["type"] == "extra_forbidden":
         known = sorted(_fields(error["loc"][:-1]))
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"  {path}: unknown field; {hint}"
+        section, _, name = path.rpartition(".")
+        meant = did_you_mean(name, known, prefix=f"{section}." if section else "")
+        return f"  {path}: unknown field" + (meant or f"; known here: {', '.join(known)}")
     if error["type"] == "model_type":
         known = _fields(error["loc"])
         return f"  {path} = {short_repr(value)}: is a section; known in it: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(value, dict) else f" = {short_repr(value)}"
-    return f"  {path or 'recipe'}{shown}: {message[0].lower()}{message[1:]}"
+    return f"  {path or 'recipe'}{shown}: {message[0].lower()}{message[1:]}{_remedy(error)}"
+
+
+def _remedy(error: ErrorDetails) -> str:
+    """Return what was meant by a value of the wrong kind, if that is likely."""
+    value = error["input"]
+    if error["type"] == "literal_error":
+        return did_you_mean(str(value), re.findall("'([^']+)'", error["ctx"]["expected"]))
+    if error["type"] == "list_type" and isinstance(value, int | float):
+        return f"; write [{value}]"
+    return ""
 
 
 def _fields(loc: tuple[int | str, ...]) -> list[str]:

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from ddqcli.errors import UsageError
 from ddqcli.recipe.size import parse_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -119,6 +120,15 @@ class DataSection(_Section):
                 f"mean has {len(self.mean)} values and std {len(self.std)}; give as many of each"
             )
         return self
+
+    def require_source(self) -> str:
+        """Return the source. Raises UsageError if there is none."""
+        if not self.source:
+            raise UsageError(
+                "No data are named; give --data, or data.source in a recipe: a folder, a .npz "
+                "file, DATASET:ROOT or module:factory."
+            )
+        return self.source
 
 
 class WeightsSection(_Section):

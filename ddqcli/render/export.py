@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -37,6 +38,10 @@ def show(result: ExportResult | OnnxResult | CoreMLResult | CResult, console: Co
         console.print()
         file_bytes, lines = result.sizes.file, _lines(result)
     names = [f"run        {result.run_dir}", f"file       {result.path}"]
+    if count := len(result.warnings):
+        report = f"`ddq report {shlex.quote(str(result.run_dir))}`"
+        warnings = "1 warning" if count == 1 else f"{count} warnings"
+        names.append(f"warning    the run ended with {warnings}; {report} shows them")
     print_lines([size_line(result.float_bytes, file_bytes), *lines, *names], console)
 
 

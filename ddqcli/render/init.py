@@ -16,10 +16,29 @@ def show(result: InitResult, console: Console) -> None:
     lines = [f"model      {result.model}"] if result.model else []
     lines += [f"data       {result.source}"] if result.source else []
     lines += [f"missing    {text}" for text in result.missing]
-    words = ["ddq", "finetune"]
-    if not result.model:
-        words.append("MODEL")
-    if str(result.path) != RECIPE_NAME:
-        words += ["--recipe", str(result.path)]
-    lines += [f"recipe     {result.path}", f"next       {shlex.join(words)} --dry-run"]
+    if result.missing:
+        lines += [
+            f"recipe     {result.path} was written and is incomplete; fill it in, or begin again:",
+            f"next       {_again(result)}",
+        ]
+    else:
+        words = ["ddq", "finetune"]
+        if str(result.path) != RECIPE_NAME:
+            words += ["--recipe", str(result.path)]
+        lines += [f"recipe     {result.path}", f"next       {shlex.join(words)} --dry-run"]
     print_lines(lines, console)
+
+
+def _again(result: InitResult) -> str:
+    """Return the command that writes a complete recipe over this one."""
+    values, missing = result.values, {text.partition(":")[0] for text in result.missing}
+    words = ["ddq", "init", values.get("model.checkpoint", "MODEL")]
+    if arch := values.get("model.arch") or ("model.arch" in missing and "net.py:build"):
+        words += ["--arch", arch]
+    if data := values.get("data.source") or ("data" in missing and "DATA"):
+        words += ["--data", data]
+    if values.get("model.pickle"):
+        words.append("--allow-pickle")
+    if str(result.path) != RECIPE_NAME:
+        words += ["-o", str(result.path)]
+    return shlex.join([*words, "--force"])

@@ -15,6 +15,7 @@ from ddqcli.render.layer_table import (
     LEVELS,
     MORE_COLUMNS,
     Column,
+    bare_name,
     blocks_of,
     distribution_word,
     fitting_columns,
@@ -36,9 +37,10 @@ def show(result: CheckpointResult, console: Console) -> None:
     console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False, markup=False)
     if result.layers:
         all_columns = _columns(console)
-        columns = fitting_columns(all_columns, console.width, [row.name for row in result.layers])
+        names = [bare_name(row.name) for row in result.layers]
+        columns = fitting_columns(all_columns, result.layers, console.width, names)
         console.print()
-        console.print(layer_table(result.layers, columns, console))
+        console.print(layer_table(result.layers, columns, console, bare_name))
         console.print()
         notes = [ERROR_NOTE]
         if any(column.header == "tail" for column in columns):
@@ -105,5 +107,9 @@ def _closing_lines(result: CheckpointResult) -> list[str]:
         files = len(result.pictures)
         lines.append(f"pictures   {result.pictures[0]} shows them all ({files} files)")
     path = shlex.quote(str(result.path))
-    lines.append(f"next       ddq finetune {path} --data FOLDER --target-bits 4")
+    # Recognizing a network takes torch, which this command does without.
+    lines.append("arch       net.py:build builds your network; one of torchvision needs no --arch")
+    lines.append(
+        f"next       ddq finetune {path} --arch net.py:build --data FOLDER --target-bits 4"
+    )
     return lines

@@ -14,6 +14,7 @@ from ddqcli.render.layer_table import (
     LEVELS,
     MORE_COLUMNS,
     Column,
+    bare_name,
     blocks_of,
     distribution_word,
     fitting_columns,
@@ -27,10 +28,11 @@ from ddqcli.render.report import total_lines
 def show(result: TrainedResult, console: Console) -> None:
     """Print the layers, the totals, the pictures, and what to type next."""
     all_columns = _columns(result, console)
-    columns = fitting_columns(all_columns, console.width, [row.name for row in result.layers])
+    names = [bare_name(row.name) for row in result.layers]
+    columns = fitting_columns(all_columns, result.layers, console.width, names)
     console.print(f"{result.path}: {result.note}", soft_wrap=True, highlight=False, markup=False)
     console.print()
-    console.print(layer_table(result.layers, columns, console))
+    console.print(layer_table(result.layers, columns, console, bare_name))
     console.print()
     notes = [f"Histogram: {result.histogram_of}.", ERROR_NOTE]
     if result.what == "run":

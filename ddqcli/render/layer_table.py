@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,17 +27,21 @@ class Column:
     """A column of a table of layers."""
 
     header: str
-    width: int
+    width: int  # at least; a longer text of a row widens it
     cell: Callable[[Any], str | Text]  # of a row
     priority: int  # 0: always shown; the higher, the wider a terminal it takes
     right: bool = True
 
 
 def fitting_columns(
-    columns: Sequence[Column], width: int, names: Sequence[str]
+    columns: Sequence[Column], rows: Sequence[Any], width: int, names: Sequence[str]
 ) -> Sequence[Column]:
-    """Return the columns that fit beside the names into `width`, by priority."""
-    name_width = min(max((len(bare_name(name)) for name in names), default=0), MIN_NAME_WIDTH)
+    """Return the columns that fit beside the names into `width`, by priority, as wide as needed.
+
+    `names` is all that the first column holds.
+    """
+    name_width = min(max(map(len, names), default=0), MIN_NAME_WIDTH)
+    columns = [replace(column, width=_needed_width(column, rows)) for column in columns]
     shown: Sequence[Column] = []
     for priority in sorted({column.priority for column in columns}):
         candidates = [column for column in columns if column.priority <= priority]
@@ -61,11 +66,11 @@ def layer_table(
     rows: Sequence[Any],
     columns: Sequence[Column],
     console: Console,
-    name_of: Callable[[str], str] | None = None,
+    name_of: Callable[[str], str] = str,
 ) -> Table:
     """Return a table with a line for each row, its name shortened to the width left.
 
-    `name_of` is how a name is shown, by default without its .weight.
+    `name_of` is how a name is shown.
     """
     name_width = max(console.width - _width(columns), 8)
     ellipsis = "…" if _is_utf(console) else "~"
@@ -79,7 +84,7 @@ def layer_table(
             no_wrap=True,
         )
     for row in rows:
-        name = Text(shorten((name_of or bare_name)(row.name), name_width, ellipsis))
+        name = Text(shorten(name_of(row.name), name_width, ellipsis))
         table.add_row(name, *(column.cell(row) for column in columns))
     return table
 
@@ -99,6 +104,7 @@ def spark(histogram: Sequence[int], width: int, blocks: str = BLOCKS) -> str:
 
 
 def bare_name(name: str) -> str:
+    """Return the name of the layer of a weight."""
     return name.removesuffix(".weight")
 
 
@@ -115,6 +121,10 @@ def shape_text(row: Any, console: Console) -> str:
 def blocks_of(console: Console) -> str:
     """Return block characters that the console can show."""
     return BLOCKS if _is_utf(console) else ASCII_BLOCKS
+
+
+def _needed_width(column: Column, rows: Sequence[Any]) -> int:
+    return max([column.width, *(cell_len(str(column.cell(row))) for row in rows)])
 
 
 def _width(columns: Sequence[Column]) -> int:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from ddqcli.formatting import duration, visible
@@ -31,6 +31,7 @@ class ProgressReporter:
         self.last_heartbeat = time.monotonic()
         self.last_look: Look | None = None
         self.metric = Metric()
+        self.of_target = ""  # in the bar, before the name of the work
 
     def __enter__(self) -> ProgressReporter:
         if self.bar:
@@ -54,7 +55,7 @@ class ProgressReporter:
     def progress(self, what: str, done: int, total: int) -> None:
         """Show on the bar that `done` of `total` items are processed."""
         if self.bar:
-            self.bar.show(what, done, total)
+            self.bar.show(self.of_target + what, done, total)
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a training step, on the bar or as a heartbeat line; the last step always."""
@@ -65,11 +66,15 @@ class ProgressReporter:
         detail = ", ".join([*figures, f"{metrics.average_bits:.2f} bits"])
         now = time.monotonic()
         if self.bar:
-            self.bar.show("train", metrics.step, metrics.steps, detail)
+            self.bar.show(f"{self.of_target}train", metrics.step, metrics.steps, detail)
         elif now - self.last_heartbeat >= HEARTBEAT_SECONDS or metrics.step >= metrics.steps:
             self.last_heartbeat = now
             times = _times(metrics.seconds, metrics.remaining)
             self.note(f"step {metrics.step}/{metrics.steps}: {detail}, {times}")
+
+    def target(self, text: str) -> None:
+        """Name the target in the bar from now on."""
+        self.of_target = f"{text}: "
 
     def judged_by(self, metric: Metric) -> None:
         """Show the values that follow in this metric's unit."""
@@ -97,13 +102,12 @@ class ProgressBar(Progress):
     def __init__(self) -> None:
         super().__init__(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=20),
             TextColumn("{task.completed}/{task.total}"),
             _TimesColumn(),
             console=err,
             transient=True,
         )
-        self.current: tuple[str, TaskID] | None = None
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -111,13 +115,20 @@ class ProgressBar(Progress):
             yield Text(f"  {detail}")
 
     def show(self, what: str, done: int, total: int, detail: str = "") -> None:
-        """Update the task, or replace the one shown if its description differs."""
+        """Update the task shown, or replace it if the description differs or the work is new.
+
+        A task that is done is hidden: what follows it may have no name. Fewer done than before mean
+        that the work has begun again, with a clock of its own.
+        """
         what = visible(what)
-        if self.current is None or self.current[0] != what:
-            if self.current is not None:
-                self.remove_task(self.current[1])
-            self.current = what, self.add_task(what, total=total, detail=detail)
-        self.update(self.current[1], completed=done, total=total, detail=detail)
+        if self.tasks and (self.tasks[0].description != what or done < self.tasks[0].completed):
+            self.remove_task(self.tasks[0].id)
+        if not self.tasks:
+            self.add_task(what, total=total, detail=detail)
+        task = self.tasks[0].id
+        self.update(task, completed=done, total=total, detail=detail)
+        if done >= total:
+            self.remove_task(task)
 
 
 def _times(elapsed: float, remaining: float | None) -> str:

@@ -12,7 +12,6 @@ from ddqcli.render.data import csv_text, markdown, markdown_table
 from ddqcli.render.layer_table import (
     Column,
     bar,
-    bare_name,
     fitting_columns,
     layer_table,
     shape_text,
@@ -23,18 +22,16 @@ from ddqcli.runs.report import Report, TensorRow
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
 CSV_COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "float_bytes", "error")
 _FILE = "file"
+_BAR = ""  # header
 
 
 def show(report: Report, console: Console) -> None:
     """Print the layers, then the totals."""
-    columns = fitting_columns(
-        _columns(report, console), console.width, [row.name for row in report.layers]
-    )
-    # Other programs get the names that --json has.
-    name_of = bare_name if console.is_terminal else str
-    table = layer_table(report.layers, columns, console, name_of)
+    names = [row.name for row in report.layers] + [name for name, _ in _other_parts(report)]
+    columns = fitting_columns(_columns(report, console), report.layers, console.width, names)
+    table = layer_table(report.layers, columns, console)
     for name, nbytes in _other_parts(report):
-        cells = {"bytes": f"{nbytes:,}", "share": f"{_share(nbytes, report):>6}"}
+        cells = {"bytes": f"{nbytes:,}", "share": _share(nbytes, report)}
         style = "bold" if name == _FILE else None
         table.add_row(name, *(cells.get(column.header, "") for column in columns), style=style)
     console.print(table)
@@ -45,26 +42,25 @@ def show(report: Report, console: Console) -> None:
 def _columns(report: Report, console: Console) -> list[Column]:
     """Return the columns; on a terminal, bars show bits, of 8, and bytes, of the largest tensor."""
     largest = max([1, *(row.bytes for row in report.layers)])
-    bars = shows_bars(console)
 
-    def with_bar(text: str, share: float, width: int, style: str) -> Text:
-        return Text(text) + (Text(" " + bar(share, width), style) if bars else Text())
+    def bits_bar(row: TensorRow) -> Text:
+        return Text(bar(row.bits / 8, 8), "cyan")
 
-    def bits(row: TensorRow) -> Text:
-        return with_bar(f"{row.bits:>4.3g}", row.bits / 8, 8, "cyan")
+    def bytes_bar(row: TensorRow) -> Text:
+        return Text(bar(row.bytes / largest, 10), "green")
 
-    def share(row: TensorRow) -> Text:
-        return with_bar(f"{_share(row.bytes, report):>6}", row.bytes / largest, 10, "green")
-
-    return [
-        Column("kind", 9, lambda row: short_kind(row.kind), 2, right=False),
-        Column("shape", 16, lambda row: shape_text(row, console), 3, right=False),
-        Column("bits", 13 if bars else 4, bits, 0, right=not bars),
+    columns = [
+        Column("kind", 9, lambda row: short_kind(row.kind), 3, right=False),
+        Column("shape", 16, lambda row: shape_text(row, console), 4, right=False),
+        Column("bits", 4, lambda row: f"{row.bits:.3g}", 0),
+        Column(_BAR, 8, bits_bar, 2, right=False),
         Column("levels", 6, lambda row: str(row.levels), 1),
         Column("bytes", 9, lambda row: f"{row.bytes:,}", 0),
-        Column("share", 17 if bars else 6, share, 0, right=not bars),
+        Column("share", 6, lambda row: _share(row.bytes, report), 0),
+        Column(_BAR, 10, bytes_bar, 2, right=False),
         Column("error", 7, lambda row: f"{percent(row.error)}%", 0),
     ]
+    return columns if shows_bars(console) else [c for c in columns if c.header != _BAR]
 
 
 def _other_parts(report: Report) -> list[tuple[str, int]]:

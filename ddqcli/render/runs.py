@@ -21,9 +21,20 @@ def show(result: RunsResult, console: Console) -> None:
         where = result.folder or f"{RUNS}/"
         console.print(f"no runs in {where}; `ddq finetune MODEL` makes one", soft_wrap=True)
         return
-    rows = [(_name(row, depth), *_cells(row, result)) for row, depth in _flat(result.runs)]
-    header = ("run", "state", "target", "bytes", _only_metric(result) or "metric")
-    rest = sum(1 + max(len(row[k]) for row in (header, *rows)) for k in range(1, len(header)))
+    rows: list[tuple[str, ...]] = [
+        (_name(row, depth), *_cells(row, result)) for row, depth in _flat(result.runs)
+    ]
+    header: tuple[str, ...] = (
+        "run",
+        "state",
+        "target",
+        "bytes",
+        _only_metric(result) or "metric",
+        "warnings",
+    )
+    if not any(row.warnings for row, _ in _flat(result.runs)):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    rest = sum(2 + max(len(row[k]) for row in (header, *rows)) for k in range(1, len(header)))
     width = max(console.width - rest, _MIN_NAME_WIDTH)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for k, name in enumerate(header):
@@ -48,8 +59,8 @@ def _name(row: RunRow, depth: int) -> str:
     return f"  {row.path.name}" if depth else str(row.path)
 
 
-def _cells(row: RunRow, result: RunsResult) -> tuple[str, str, str, str]:
-    """Return state, target, bytes and metric."""
+def _cells(row: RunRow, result: RunsResult) -> tuple[str, ...]:
+    """Return state, target, bytes, metric and the number of warnings."""
     is_sweep = len(row.targets) > 1
     state = str(row.state)
     if row.state in ("unfinished", "running") and row.done is not None:
@@ -63,6 +74,7 @@ def _cells(row: RunRow, result: RunsResult) -> tuple[str, str, str, str]:
         f"{len(row.targets)} targets" if is_sweep else "".join(row.targets),
         "" if row.bytes is None else f"{row.bytes:,}",
         value,
+        str(len(row.warnings) or ""),
     )
 
 

@@ -53,18 +53,20 @@ def next_lines(folder: Path, sweep: SweepTable) -> list[str]:
 def show(sweep: SweepTable, console: Console) -> None:
     """Print a row for each target, the curve, and the warnings.
 
-    On a terminal, bars show the bytes, of the float model's.
+    On a terminal, bars show the bytes, of the float model's, if they fit.
     """
-    bars = shows_bars(console)
+    header, rows = _header(sweep), _rows(sweep)
+    width = sum(2 + max(map(len, texts)) for texts in zip(header, *rows, strict=True))
+    bars = shows_bars(console) and width + _BAR_WIDTH <= console.width
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in _header(sweep):
+    for column in header:
         table.add_column(
             column, justify="left" if column in _TEXT_COLUMNS else "right", no_wrap=True
         )
         if bars and column == "bytes":
             table.add_column("", style="green", width=_BAR_WIDTH)
     sizes = [sweep.float.bytes, *(row.bytes for row in sweep.targets)]
-    for size, row in zip(sizes, _rows(sweep), strict=True):
+    for size, row in zip(sizes, rows, strict=True):
         if bars:
             row.insert(2, bar(size / max(sizes), _BAR_WIDTH))
         table.add_row(*row)

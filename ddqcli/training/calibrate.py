@@ -16,6 +16,7 @@ from ddqcli.qat.model import QuantizedModel
 from ddqcli.training import distributed
 from ddqcli.training.distillation import matched, rows_of_scores, scale_of
 from ddqcli.training.divergence import require_finite_batch
+from ddqcli.training.evaluate import OnProgress
 
 
 def calibrate(
@@ -24,6 +25,7 @@ def calibrate(
     batches: int,
     watch: Callable[[float], None],
     teacher: nn.Module | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Fit the input quantizers, and call `watch` with each of `batches` weight gradients in place.
 
@@ -50,6 +52,8 @@ def calibrate(
             torch.autograd.backward(loss)
             watch(1 / distributed.shard().count)
             model.zero_grad(set_to_none=True)
+            if on_progress:
+                on_progress("calibrate", number + 1, min(batches, len(data.train)))
     unreached = [name for name, quantizer in quantized.activations.items() if not quantizer.fit()]
     for name in unreached:
         quantized.keep_input_float(

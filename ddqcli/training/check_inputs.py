@@ -40,12 +40,12 @@ def input_warning(model: nn.Module, data: Data, accuracy: float, normalization: 
         return (
             f"the inputs are not as in training: the first BatchNorm ({norm.name}) sees means off "
             f"by {shift:.2g} standard deviations and {ratio:.2g} times the variance; "
-            f"give the preprocessing of your training script ({normalization}; RGB or BGR)"
+            f"give the preprocessing of your training script (now {normalization}; RGB or BGR)"
         )
     if classes >= _FEWEST_CLASSES and accuracy < _NEAR_CHANCE * 100 / classes:
         return (
             f"the float accuracy is near that of a random class, {100 / classes:.1f} %; check the "
-            f"order of the classes, the checkpoint and the preprocessing ({normalization})"
+            f"order of the classes, the checkpoint and the preprocessing (now {normalization})"
         )
     return None
 

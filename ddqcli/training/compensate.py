@@ -22,6 +22,7 @@ from ddqcli.qat.layer_matrix import as_matrix, channel_values, from_matrix, patc
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
 from ddqcli.quant.cells import inside_cells, level_values
 from ddqcli.quant.compensation import compensated_rounding, error_share
+from ddqcli.training.evaluate import OnProgress
 from ddqcli.training.first_calls import FirstCalls
 
 SAMPLES = 192
@@ -55,10 +56,17 @@ class Compensation:
         quantized: at its first bits; its parameters hold float weights.
         teacher: the float model.
         x: training inputs, a tree of tensors [N, ...], drawn at random.
+        on_progress: told the layers visited, once in the float network and once in the quantized.
     """
 
-    def __init__(self, quantized: QuantizedModel, teacher: nn.Module, x: Tree) -> None:
-        self.quantized, self.x = quantized, x
+    def __init__(
+        self,
+        quantized: QuantizedModel,
+        teacher: nn.Module,
+        x: Tree,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self.quantized, self.x, self.on_progress = quantized, x, on_progress
         self.layers = _weight_layers(quantized)
         self.patch_counts = _patch_counts(self.layers)
         self.biases = {
@@ -67,6 +75,7 @@ class Compensation:
             for place in tensor.places
             if place.local == "bias"
         }
+        self._visited = 0
         self.float = self._float_statistics(teacher)
 
     def error_shares(self) -> dict[str, float]:
@@ -79,6 +88,7 @@ class Compensation:
 
         `means` corrects the mean of every channel, `variances` BatchNorm's variance as well.
         """
+        self._visited = len(self.patch_counts)
         with FirstCalls(self.quantized.model.eval(), self.x) as calls:
             for name in self.float.outputs:
                 calls.on_input(name, partial(self._assign, name))
@@ -100,6 +110,13 @@ class Compensation:
         rounded = compensated_rounding(weight, levels, hessian, _PULL * correlation)
         assigned = from_matrix(layer, rounded, tensor.parameter.shape)
         tensor.parameter.copy_(inside_cells(quantizer, tensor.parameter, assigned))
+        self._advance()
+
+    def _advance(self) -> None:
+        """Tell that one more layer was visited."""
+        self._visited += 1
+        if self.on_progress:
+            self.on_progress("compensate", self._visited, 2 * len(self.patch_counts))
 
     def _correct_norm(self, name: str, variances: bool, x: Tensor) -> None:
         """Move the statistics of a BatchNorm by what its input has moved."""
@@ -136,6 +153,7 @@ class Compensation:
             weight = getattr(layer, self.layers[name].places[0].local)
             statistics.outputs[name] = as_matrix(layer, weight.float()) @ inputs
             statistics.error_shares[name] = error_share(inputs @ inputs.mT / inputs.shape[2])
+            self._advance()
 
         def keep_statistics(name: str, x: Tensor) -> None:
             statistics.norms[name] = _channel_statistics(x)

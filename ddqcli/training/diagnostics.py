@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddqcli.data.batches import batch_size
+from ddqcli.data.trees import call, copied, tensors
 from ddqcli.qat.budget import kept_bytes, nbytes, stored_bytes
 from ddqcli.qat.model import QuantizedParameter
 from ddqcli.runs.evaluation import Course
@@ -34,6 +36,7 @@ def find_warnings(
     """
     warnings = [
         _far_below_float(trainer, course) if course else None,
+        _constant_outputs(trainer),
         _divergence(trainer),
         _no_improvement(trainer, course) if course else None,
         _rising_loss(trainer),
@@ -93,6 +96,28 @@ def _drop(trainer: Trainer, course: Course, points: float) -> float | None:
     before = values["float"]
     drop = metric.drop(before, values[course.delivered])
     return drop if drop > metric.tolerance(points, before) else None
+
+
+@torch.no_grad()
+def _constant_outputs(trainer: Trainer) -> str | None:
+    """Report a collapse: all held-out samples of a batch get one output, and not from the float."""
+    teacher = trainer.held_out.teacher
+    batch = next(iter(trainer.data.held_out.epoch(0)), None)
+    if teacher is None or batch is None or batch_size(batch) < 2:
+        return None
+    here, there = (
+        [o for o in tensors(call(net.eval(), copied(batch[0]))) if o.ndim and o.is_floating_point()]
+        for net in (trainer.model, teacher)
+    )
+    if not here or not all(bool((o == o[:1]).all()) for o in here):
+        return None
+    if all(bool((o == o[:1]).all()) for o in there):
+        return None
+    return (
+        f"the outputs are the same for all of {batch_size(batch)} held-out samples: the network "
+        f"has collapsed; take a larger budget (now {trainer.recipe.budget.target}) or a smaller "
+        f"train.lr (now {trainer.recipe.train.lr:g})"
+    )
 
 
 def _rising_loss(trainer: Trainer) -> str | None:

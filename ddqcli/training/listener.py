@@ -15,6 +15,9 @@ class Listener(Protocol):
     def note(self, text: str) -> None:
         """Receive a decision or a warning in one line."""
 
+    def target(self, text: str) -> None:
+        """Receive the target of a sweep whose run follows: `4 bits`."""
+
     def judged_by(self, metric: Metric) -> None:
         """Receive the metric whose values follow."""
 
@@ -32,6 +35,9 @@ class SilentListener:
     """Listener that ignores everything."""
 
     def note(self, text: str) -> None:
+        pass
+
+    def target(self, text: str) -> None:
         pass
 
     def judged_by(self, metric: Metric) -> None:

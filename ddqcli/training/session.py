@@ -13,7 +13,7 @@ from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.evaluation import Course
+from ddqcli.runs.evaluation import Course, Metric
 from ddqcli.runs.run import LAST, Run
 from ddqcli.training import distributed
 from ddqcli.training.calibrate import calibrate
@@ -63,7 +63,7 @@ def build_trainer(
     gates = make_rule(recipe.rule, quantized, recipe, budget, steps, batch_size)
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
     labeler = None if needs_labels else float_model
-    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler)
+    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler, on_progress)
     gates.recount()
     gates.start()
     _compile_if_worthwhile(quantized, steps, recipe.train.device)
@@ -82,7 +82,7 @@ def build_trainer(
         with quantized.folded():
             return evaluate(trainer.model, data, on_progress=on_progress)
 
-    choose_start(trainer, float_model, metric)
+    choose_start(trainer, float_model, metric, on_progress)
     return trainer
 
 
@@ -133,6 +133,8 @@ def train(
         save()
         _add_snapshot_once(trainer, run)
         report_look(trainer.looks[0])
+        if trainer.steps:
+            listener.note(_start_note(trainer.looks[0], trainer.data.judged_by))
     while not trainer.gave_up:
         try:
             trainer.run(report, report_look, save)
@@ -154,6 +156,12 @@ def train(
                     f"{trainer.step}, continuing with train.lr {lr:g}"
                 )
     _add_snapshot_once(trainer, run)
+
+
+def _start_note(look: Look, metric: Metric) -> str:
+    """Return the figures before the first step, which those of training are held against."""
+    value = metric.text(look.held_out_accuracy, " ")
+    return f"start: held-out loss {look.held_out_loss:.3f}, held-out {metric.name} {value}"
 
 
 def _roll_back(trainer: Trainer, run: Run) -> None:

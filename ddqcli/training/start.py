@@ -13,6 +13,7 @@ from ddqcli.data.load import Data
 from ddqcli.data.trees import Tree, concatenated, copied, shared_length, sliced, tensors
 from ddqcli.training import distributed
 from ddqcli.training.compensate import SAMPLES, Compensation
+from ddqcli.training.evaluate import OnProgress
 from ddqcli.training.held_out import is_better
 from ddqcli.training.trainer import Trainer
 
@@ -22,7 +23,10 @@ _PARTS = ((True, True), (False, False))  # means and variances of channels corre
 
 @torch.no_grad()
 def choose_start(
-    trainer: Trainer, float_model: nn.Module | None, evaluate: Callable[[], float]
+    trainer: Trainer,
+    float_model: nn.Module | None,
+    evaluate: Callable[[], float],
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Set the trainer's model to the best start, and add the first of the trainer's looks.
 
@@ -34,13 +38,15 @@ def choose_start(
         trainer: at its first step; `trainer.stages` gets the metric of the starts.
         float_model: without it there is nothing to compensate for.
         evaluate: returns the model's metric on the evaluation data.
+        on_progress: told the layers that compensation has visited.
     """
     model, gates = trainer.model, trainer.gates
     plain = trainer.held_out.look(model, 0)
     trainer.stages = {"quantized": evaluate()}
     if trainer.recipe.train.compensate and float_model is not None:
         plain_model, plain_gates = copy.deepcopy(model.state_dict()), gates.state()
-        compensation = Compensation(trainer.quantized, float_model, _samples(trainer.data))
+        samples = _samples(trainer.data)
+        compensation = Compensation(trainer.quantized, float_model, samples, on_progress)
         # Each rank compensates on its own shard; the first one's results count.
         gates.fisher.error_share = distributed.broadcast(compensation.error_shares())
         gates.start()

@@ -37,13 +37,13 @@ class _FirstBatch:
 
 
 @torch.no_grad()
-def try_data(model: nn.Module, data: Data, distill: DistillSection) -> None:
-    """Evaluate the float model on the first evaluation batch; compute its first training loss.
+def try_data(model: nn.Module, data: Data, distill: DistillSection) -> float:
+    """Return the float model's metric on the first evaluation batch; compute a training loss.
 
     Raises DataError for scores or inputs that are not finite, DDQError for such a loss, and what
     the network and the functions of the data raise.
     """
-    evaluate(model, replace(data, val=_FirstBatch(data.val)))
+    score = evaluate(model, replace(data, val=_FirstBatch(data.val)))
     inputs, targets = next(iter(data.train.epoch(0)))
     output = call(model, copied(inputs))
     weight = distillation_weight(distill, data)
@@ -54,6 +54,7 @@ def try_data(model: nn.Module, data: Data, distill: DistillSection) -> None:
         raise DataError("The first training batch holds NaN or infinite values; repair the data.")
     if not math.isfinite(loss):
         raise explain_loss(model, inputs, loss, "in the first training batch")
+    return score
 
 
 def _with_gradient(x: Tensor) -> Tensor:

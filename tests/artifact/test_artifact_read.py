@@ -49,6 +49,10 @@ def test_faulty_files_have_their_own_errors(file: Path) -> None:
     file.write_bytes(b"PK" + bytes(500))
     with pytest.raises(UsageError, match="is not a ddq file"):
         read_artifact(file)
+    onnx = file.with_name("my net.onnx")
+    onnx.write_bytes(b"PK" + bytes(500))
+    with pytest.raises(UsageError, match=r"a ddq file; `ddq export --check '.*/my net.onnx'` ver"):
+        read_artifact(onnx)
     file.write_bytes(raw[:-1])
     for read in (read_artifact, decode_model):
         with pytest.raises(VerificationError, match="damaged or incomplete"):

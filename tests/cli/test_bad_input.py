@@ -125,7 +125,7 @@ FLAGS = {
     ),
     "budget out of reach": (
         "finetune model.pt --target-bits 0.5",
-        "the smallest reachable size is",
+        "The budget of 0.5 bits a weight (",
     ),
     "size out of reach": ("finetune model.pt --target-size 500", "the smallest reachable size is"),
     "0 bits": ("finetune model.pt --max-bits 0", "weights.max_bits = 0: input should be greater"),
@@ -138,7 +138,7 @@ FLAGS = {
     "set without =": ("finetune model.pt --set train.lr", "write it as --set train.lr=0.02"),
     "set of no field": (
         "finetune model.pt --set train.lrr=1",
-        "train.lrr: unknown field; did you mean lr?",
+        "train.lrr: unknown field; did you mean train.lr?",
     ),
     "set of a section": (
         "finetune model.pt --set train=5",
@@ -154,6 +154,14 @@ FLAGS = {
     "a folder as checkpoint": ("finetune .", "is a folder; name the checkpoint file in it"),
     "unknown torchvision network": ("finetune model.pt --arch resnet81", "did you mean resnet18"),
     "no such module": ("finetune model.pt --arch nets.tiny:build", "There is no module nets"),
+    "a file without its function": (
+        "finetune model.pt --arch net.py",
+        "net.py names a file, and no function in it; write net.py:",
+    ),
+    "data of a file without its function": (
+        "finetune model.pt --data net.py",
+        "net.py names a file, and no function in it; write net.py:",
+    ),
     "no such file": ("finetune model.pt --arch nets.py:build", "There is no file nets.py"),
     "no such factory": (
         "finetune model.pt --arch net.py:built",
@@ -196,7 +204,7 @@ FLAGS = {
     "report without a run": ("report", "There is no run under"),
     "report of nothing": ("report gone", "gone is no run folder"),
     "report of no run": ("report .", "holds no finished run: report.json is missing"),
-    "report of a checkpoint": ("report model.pt", "model.pt"),
+    "report of a checkpoint": ("report model.pt", "not a ddq file; `ddq inspect model.pt` shows"),
     "report of a text": ("report net.py", "net.py"),
     "report in two formats": ("report --csv --md", "exclude each other"),
     "export without a run": ("export", "There is no run under"),

@@ -265,7 +265,9 @@ def test_quiet_prints_only_the_result(project: Path) -> None:
 
 
 def test_quiet_still_prints_errors(project: Path) -> None:
-    assert ddq("finetune", "gone.pt", "-q").err == "Error: There is no checkpoint gone.pt.\n"
+    assert ddq("finetune", "gone.pt", "-q").err == (
+        f"Error: There is no checkpoint gone.pt in {Path.cwd()}; it has model.pt.\n"
+    )
 
 
 def test_without_a_terminal_progress_is_plain_lines(

@@ -46,3 +46,27 @@ def test_what_means_nothing_is_not_guessed_at(command: str) -> None:
     assert ddq(name, wrong).err == (
         f"Error: No such option: {wrong}. `ddq {name} --help` lists the options.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "export --format safetensor",
+            "Invalid value for '--format': 'safetensor' is not one of 'safetensors', 'onnx', "
+            "'coreml', 'c'; did you mean safetensors?",
+        ),
+        ("finetune --epochs two", "Invalid value for '--epochs': 'two' is not a valid integer."),
+        ("finetune --lr fast", "Invalid value for '--lr': 'fast' is not a valid number."),
+    ],
+)
+def test_a_wrong_value_is_named_in_plain_words(command: str, message: str) -> None:
+    answer = ddq(*command.split())
+    assert answer.err.startswith(f"Error: {message} `ddq ")
+
+
+def test_a_wrong_value_of_the_recipe_is_answered_with_a_likely_one() -> None:
+    assert (
+        "input should be 'ddq' or 'sdq'; did you mean sdq?"
+        in ddq("finetune", "--method", "sdqq").err
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny_project import ddq
+import torch
+from tiny_project import ddq, images
 
 DATA = """
 import torch
@@ -98,6 +101,23 @@ def test_nothing_is_written(project: Path) -> None:
     assert (answer.data["run_dir"], answer.data["accuracy"]) == (None, None)
     assert answer.data["totals"]["bytes"] <= answer.data["totals"]["budget_bytes"]
     assert set(Path().iterdir()) - before <= {Path("__pycache__")}
+
+
+def test_the_float_metric_of_one_batch_is_that_of_its_samples(project: Path) -> None:
+    """A batch of small images for evaluation has 500 samples."""
+    data = images(601, "x_test", "y_test")
+    np.savez("images.npz", **images(80, "x_train", "y_train"), **data)
+    answer = ddq("finetune", "model.pt", "--dry-run")
+    scope: dict[str, Any] = {}
+    exec(Path("net.py").read_text(), scope)
+    network = scope["build"]().eval()
+    network.load_state_dict(torch.load("model.pt"))
+    outputs = network((torch.from_numpy(data["x_test"])[:, None] / 255 - 0.5) / 0.5)
+    right = outputs.argmax(1).numpy() == data["y_test"]
+    line = "float accuracy on one batch: {:.2f} %"
+    expected, of_all = (line.format(100 * part.mean()) for part in (right[:500], right))
+    assert expected != of_all
+    assert answer.err.splitlines().count(expected) == 1
 
 
 def test_a_normalization_that_does_not_fit_is_a_warning(project: Path) -> None:

@@ -37,6 +37,22 @@ def test_the_file_holds_bit_for_bit_what_was_trained(finished: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("form", ["ddq", "c"])
+@pytest.mark.parametrize(
+    ("warnings", "words"), [((), ""), (("a",), "1 warning;"), (("a", "b"), "2 warnings;")]
+)
+def test_the_number_of_warnings_is_repeated(
+    finished: Path, form: str, warnings: tuple[str, ...], words: str
+) -> None:
+    run = Run(RUN)
+    run.write_report(run.report().model_copy(update={"warnings": warnings}))
+    lines = ddq("export", RUN, "--format", form).out.splitlines()
+    told = [line for line in lines if line.startswith("warning ")]
+    line = f"warning    the run ended with {words} `ddq report {RUN}` shows them"
+    assert told == [line] * bool(warnings)
+    assert ddq("export", RUN, "--format", form, "--json").data["warnings"] == list(warnings)
+
+
 @pytest.mark.parametrize("levels", ["learned", "uniform", "power_of_two"])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_every_kind_of_levels_can_be_exported_at_its_most_bits(

@@ -47,7 +47,7 @@ def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--format", "c", "--half"), "--half applies to ddq and coreml; c keeps float32."),
+        (("--format", "c", "--half"), "--half applies to safetensors and coreml; c keeps float32."),
         (("--format", "c", "--bench"), "--bench and --openvino run an ONNX file"),
         (
             ("-o", "net.onnx"),
@@ -57,7 +57,7 @@ def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
             ("--format", "c", "-o", "net.mlpackage"),
             "is named like a file of --format coreml",
         ),
-        (("--check", "gone.h"), "There is no file gone.h."),
+        (("--check", "gone.h"), "There is no file gone.h in "),
         (("--check", "gone.h", "-o", "x"), "--check writes nothing"),
     ],
 )

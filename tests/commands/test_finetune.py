@@ -733,3 +733,25 @@ def test_a_budget_of_bits_grows_with_the_text_in_the_file(project: Path) -> None
     assert totals["bytes"] <= totals["budget_bytes"]
     assert ddq("export", data["run_dir"], "-o", "a.safetensors").code == 0
     assert Path("a.safetensors").stat().st_size == totals["bytes"]
+
+
+def test_the_start_and_a_missing_budget_are_told_once(project: Path) -> None:
+    recipe = Path("ddq.yaml").read_text()
+    answer = ddq("finetune", "model.pt", "--max-steps", "4", "--run-dir", RUN)
+    first = next(entry for entry in metrics() if "held_out_loss" in entry)
+    loss, accuracy = first["held_out_loss"], first["held_out_accuracy"]
+    start = f"start: held-out loss {loss:.3f}, held-out accuracy {accuracy:.2f} %"
+    lines = answer.err.splitlines()
+    assert lines.count(start) == 1
+    assert lines.index(start) < next(k for k, line in enumerate(lines) if "step 4/4" in line)
+    assert "no budget" not in answer.err
+    assert "start: " not in ddq("finetune", "model.pt", "--epochs", "0").err
+    Path("ddq.yaml").write_text(recipe.replace("budget: {target_bits: 4}\n", ""))
+    flags = ["finetune", "model.pt", "--dry-run", "--max-bits", "6"]
+    without = ddq(*flags).err.splitlines()
+    note = (
+        "no budget is given: weights take up to 6 bits, their maximum; give --target-bits 4 or "
+        "--target-size 150kB"
+    )
+    assert without.count(note) == 1
+    assert note not in ddq(*flags, "--target-size", "60%").err.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ def test_a_folder_without_anything_gets_a_recipe_to_fill_in(
     out = ddq("init").out
     assert "missing    checkpoint: none is here; name it with MODEL" in out
     assert "missing    data: none is here; name it with --data" in out
-    assert out.splitlines()[-1] == "next       ddq finetune MODEL --dry-run"
+    assert "recipe     ddq.yaml was written and is incomplete; fill it in, or begin again:" in out
+    assert out.splitlines()[-1] == "next       ddq init MODEL --data DATA --force"
     (recipe,) = load_recipes(Path("ddq.yaml"))
     assert recipe.model.checkpoint is None
 
@@ -118,6 +120,13 @@ def test_an_architecture_that_is_not_recognized_is_missing(bare: Path) -> None:
     assert load_recipes(Path("ddq.yaml"))
 
 
+def test_an_incomplete_recipe_ends_with_the_command_that_completes_it(bare: Path) -> None:
+    out = ddq("init", "model.pt", "-o", "my recipe.yaml").out
+    command = "ddq init model.pt --arch net.py:build --data images.npz -o 'my recipe.yaml' --force"
+    assert out.splitlines()[-1] == f"next       {command}"
+    assert not ddq(*shlex.split(command)[1:], "--json").data["missing"]
+
+
 def test_a_factory_of_data_is_named_and_not_called(bare: Path) -> None:
     Path("task.py").write_text("raise SystemExit(9)")
     answer = ddq("init", "model.pt", "--arch", "net.py:build", "--data", "task.py:make", "--json")
@@ -128,7 +137,7 @@ def test_a_factory_of_data_is_named_and_not_called(bare: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("gone.pt", "There is no checkpoint gone.pt."),
+        ("gone.pt", "There is no checkpoint gone.pt in "),
         ("model.pt --arch net.py:gone", "net.py"),
         ("model.pt --arch net.py:build --data gone", "The data gone do not exist"),
         ("model.pt --arch net.py:build -o gone/a.yaml", "gone/a.yaml cannot be written"),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_run import make_run, make_sweep
+from rich.console import Console
 from tiny_project import ddq
 
+from ddqcli.commands.runs import list_runs
+from ddqcli.render.runs import show
 from ddqcli.runs.run import LAST, RECIPE, REPORT, Run
 
 ROW = ["path", "kind", "state", "created", "targets", "done", "bytes", "metric", "accuracy"]
+ROW += ["warnings", "resume", "runs"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +42,7 @@ def test_the_newest_run_is_the_first_and_each_has_its_figures() -> None:
         run = make_run(Path("runs", name))
     assert [row["path"] for row in rows()] == ["runs/c", "runs/a", "runs/b"]
     (row, *_), report = rows(), run.report()
-    assert list(row) == [*ROW, "resume", "runs"]
+    assert list(row) == ROW
     assert row["created"].startswith("20")
     assert row["created"].endswith("+00:00")
     assert {**row, "created": None} == {
@@ -49,13 +55,14 @@ def test_the_newest_run_is_the_first_and_each_has_its_figures() -> None:
         "bytes": report.totals.bytes,
         "metric": report.metric.data(),
         "accuracy": report.accuracy.data(),
+        "warnings": list(report.warnings),
         "resume": None,
         "runs": [],
     }
     header, first, *_ = ddq("runs").out.splitlines()
-    assert header.split() == ["run", "state", "target", "bytes", "accuracy"]
+    assert header.split() == ["run", "state", "target", "bytes", "accuracy", "warnings"]
     assert first.split() == [
-        *("runs/c", "finished", "4", "bits", f"{report.totals.bytes:,}", "91.25%")
+        *("runs/c", "finished", "4", "bits", f"{report.totals.bytes:,}", "91.25%", "1")
     ]
 
 
@@ -154,6 +161,28 @@ def test_runs_of_different_metrics_name_them() -> None:
     out = ddq("runs").out
     assert "PSNR 91.25 dB" in out
     assert "accuracy 91.25%" in out
+
+
+def test_without_warnings_there_is_no_column_of_them() -> None:
+    run = make_run(Path("runs/a"))
+    run.write_report(run.report().model_copy(update={"warnings": ()}))
+    assert "warnings" not in ddq("runs").out
+    assert rows()[0]["warnings"] == []
+    make_run(Path("runs/b"))
+    header, b, a = ddq("runs").out.splitlines()
+    assert header.split()[-1] == "warnings"
+    assert (b.split()[-1], a.split()[-1]) == ("1", "91.25%")
+
+
+@pytest.mark.parametrize("name", ["a", "20260131-142310-a-name-of-a-model-that-is-long"])
+def test_no_column_is_cut_at_80_columns(name: str) -> None:
+    make_run(Path("runs", name))
+    text = io.StringIO()
+    show(list_runs(), Console(file=text, width=80, force_terminal=True, color_system=None))
+    header, row, *_ = re.sub("\x1b\\[[0-9]*m", "", text.getvalue()).splitlines()
+    assert header.split()[-1] == "warnings"
+    assert row.split()[1:4] == ["finished", "4", "bits"]
+    assert row.split()[-2:] == ["91.25%", "1"]
 
 
 def test_a_begun_run_without_a_step_is_listed() -> None:

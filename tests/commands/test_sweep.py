@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_project import ddq, exit_code, in_child
 
+from ddqcli.render.progress import ProgressReporter
 from ddqcli.training.evaluate import evaluate
 from ddqcli.training.trainer import Trainer
 
@@ -102,6 +103,18 @@ def test_without_training_each_target_starts_from_the_checkpoint(project: Path) 
     for part in ("trained", "weights", "floats"):
         assert all(here[part][name].equal(value) for name, value in there[part].items()), part
     assert report(f"{SWEEP}/3-bits")["accuracy"] == report("runs/alone")["accuracy"]
+
+
+def test_a_listener_is_told_each_target_before_its_work(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(ProgressReporter, "target", lambda self, text: told.append(text))
+    monkeypatch.setattr(ProgressReporter, "progress", lambda self, what, *_: told.append(what))
+    assert ddq("finetune", "model.pt", "--target-bits", "4,3", "--epochs", "0").code == 0
+    works = list(dict.fromkeys(told[: told.index("3 bits")]))
+    assert works == ["4 bits", "evaluate", "calibrate", "compensate"]
+    assert {"calibrate", "compensate"} <= set(told[told.index("3 bits") :])
 
 
 def test_the_start_is_evaluated_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_sources_that_cannot_be_found(source, message, tmp_path):
 
 
 def test_no_source():
-    with pytest.raises(UsageError, match="No data are named"):
+    with pytest.raises(UsageError, match="No data are named; give --data"):
         load_data(DataSection(), seed=0, device=CPU)
 
 

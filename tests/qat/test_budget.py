@@ -41,10 +41,36 @@ def test_an_impossible_budget_is_refused_with_the_smallest_size(budget: dict[str
             float_bytes(model) + make_budget(model, rule_recipe("fisher", None)).description_bytes
         )
     unit = "by Eqn" if "count" in budget else "bytes"
-    message = rf"smallest reachable size is {least:,} {unit}.*8.weight at 1 bit \("
+    size = (
+        rf"{least:,} bytes"
+        if "target_size" in budget
+        else rf"[\d.]+ bits a weight .{least:,} {unit}"
+    )
+    message = rf"smallest reachable size is {size}.*8.weight at 1 bit \("
     with pytest.raises(BudgetError, match=message) as caught:
         make_budget(model, recipe)
     assert "min-bits" not in str(caught.value), "there are no fewer than one"
+
+
+@pytest.mark.parametrize(
+    ("budget", "named"),
+    [
+        ({"target_bits": 0.5}, r"of 0\.5 bits a weight \([\d,]+ bytes\) cannot"),
+        ({"target_bits": 0.25, "count": "eqn6"}, r"of 0\.25 bits a weight \([\d,]+ by Eqn"),
+        ({"target_size": "1%"}, r"of 1% \([\d,]+ bytes of the whole file\) cannot"),
+    ],
+)
+def test_a_refusal_answers_in_the_unit_of_the_target(budget: dict[str, Any], named: str) -> None:
+    model = convert(network(), rule_recipe("fisher", None))
+    with pytest.raises(BudgetError, match=named) as caught:
+        make_budget(model, rule_recipe("fisher", budget))
+    if "target_bits" not in budget:
+        return
+    found = re.search(r"smallest reachable size is ([\d.]+) bits a weight", str(caught.value))
+    least = float(found[1]) if found else 0.0
+    assert make_budget(model, rule_recipe("fisher", budget | {"target_bits": least})).limit
+    with pytest.raises(BudgetError):
+        make_budget(model, rule_recipe("fisher", budget | {"target_bits": least - 0.001}))
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,11 @@ def test_the_message_names_the_three_largest_items_largest_first():
     )
     with pytest.raises(BudgetError) as caught:
         check_feasible(
-            choices, 9000, {"head, float": 4500}, unit="values", remedies=["quantize the head"]
+            choices,
+            9000,
+            {"head, float": 4500},
+            in_unit="{:,} values".format,
+            remedies=["quantize the head"],
         )
     largest = "layer5 at 2 bits (5,000), head, float (4,500), layer4 at 2 bits (4,000). "
     assert f"{largest}Raise the target, or quantize the head." in str(caught.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddqcli.errors import UsageError
-from ddqcli.recipe.factory import import_factory
+from ddqcli.recipe.factory import import_factory, missing_function
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +77,9 @@ def test_two_files_of_the_same_name(tmp_path: Path) -> None:
     ("spec", "says"),
     [
         ("resnet18", "names no function; write it as package.module:factory"),
-        ("nets.py:", "names no function"),
+        ("gone.py:", "There is no file gone.py"),
         (":net", "names no function"),
-        ("no/such/nets.py:net", "There is no file no/such/nets.py"),
+        ("no/such/nets.py:net", "There is no file no/such/nets.py: there is no folder"),
         ("no_such_package.nets:net", "There is no module no_such_package"),
         ("json.no_such:net", "There is no module json.no_such"),
         ("not a module:net", "neither a Python module nor a .py file"),
@@ -118,3 +118,23 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path, source: str, says: str) 
     path.write_text("def net(): return 1\n" + " " * len(source))
     if "raise" in says:
         assert import_factory(f"{path}:net")() == 1, "a failed import leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "raise SystemExit(9)\ndef build(): ...\nclass Net: ...\ndef _own(): ...",
+            "write {0}:build or {0}:Net.",
+        ),
+        ("def build(:", "write {0}:FUNCTION."),
+    ],
+)
+def test_a_file_without_a_function_lists_its_own_and_does_not_run(
+    text: str, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "nets.py"
+    path.write_text(text)
+    assert missing_function(path).endswith(says.format(path))
+    with pytest.raises(UsageError, match="no function in it; write"):
+        import_factory(f"{path}:")

@@ -15,7 +15,7 @@ def test_all_faults_come_at_once_each_with_path_value_and_what_is_allowed(tmp_pa
         tmp_path,
         """
         train: {lr: -1, optimiser: sgd, epochs: many}
-        data: {flip: maybe}
+        data: {flip: maybe, mean: 0.5}
         weights: {levels: leraned, max_bits: 12}
         budget: {target_size: 12 apples}
         overrides: [{match: "*", bits: 4}, {type: Conv2d, bitz: 4}]
@@ -24,19 +24,21 @@ def test_all_faults_come_at_once_each_with_path_value_and_what_is_allowed(tmp_pa
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     head, *faults = str(caught.value).splitlines()
-    assert head == f"{path} has 8 faults:"
+    assert head == f"{path} has 9 faults:"
     assert sorted(caught.value.faults) == sorted(faults)
     for fault in (
         "  train.lr = -1: input should be greater than 0",
-        "  train.optimiser: unknown field; did you mean optimizer?",
+        "  train.optimiser: unknown field; did you mean train.optimizer?",
         "  train.epochs = 'many': input should be a valid integer, "
         "unable to parse string as an integer",
         "  data.flip = 'maybe': input should be True, False or 'auto'",
-        "  weights.levels = 'leraned': input should be 'learned', 'uniform' or 'power_of_two'",
+        "  weights.levels = 'leraned': input should be 'learned', 'uniform' or 'power_of_two'; "
+        "did you mean learned?",
+        "  data.mean = 0.5: input should be a valid list; write [0.5]",
         "  weights.max_bits = 12: input should be less than or equal to 8",
         "  budget.target_size = '12 apples': '12 apples' is not a size; "
         "write 150kB, 1.8MB, 96KiB or 12%",
-        "  overrides.1.bitz: unknown field; did you mean bits?",
+        "  overrides.1.bitz: unknown field; did you mean overrides.1.bits?",
     ):
         assert fault in faults
 

@@ -135,7 +135,7 @@ def test_totals_tied_tensors_pictures_and_the_next_step_are_told():
     assert "the rest 4 biases, norms and counters (99 values, 396 bytes) stay as stored" in flat
     assert "head is the same memory as embed, and 1 more; counted once" in flat
     assert "out/index.html shows them all (2 files)" in flat
-    assert "ddq finetune net.pt --data FOLDER --target-bits 4" in flat
+    assert "ddq finetune net.pt --arch net.py:build --data FOLDER --target-bits 4" in flat
 
 
 def test_names_like_markup_are_shown_as_they_are():

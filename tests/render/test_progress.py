@@ -58,6 +58,52 @@ def test_a_bar_fits_80_columns_and_shows_the_figures_below(
     assert second.strip() == figures
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A bar's time, its last element."""
+    console = Console(file=StringIO(), width=80, force_terminal=True, no_color=True)
+    monkeypatch.setattr("ddqcli.render.progress.err", console)
+    now = [0.0]
+    monkeypatch.setattr(console, "get_time", lambda: now[-1])
+    return now
+
+
+def texts(bar: ProgressBar) -> list[tuple[str, float, float]]:
+    """Return description, done and elapsed seconds of what the bar shows."""
+    return [(task.description, task.completed, task.elapsed or 0) for task in bar.tasks]
+
+
+def test_work_that_is_done_leaves_the_bar(clock: list[float]) -> None:
+    bar = ProgressBar()
+    for done in range(1, 12):
+        bar.show("evaluate", done, 12)
+    assert texts(bar) == [("evaluate", 11, 0)]
+    bar.show("evaluate", 12, 12)
+    assert texts(bar) == []
+
+
+def test_each_pass_has_a_clock_of_its_own(clock: list[float]) -> None:
+    bar = ProgressBar()
+    bar.show("evaluate", 1, 12)
+    clock.append(13.0)
+    bar.show("evaluate", 2, 12)
+    assert texts(bar) == [("evaluate", 2, 13)]
+    bar.show("evaluate", 1, 12)  # begun again
+    assert texts(bar) == [("evaluate", 1, 0)]
+    bar.show("evaluate", 12, 12)
+    clock.append(50.0)
+    bar.show("evaluate", 1, 12)
+    assert texts(bar) == [("evaluate", 1, 0)]
+
+
+def test_in_a_sweep_the_bar_names_the_target(clock: list[float]) -> None:
+    progress = ProgressReporter()
+    progress.bar = ProgressBar()
+    progress.target("4 bits")
+    progress.progress("compensate", 3, 8)
+    assert texts(progress.bar) == [("4 bits: compensate", 3, 0)]
+
+
 def test_another_metric_is_shown_with_its_name_and_unit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

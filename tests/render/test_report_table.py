@@ -10,9 +10,10 @@ from made_run import make_report, make_run
 from rich.console import Console
 
 from ddqcli.formatting import percent
+from ddqcli.render import sweep
 from ddqcli.render.layer_table import bar
 from ddqcli.render.report import show
-from ddqcli.runs.report import Report
+from ddqcli.runs.report import Report, SweepRow, SweepTable
 
 NAMES = [f"features.denseblock{k // 6 + 1}.denselayer{k % 6 + 1}.conv1.weight" for k in range(12)]
 ESCAPE = re.compile("\x1b\\[[0-9;]*m")
@@ -50,6 +51,47 @@ def test_each_tensor_has_one_line_with_bars_that_fits(report: Report, width: int
         assert length == pytest.approx(10 * row.bytes / largest, abs=0.251)
         assert f"{row.bytes:,}" in line.split()
         assert line.rstrip().endswith(f" {percent(row.error)}%")
+
+
+@pytest.mark.parametrize("nbytes", [64, 123_456_789])
+@pytest.mark.parametrize(
+    "name", ["fc.weight", "stem.0.weight", "encoder.1.weight", "features.0.block.1.0.weight"]
+)
+@pytest.mark.parametrize("width", [60, 72, 76, 80, 81, 90, 100, 140])
+def test_no_column_is_cut(name: str, width: int, nbytes: int) -> None:
+    """The last column stands whole beside short names, long ones and the file's other parts."""
+    made = make_report()
+    rows = [made.layers[0].model_copy(update={"name": name, "bytes": nbytes})]
+    totals = made.totals.model_copy(update={"bytes": 2 * nbytes, "manifest_bytes": 1234})
+    made = made.model_copy(update={"layers": tuple(rows), "totals": totals})
+    lines = ESCAPE.sub("", shown(made, width)).splitlines()
+    assert lines[0].split()[-1] == "error"
+    assert lines[2].rstrip().endswith(f" {percent(rows[0].error)}%")
+    assert lines[4].startswith("manifest, header ")
+    assert lines[2].split()[0] == name or len(name) > 16
+    cells = [f"{rows[0].bits:g}", f"{nbytes:,}", "50.0%"]
+    assert set(cells) <= set(lines[2].split())
+
+
+@pytest.mark.parametrize("target", ["3 bits", "123456 bytes"])
+def test_no_column_of_a_sweep_is_cut(target: str) -> None:
+    made = make_report()
+    run = target.replace(" ", "-")
+    rows = [SweepRow.of(target, made, run)]
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=80, force_terminal=True, no_color=True)
+    sweep.show(SweepTable.of(made, rows), console)
+    lines = ESCAPE.sub("", buffer.getvalue()).splitlines()
+    assert lines[0].split()[-2:] == ["drop", "run"]
+    assert lines[2].startswith(f"{target} ")
+    assert lines[2].rstrip().endswith(f" {run}")
+    assert ("━" in lines[2]) == (target == "3 bits")
+
+
+def test_names_are_the_same_on_a_terminal_and_in_a_pipe() -> None:
+    terminal, pipe = (shown(make_report(), 80, terminal=each) for each in (True, False))
+    assert ESCAPE.sub("", terminal).splitlines()[2].split()[0] == "conv.weight"
+    assert pipe.splitlines()[1].split()[0] == "conv.weight"
 
 
 def test_a_wide_terminal_shows_kind_and_shape_too(report: Report) -> None:

@@ -162,6 +162,17 @@ def test_outputs_come_nearer_to_the_float_networks(name: str, settings: str) -> 
     assert error(quantized, teacher, x) < before
 
 
+def test_progress_counts_the_layers_of_both_networks_and_begins_again() -> None:
+    x, told = inputs(*SHAPES["convolutions"]), []
+    quantized, teacher = quantized_pair(network("convolutions"), x)
+    layers = sum(t.kind != "bias" for t in quantized.tensors)
+    compensation = Compensation(quantized, teacher, x, lambda *args: told.append(args))
+    compensation.apply(means=True, variances=True)
+    compensation.apply(means=False, variances=False)
+    steps = [*range(1, 2 * layers + 1), *range(layers + 1, 2 * layers + 1)]
+    assert told == [("compensate", step, 2 * layers) for step in steps]
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_weight_quantizes_to_its_assigned_levels(

@@ -89,6 +89,18 @@ def test_training_that_did_not_improve_the_start_says_so() -> None:
     )
 
 
+def test_a_network_that_answers_all_samples_alike_is_reported() -> None:
+    running = begin(budget={"target_bits": 3})
+    assert find_warnings(running, [], course(80, 85)) == []
+    running.held_out.teacher = nn.Sequential(nn.Flatten(), nn.Linear(108, 10))
+    running.model.register_forward_hook(lambda net, x, output: torch.ones_like(output))
+    (warning,) = find_warnings(running, [], course(80, 85))
+    assert warning == (
+        "the outputs are the same for all of 8 held-out samples: the network has collapsed; take a "
+        "larger budget (now 3 bits) or a smaller train.lr (now 0.0001)"
+    )
+
+
 def test_a_gain_within_chance_is_reported_and_a_start_as_good_as_float_is_not() -> None:
     running = begin()
     running.looks = [Look(0, 0.5, 85), Look(4, 0.48, 86), Look(STEPS, 0.49, 86)]
