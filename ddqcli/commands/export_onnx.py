@@ -301,6 +301,6 @@ def _why_different(reference: _Reference) -> str:
     if not written:
         return ""
     return (
-        f"; the network's forward changes {list_names(written)} at every call, and a graph has only "
-        "constants: change buffers only if self.training"
+        f"; the network's forward changes {list_names(written)} at every call, and a graph has "
+        "only constants: change buffers only if self.training"
     )
