@@ -12,6 +12,7 @@ from torch import nn
 
 from ddqcli.data.batches import Batch, tree_to_device
 from ddqcli.data.load import Data
+from ddqcli.data.source import list_names
 from ddqcli.data.trees import Tree, shared_length, sliced, tensor_names, tensors
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.onnx.export import OnnxModel, make_float_onnx, make_onnx, require_onnx
@@ -24,6 +25,7 @@ from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, REPORT, Run
 from ddqcli.training.evaluate import OnProgress
+from ddqcli.training.network_checks import written_buffers
 from ddqcli.training.verify import attempt, load_held_out, rebuild_model
 
 if TYPE_CHECKING:
@@ -279,7 +281,7 @@ def _require_same_answers(
     if not comparison.outputs <= tolerance:
         raise VerificationError(
             f"{runtime} does not answer as torch does for {name}: outputs differ by "
-            f"{comparison.outputs:.1%}."
+            f"{comparison.outputs:.1%}{_why_different(reference)}."
         )
     ours, theirs = comparison.torch_accuracy, comparison.accuracy
     if ours is None or theirs is None:
@@ -290,3 +292,15 @@ def _require_same_answers(
         raise VerificationError(
             f"{runtime} reaches {reached} with {name}, but torch reaches {expected}."
         )
+
+
+def _why_different(reference: _Reference) -> str:
+    """Return a remedy if a forward pass in eval mode changes buffers, which a graph cannot."""
+    device = next(reference.model.parameters()).device
+    written = written_buffers(reference.model, tree_to_device(reference.example, device))
+    if not written:
+        return ""
+    return (
+        f"; the network's forward changes {list_names(written)} at every call, and a graph has "
+        "only constants: change buffers only if self.training"
+    )

@@ -90,7 +90,7 @@ class FactoryBatches:
         """Return the batches to train on, and the held-out ones (see `Data`)."""
         name = f"train of {self.spec}"
         if _is_iterable_only(split, name):
-            ready = self._ready(split, name, self.steps)
+            ready = self._ready(split, name, "give --max-steps for data without end", self.steps)
             return ready, ready.held_out()
         train, held_out = split_held_out(_length(split, name), self.seed)
         return self._indexed(split, train, self.seed), self._indexed(split, held_out, None)
@@ -99,13 +99,21 @@ class FactoryBatches:
         """Return the batches of the evaluation data, in order."""
         name = f"val of {self.spec}"
         if _is_iterable_only(split, name):
-            return self._ready(split, name)
+            return self._ready(split, name, "give evaluation data an end")
         return self._indexed(split, torch.arange(_length(split, name)), None)
 
-    def _ready(self, split: Any, name: str, steps: int | None = None) -> ReadyBatches:
+    def _ready(self, split: Any, name: str, remedy: str, steps: int | None = None) -> ReadyBatches:
         if isinstance(split, IterableDataset) and _gives_samples(split):
             split = DataLoader(split, self.section.batch_size)
-        batches = ReadyBatches(split, self.device, seed=self.seed, shard=self.shard, steps=steps)
+        batches = ReadyBatches(
+            split,
+            self.device,
+            seed=self.seed,
+            shard=self.shard,
+            steps=steps,
+            name=name,
+            remedy=remedy,
+        )
         if batches.samples == 0:
             raise DataError(f"{name} holds no samples.")
         return batches

@@ -107,4 +107,8 @@ def _collate(samples: list[Any]) -> Any:
     try:
         return default_collate(samples)
     except Exception as error:
-        return f"The samples of a batch do not fit together: {' '.join(str(error).split())[:200]}"
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"The samples of a batch do not fit together: {reason}; return a DataLoader with your "
+            "own collate_fn from the data factory."
+        )

@@ -39,6 +39,7 @@ class ReadyBatches:
         batches: gives batches each time it is iterated over.
         steps: batches that a run takes at most. If `batches` has no length, this is the length of
             an epoch, in which a pass that ends is followed by another. Without it, a pass counts.
+        name, remedy: for the message if that pass does not end.
 
     Attributes:
         samples: in an epoch; an estimate for batches without length.
@@ -53,7 +54,10 @@ class ReadyBatches:
         seed: int,
         shard: Shard = WHOLE,
         steps: int | None = None,
+        name: str = "The data",
+        remedy: str = "give them an end",
     ) -> None:
+        self.name, self.remedy = name, remedy
         self.batches, self.device, self.seed, self.shard = batches, device, seed, shard
         self.repeats = steps is not None and not _has_length(batches)
         if self.repeats and steps is not None:
@@ -112,9 +116,9 @@ class ReadyBatches:
             sizes.append(batch_size(batch))
             if len(sizes) > _MOST_COUNTED and not _has_length(loader):
                 raise DataError(
-                    f"The {type(loader).__name__} has no length, and {_MOST_COUNTED:,} batches of "
-                    "it are not all; give --max-steps for training data without end, or its class "
-                    "a __len__."
+                    f"{self.name}, a {type(loader).__name__}, has no length, and "
+                    f"{_MOST_COUNTED:,} batches of it are not all; {self.remedy}, or its class a "
+                    "__len__."
                 )
         return len(sizes), sum(sizes), sizes[-1] if sizes else 0
 

@@ -70,9 +70,12 @@ def prepare(model: nn.Module, recipe: Recipe) -> QuantizedModel:
 
     quantized = QuantizedModel.assemble(model, configs, quantizer_or_reason, activation_quantizer)
     if not quantized.tensors:
-        reasons = list(quantized.kept_float.values())
-        most = max(reasons, key=reasons.count, default="it has no parameters")
-        raise UsageError(f"Nothing in this {kind_of(model)} can be quantized: {most}.")
+        # Of the largest parameter, which is a weight if any is.
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        largest = max(quantized.kept_float, key=lambda name: sizes.get(name, -1), default="")
+        reason = quantized.kept_float.get(largest, "it has no parameters")
+        place = f"{largest}: " * bool(largest)
+        raise UsageError(f"Nothing in this {kind_of(model)} can be quantized: {place}{reason}.")
     return quantized
 
 

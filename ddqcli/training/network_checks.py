@@ -61,6 +61,16 @@ def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: 
             )
 
 
+@torch.no_grad()
+def written_buffers(model: nn.Module, inputs: Tree) -> list[str]:
+    """Return the names of the buffers that a forward pass changes in eval mode."""
+    trial = copy.deepcopy(model).eval()
+    before = {name: buffer.clone() for name, buffer in trial.named_buffers()}
+    call(trial, copied(inputs))
+    after = dict(trial.named_buffers())
+    return [n for n, b in before.items() if n in after and not torch.equal(after[n].to(b), b)]
+
+
 def refuse_batch_of_one(model: nn.Module, data: Data) -> None:
     """Raise DataError if training ends an epoch with one sample that BatchNorm cannot normalize."""
     train = data.train

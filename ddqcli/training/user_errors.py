@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from ddqcli.errors import DDQError
 from ddqcli.recipe.schema import Recipe
@@ -28,6 +30,8 @@ def explain_user_errors(what: str, kind: type[DDQError], recipe: Recipe) -> Iter
     except (Exception, SystemExit) as error:
         if distributed.is_lost_peer(error):
             raise
+        if isinstance(error, IndexError) and (fault := _embedding_fault(error)):
+            raise kind(f"{what}: {fault}") from error
         message = " ".join(str(error).split())[:_MESSAGE_LIMIT]
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if out_of_memory or "allocate memory" in message:
@@ -38,3 +42,20 @@ def explain_user_errors(what: str, kind: type[DDQError], recipe: Recipe) -> Iter
         raise kind(
             f"{what}: {type(error).__name__}: {message}; `ddq --debug ...` shows where."
         ) from error
+
+
+def _embedding_fault(error: IndexError) -> str | None:
+    """Return a sentence if an index beyond an embedding raised the error, with the layer's name."""
+    outer: nn.Module | None = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            outer = outer or module
+            if isinstance(module, nn.Embedding):
+                name = next((n for n, m in outer.named_modules() if m is module), "")
+                count = module.num_embeddings
+                return (
+                    f"an index in the inputs lies beyond the {count:,} embeddings of "
+                    f"{name or 'the network'}; give indices from 0 to {count - 1}."
+                )
+    return None

@@ -481,9 +481,10 @@ def make(bad=(), kind="gradient"):
     arrays = np.load("images.npz")
     x = torch.tensor(arrays["x_train"] / 127.5 - 1, dtype=torch.float32)[:, None]
     y = torch.tensor(arrays["y_train"])
+    val = TensorDataset(x[:16].clone(), y[:16])
     if kind == "data" and not bad:
         x[5] = torch.nan
-    return {"train": TensorDataset(x, y), "val": TensorDataset(x[:16], y[:16]), "loss": loss}
+    return {"train": TensorDataset(x, y), "val": val, "loss": loss}
 """
 
 

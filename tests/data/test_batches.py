@@ -117,7 +117,9 @@ def test_ready_batches_count_their_samples(drop_last):
 
 def test_samples_of_unequal_shape_cannot_be_stacked():
     ragged = [(torch.zeros(index + 1), 0) for index in range(4)]
-    with pytest.raises(DataError, match="do not fit together"):
+    with pytest.raises(
+        DataError, match=r"do not fit together: .*; return a DataLoader with your own collate_fn"
+    ):
         list(LoadedBatches(ragged, BatchOrder(4, 4), CPU, seed=0, workers=0).epoch(0))
 
 
@@ -149,8 +151,8 @@ def test_batches_without_length_are_counted_if_nothing_limits_the_run():
     assert (len(stream), stream.samples, stream.last_batch) == (3, 12, 4)
     loader = DataLoader(Stream(3), batch_size=None)
     assert len(ReadyBatches(loader, CPU, seed=0)) == 3
-    with pytest.raises(DataError, match=r"The Stream has no length.*; give --max-steps"):
-        ReadyBatches(Stream(None), CPU, seed=0)
+    with pytest.raises(DataError, match=r"^val, a Stream, has no length.* not all; give an end,"):
+        ReadyBatches(Stream(None), CPU, seed=0, name="val", remedy="give an end")
 
 
 @pytest.mark.parametrize(("samples", "size"), [(21, 5), (20, 5), (3, 5)])

@@ -89,3 +89,15 @@ def test_a_name_that_is_no_parameter_is_refused() -> None:
         convert(net(), recipe(KERNEL, {"match": "1.qkv", "kind": "Linear", "bits": 3}))
     with pytest.raises(ValidationError, match="give match"):
         recipe({"type": "Block", "kind": "Linear"})
+
+
+def test_where_nothing_can_be_quantized_the_largest_parameter_has_the_remedy() -> None:
+    class Lin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b, self.b2 = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+            self.w = nn.Parameter(torch.ones(4, 8))
+
+    remedy = r'can be quantized: 0.w: Lin w: .*, \{match: "0.w", kind: Linear\} in overrides'
+    with pytest.raises(UsageError, match=remedy):
+        convert(nn.Sequential(Lin()), recipe())

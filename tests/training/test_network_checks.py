@@ -24,6 +24,7 @@ from ddqcli.training.network_checks import (
     refuse_batch_of_one,
     refuse_scripted_parts,
     refuse_written_weights,
+    written_buffers,
 )
 
 
@@ -126,3 +127,22 @@ def test_a_part_that_torch_jit_has_compiled_is_refused_by_name() -> None:
     net[0] = torch.jit.script(nn.Conv2d(3, 8, 3))
     with pytest.raises(UsageError, match=r"^0 is compiled by torch.jit, .* as a plain module"):
         refuse_scripted_parts(net)
+
+
+def test_buffers_that_a_forward_in_eval_mode_changes_are_named() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            return self.norm(x - self.mean)
+
+    model, x = Counting(), torch.randn(4, 3)
+    assert written_buffers(model, x) == ["calls", "mean"]
+    assert model.calls == 0
+    assert written_buffers(model.norm.train(), x) == []
