@@ -15,17 +15,19 @@ def uncompiled(model: nn.Module) -> tuple[nn.Module, bool]:
     plain = _original(model)
     found = plain is not model
     for module in list(plain.modules()):
-        if module._compiled_call_impl is not None:  # module.compile() makes no wrapper
+        if (
+            getattr(module, "_compiled_call_impl", None) is not None
+        ):  # module.compile() makes no wrapper
             module._compiled_call_impl = None
             found = True
-        for name, child in module._modules.items():
+        for name, child in list(module._modules.items()):
             if child is not None and (original := _original(child)) is not child:
-                module._modules[name] = original
+                setattr(module, name, original)
                 found = True
     return plain, found
 
 
 def _original(module: nn.Module) -> nn.Module:
-    while isinstance(inner := module._modules.get(_ORIGINAL), nn.Module):
+    while isinstance(inner := getattr(module, _ORIGINAL, None), nn.Module):
         module = inner
     return module

@@ -43,6 +43,20 @@ def test_the_original_modules_are_left_and_compute_the_same(
     assert torch.equal(model(x), net()(x))
 
 
+def test_a_network_of_torch_jit_is_left_as_it_is() -> None:
+    for model in (torch.jit.script(net()), nn.Sequential(torch.jit.script(net()))):
+        assert uncompiled(model) == (model, False)
+
+
+def test_one_compiled_part_in_two_places_is_replaced_in_both() -> None:
+    part = torch.compile(nn.Linear(4, 4), backend="eager")
+    model, was_compiled = uncompiled(nn.Sequential(part, part))  # type: ignore[arg-type]
+    assert was_compiled
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert model[0] is model[1]  # type: ignore[index]
+    assert type(model[0]) is nn.Linear  # type: ignore[index]
+
+
 def test_a_network_that_was_never_compiled_is_left_as_it_is() -> None:
     model = net()
     assert uncompiled(model) == (model, False)
