@@ -37,7 +37,7 @@ def test_the_file_holds_bit_for_bit_what_was_trained(finished: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("form", ["ddq", "c"])
+@pytest.mark.parametrize("form", ["safetensors", "c"])
 @pytest.mark.parametrize(
     ("warnings", "words"), [((), ""), (("a",), "1 warning;"), (("a", "b"), "2 warnings;")]
 )
