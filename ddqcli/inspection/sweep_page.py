@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ddqcli import plots
 from ddqcli.errors import DDQError
-from ddqcli.formatting import size
 from ddqcli.inspection.html import Section, Table, write_html
 from ddqcli.inspection.layer_figures import output_folder, page_file, page_picture
 from ddqcli.runs.report import SweepTable
@@ -48,15 +47,15 @@ def sweep_section(table: SweepTable, this: str | None = None) -> Section:
     ]
     stored = None if float_model.accuracy is None else (float_model.bytes, float_model.accuracy)
     figure = plots.size_against_accuracy_figure({"quantized": points}, stored, metric.label, this)
-    header = ["target", "size", "smaller", "bits a weight", metric.name, "drop"]
+    header = ["target", "bytes", "ratio", "bits a weight", metric.name, "drop"]
     value = "" if float_model.accuracy is None else metric.text(float_model.accuracy, " ")
-    rows = [["float", size(float_model.bytes), "", "", value, ""]]
+    rows = [["float", f"{float_model.bytes:,}", "", "", value, ""]]
     for row in table.targets:
         rows.append(
             [
                 row.target + " (this run)" * (row.target == this),
-                size(row.bytes),
-                f"{float_model.bytes / max(1, row.bytes):.1f}×",
+                f"{row.bytes:,}",
+                f"{float_model.bytes / max(1, row.bytes):.1f}x",
                 f"{row.average_bits:.3f}",
                 "" if row.accuracy is None else metric.text(row.accuracy, " "),
                 "" if row.drop is None else metric.text(row.drop).rstrip("%"),

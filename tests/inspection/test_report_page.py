@@ -136,7 +136,7 @@ def test_a_run_of_a_sweep_shows_the_curve_before_the_layers(sweep: Run, tmp_path
     page = page_of(sweep.path / "4-bits", tmp_path)
     assert page.all("h2") == [CURVE, *SECTIONS]
     assert page.row_of("4 bits (this run)", 6)[1:] == [
-        *("4.00 kB", f"{table.float.bytes / 4000:.1f}×"),
+        *("4,000", f"{table.float.bytes / 4000:.1f}x"),
         *(f"{table.targets[1].average_bits:.3f}", "90.50 %", "2.00"),
     ]
     assert page.svgs[0]["aria-label"] == CURVE
