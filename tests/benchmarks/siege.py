@@ -34,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_project import ddq, make_project
 
+from ddqcli.cli.run_command import interrupt_again
+
 MEMORY = 2 << 30  # bytes more than the parent has
 SECONDS = 60
 CODES = {0, 1, 2, 3, 4}
@@ -105,6 +107,7 @@ def run(command: str, before: Callable[[], object] = lambda: None, after: float 
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
             signal.alarm(SECONDS)
+            sys.unraisablehook = interrupt_again  # as `main` does
             before()
             answer = ddq(*command.split())
             os.write(1, answer.out.encode())
