@@ -9,7 +9,7 @@ VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
-    """What a page holds, by the position of its start in the page.
+    """Content of a page, by the position of its start in the page.
 
     Checks that all elements nest.
     """

@@ -128,7 +128,7 @@ def gradients(
 
 
 def _places(rows: Rows) -> tuple[Tensor, int]:
-    """Where the groups begin in the joined rows, and the values of the longest."""
+    """Return the start of each group in the joined rows, and the values of the longest."""
     return rows.starts, max(rows.group_sizes)
 
 

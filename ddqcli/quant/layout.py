@@ -42,7 +42,7 @@ class Rows:
 
     @property
     def starts(self) -> Tensor:
-        """Where each group begins in the joined rows, and where the last ends: int64 [G + 1]."""
+        """Start of each group in the joined rows, and the end of the last: int64 [G + 1]."""
         sizes = self.group_sizes
         ends = tuple(itertools.accumulate(sizes, initial=0))
         return device_constant(ends, self.tensors[0].device, torch.int64)

@@ -35,7 +35,7 @@ def _cell(x, half_step, zero_cell):
 
 @triton.jit
 def _place(starts_ptr, group, longest, ALONE: tl.constexpr):
-    """Where a group begins, and its number of values."""
+    """Return the start of a group, and its number of values."""
     start, size = 0, longest  # known to begin at 0, values are loaded several at a time
     if not ALONE:
         start = tl.load(starts_ptr + group)

@@ -1,4 +1,4 @@
-"""What `ddq finetune` promises, on each kind of device: on CUDA by `pytest -m cuda`."""
+"""Promises of `ddq finetune`, on each kind of device: on CUDA by `pytest -m cuda`."""
 
 from __future__ import annotations
 
