@@ -15,6 +15,7 @@ from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.sizes import Sizes
 from ddqcli.artifact.tensors import INPUT_SUFFIX
 from ddqcli.artifact.verify import require_same_tensors
+from ddqcli.commands.exported import Exported, run_of
 from ddqcli.errors import DDQError, UsageError, VerificationError
 from ddqcli.qat.frozen import Array, FrozenModel
 from ddqcli.recipe.schema import Recipe
@@ -22,7 +23,7 @@ from ddqcli.runs.encode_run import encode_run, portable_recipe
 from ddqcli.runs.evaluation import Accuracy, Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.report import Report
-from ddqcli.runs.run import FINAL, REPORT, Run
+from ddqcli.runs.run import FINAL, Run
 from ddqcli.training.evaluate import OnProgress
 from ddqcli.training.verify import BehaviorCheck, check_behavior, require_same_behavior
 
@@ -31,14 +32,10 @@ _HALF = "float16"  # key in the file's meta: unquantized tensors were rounded to
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Exported):
     """A verified file."""
 
-    run_dir: Path
-    warnings: tuple[str, ...]  # of the run
-    path: Path
     sizes: Sizes
-    float_bytes: int
     tensors: int  # compared bit for bit
     values: int  # of these tensors
     behavior: BehaviorCheck
@@ -48,11 +45,7 @@ class ExportResult:
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         return {
-            "run_dir": str(self.run_dir),
-            "warnings": list(self.warnings),
-            "path": str(self.path),
-            "format": "safetensors",
-            "float_bytes": self.float_bytes,
+            **self.first_data("safetensors"),
             "half": self.half,
             "sizes": {
                 **asdict(self.sizes),
@@ -124,10 +117,9 @@ def check(
     `export`. Raises UsageError,
     and VerificationError if the file is damaged or not what was trained.
     """
-    beside = file.parent if (file.parent / REPORT).is_file() else None
     artifact = read_artifact(file)
     try:
-        run = Run.open(run_dir or beside, trust=trust)
+        run = run_of(file, run_dir, trust=trust)
     except UsageError as error:
         raise UsageError(
             f"{file} is undamaged, but there is nothing to compare it with: {error}"

@@ -8,24 +8,20 @@ from typing import Any
 
 from ddqcli.c_header.header import FlashRow, header_text
 from ddqcli.c_header.verify import compiler, require_same_header, require_same_integers
-from ddqcli.errors import UsageError, VerificationError
+from ddqcli.commands.exported import Exported, require_file, run_of
+from ddqcli.errors import VerificationError
 from ddqcli.qat.frozen import FrozenModel
-from ddqcli.recipe.missing_file import missing_file
 from ddqcli.runs.files import write_atomic
-from ddqcli.runs.run import FINAL, REPORT, Run
+from ddqcli.runs.run import FINAL, Run
 
 HEADER = "model.h"
 
 
 @dataclass(frozen=True)
-class CResult:
+class CResult(Exported):
     """A verified header."""
 
-    run_dir: Path
-    warnings: tuple[str, ...]  # of the run
-    path: Path
     size: int  # bytes of text
-    float_bytes: int
     layers: tuple[FlashRow, ...]
     tensors: int  # compared bit for bit
     values: int  # of these tensors
@@ -40,11 +36,7 @@ class CResult:
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         return {
-            "run_dir": str(self.run_dir),
-            "warnings": list(self.warnings),
-            "path": str(self.path),
-            "format": "c",
-            "float_bytes": self.float_bytes,
+            **self.first_data("c"),
             "sizes": {"file": self.size, "flash": self.flash},
             "layers": [asdict(row) for row in self.layers],
             "verified": {"tensors": self.tensors, "values": self.values},
@@ -78,10 +70,8 @@ def check_c(file: Path, run_dir: Path | None = None) -> CResult:
 
     Raises as `export_c`.
     """
-    if not file.is_file():
-        raise UsageError(missing_file(file))
-    beside = file.parent if (file.parent / REPORT).is_file() else None
-    run = Run.open(run_dir or beside)
+    require_file(file)
+    run = run_of(file, run_dir)
     frozen, text, rows = _expected(run)
     result = _verified(run, file, file, frozen, rows)
     if file.read_bytes() != text.encode():
@@ -106,13 +96,14 @@ def _verified(
     text = raw.decode("utf-8", errors="replace")
     require_same_header(text, frozen, name)
     unchecked = require_same_integers(text, frozen, name)
+    report = run.report()
     stored = [*frozen.trained.values(), *frozen.floats.values()]
     return CResult(
         run_dir=run.path,
-        warnings=run.report().warnings,
+        warnings=report.warnings,
         path=name,
         size=len(raw),
-        float_bytes=run.report().totals.float_bytes,
+        float_bytes=report.totals.float_bytes,
         layers=rows,
         tensors=len(stored),
         values=sum(array.size for array in stored),

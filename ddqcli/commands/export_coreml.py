@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.commands.exported import Exported
 from ddqcli.coreml.package import SUFFIX, Palette, make_package, require_coreml
 from ddqcli.coreml.readback import require_same_palettes
 from ddqcli.data.trees import sliced
@@ -34,14 +35,10 @@ class PaletteRow:
 
 
 @dataclass(frozen=True)
-class CoreMLResult:
+class CoreMLResult(Exported):
     """A package whose palettes were read back."""
 
-    run_dir: Path
-    warnings: tuple[str, ...]  # of the run
-    path: Path
     size: int  # bytes of all files of the package
-    float_bytes: int
     half: bool
     layers: tuple[PaletteRow, ...]
     values: int  # of these weights
@@ -50,11 +47,7 @@ class CoreMLResult:
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         return {
-            "run_dir": str(self.run_dir),
-            "warnings": list(self.warnings),
-            "path": str(self.path),
-            "format": "coreml",
-            "float_bytes": self.float_bytes,
+            **self.first_data("coreml"),
             "half": self.half,
             "sizes": {"file": self.size},
             "layers": [asdict(row) for row in self.layers],
@@ -84,11 +77,11 @@ def export_coreml(
         raise UsageError(f"Core ML knows a package by its ending; name it {out.stem}{SUFFIX}.")
     run = Run.open(run_dir, trust=trust)
     path = out or run.path / PACKAGE
-    frozen, source = FrozenModel.from_state(run.load(FINAL)), run.report().source
+    frozen, report = FrozenModel.from_state(run.load(FINAL)), run.report()
     expected = frozen.expected()
     tensors = {n: v for n, v in expected.items() if n not in {t.name for t in frozen.activations}}
     model = rebuild_model(run, to_torch(tensors), {}, str(run.path))
-    about = {"ddq": source.ddq, "source": source.sha256}
+    about = {"ddq": report.source.ddq, "source": report.source.sha256}
     weights = {tensor.name: tensor for tensor in frozen.quantized}
     package, palettes = make_package(model, weights, _example(run), about, half=half)
     results: list[list[str]] = []
@@ -106,10 +99,10 @@ def export_coreml(
     write_folder(path, write, is_own=_is_own)
     return CoreMLResult(
         run_dir=run.path,
-        warnings=run.report().warnings,
+        warnings=report.warnings,
         path=path,
         size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        float_bytes=run.report().totals.float_bytes,
+        float_bytes=report.totals.float_bytes,
         half=half,
         layers=tuple(_row(name, palette, weights[name]) for name, palette in palettes.items()),
         values=sum(palette.indices.size for palette in palettes.values()),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ddqcli.commands.exported import Exported, require_file, run_of
 from ddqcli.data.batches import Batch, tree_to_device
 from ddqcli.data.load import Data
 from ddqcli.data.source import list_names
@@ -20,10 +21,9 @@ from ddqcli.onnx.openvino import openvino_answers, require_openvino
 from ddqcli.onnx.runtime import Answers, Comparison, compare, onnxruntime_answers
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
-from ddqcli.recipe.missing_file import missing_file
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
-from ddqcli.runs.run import FINAL, REPORT, Run
+from ddqcli.runs.run import FINAL, Run
 from ddqcli.training.evaluate import OnProgress
 from ddqcli.training.network_checks import written_buffers
 from ddqcli.training.verify import attempt, load_held_out, rebuild_model
@@ -44,14 +44,10 @@ _SAMPLE_TOLERANCE = 2  # samples
 
 
 @dataclass(frozen=True)
-class OnnxResult:
+class OnnxResult(Exported):
     """A written ONNX file, and how onnxruntime's answers compare with torch's."""
 
-    run_dir: Path
-    warnings: tuple[str, ...]  # of the run
-    path: Path
     size: int  # bytes
-    float_bytes: int
     tensors: int  # compared bit for bit
     values: int  # of these tensors
     metric: Metric  # of the accuracies in both comparisons
@@ -64,11 +60,7 @@ class OnnxResult:
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
         return {
-            "run_dir": str(self.run_dir),
-            "warnings": list(self.warnings),
-            "path": str(self.path),
-            "format": "onnx",
-            "float_bytes": self.float_bytes,
+            **self.first_data("onnx"),
             "sizes": {"file": self.size},
             "verified": {"tensors": self.tensors, "values": self.values},
             # Scripts read these two keys: their British spelling is frozen.
@@ -155,11 +147,9 @@ def check_onnx(
         require_openvino()
     from ddqcli.onnx.seal import opened
 
-    if not file.is_file():
-        raise UsageError(missing_file(file))
+    require_file(file)
     opened(file.read_bytes(), str(file))  # before the work of exporting again
-    beside = file.parent if (file.parent / REPORT).is_file() else None
-    run = Run.open(run_dir or beside, trust=trust)
+    run = run_of(file, run_dir, trust=trust)
     return _verified(run, file, file, _expected(run), timed, openvino, on_progress)
 
 
