@@ -64,6 +64,15 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported_file(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file exported from that run; tests copy it."""
+    path = tmp_path_factory.mktemp("exported") / "model.safetensors"
+    answer = ddq("export", pristine / "runs/done", "-o", path)
+    assert answer.code == 0, answer.err
+    return path
+
+
 @pytest.fixture
 def project(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the project without runs, as working folder."""

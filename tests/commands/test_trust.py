@@ -30,9 +30,9 @@ READERS = (
 
 
 @pytest.fixture
-def exported(finished: Path) -> Path:
+def exported(finished: Path, exported_file: Path) -> Path:
     """The project with its run, and a file exported from it."""
-    assert ddq("export", "-o", "old.safetensors").code == 0
+    shutil.copy(exported_file, "old.safetensors")
     return finished
 
 
