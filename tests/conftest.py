@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -36,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "cuda":
         os.environ.setdefault("DDQ_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and collected tests out of garbage collections, and of what forks copy."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
