@@ -31,17 +31,17 @@ def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = N
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # of scores, and their number
     invalid: list[int] = []
-    for done, batch in enumerate(data.val.epoch(0)):
-        if not batch_size(batch):
-            continue  # the last batch may have fewer samples than there are ranks
-        inputs, targets = batch
-        require_finite_batch(inputs, done, "evaluation")
-        with parametrize.cached():
+    with parametrize.cached():  # each weight is quantized once for all batches
+        for done, batch in enumerate(data.val.epoch(0)):
+            if not batch_size(batch):
+                continue  # the last batch may have fewer samples than there are ranks
+            inputs, targets = batch
+            require_finite_batch(inputs, done, "evaluation")
             scores = data.metric(call(model, inputs), targets).double().cpu()
-        invalid += (int(total[1]) + (~scores.isfinite()).nonzero()[:, 0]).tolist()
-        total += torch.tensor([scores.sum(), len(scores)], dtype=torch.float64)
-        if on_progress:
-            on_progress("evaluate", done + 1, len(data.val))
+            invalid += (int(total[1]) + (~scores.isfinite()).nonzero()[:, 0]).tolist()
+            total += torch.tensor([scores.sum(), len(scores)], dtype=torch.float64)
+            if on_progress:
+                on_progress("evaluate", done + 1, len(data.val))
     scores_sum, count = distributed.sum_ranks(total).tolist()
     if not math.isfinite(scores_sum):
         raise _not_finite(data, invalid, int(count))

@@ -62,15 +62,15 @@ class HeldOut:
         model.eval()
         metric = self.data.judged_by
         total = torch.zeros(4, dtype=torch.float64)  # loss, samples, score, scores
-        for number, batch in enumerate(self.data.held_out.epoch(0)):
-            size, (x, y) = batch_size(batch), batch
-            if not size:
-                continue  # the last batch may have fewer samples than there are ranks
-            with parametrize.cached():
+        with parametrize.cached():  # each weight is quantized once for all batches
+            for number, batch in enumerate(self.data.held_out.epoch(0)):
+                size, (x, y) = batch_size(batch), batch
+                if not size:
+                    continue  # the last batch may have fewer samples than there are ranks
                 output = call(model, copied(x))
-            loss = float(self._loss(output, y, number))
-            scores = self.data.metric(as_float32(output), y).double()
-            total += torch.tensor([loss * size, size, scores.sum(), len(scores)]).double()
+                loss = float(self._loss(output, y, number))
+                scores = self.data.metric(as_float32(output), y).double()
+                total += torch.tensor([loss * size, size, scores.sum(), len(scores)]).double()
         loss, samples, score, count = distributed.sum_ranks(total).tolist()
         self.samples = int(samples)
         mean_loss = math.inf if math.isnan(loss) else loss / samples
