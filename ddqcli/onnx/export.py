@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 21
+Runtime = Literal["onnxruntime", "openvino"]
 _REQUIRED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -55,6 +56,7 @@ def make_onnx(
     weights: Mapping[str, QuantizedTensor],
     example: Tree,
     about: Mapping[str, str],
+    runtime: Runtime = "onnxruntime",
 ) -> OnnxModel:
     """Return a model as an ONNX file with an open batch size.
 
@@ -63,6 +65,7 @@ def make_onnx(
         weights: its quantized tensors under all of their names.
         example: inputs of some samples, a tree of tensors [B, ...].
         about: metadata of the file.
+        runtime: the one that shall be fast. Others run the file, too, with the same answers.
 
     Raises UsageError, which names the layer, for what ONNX cannot express.
     """
@@ -79,9 +82,9 @@ def make_onnx(
         if isinstance(quantizer, FrozenInputQuantizer):
             module.input_quantizer = _OnnxInputQuantizer(quantizer)
     proto = _export_float(model, _two_samples(example))
-    unpacked = rewrite(proto, weights)
+    unpacked = rewrite(proto, weights, keep_convolutions=runtime == "openvino")
     exporter = f"torch {torch.__version__}, onnxscript {onnxscript.__version__}"
-    raw = sealed(proto, {**about, "exporter": exporter})
+    raw = sealed(proto, {**about, "runtime": runtime, "exporter": exporter})
     onnx.checker.check_model(proto)
     return OnnxModel(raw, proto, unpacked)
 
@@ -183,6 +186,7 @@ def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
                 verbose=False,
             )
             assert exported is not None  # with dynamo=True
+            _fold_sizes(exported.model)
             return exported.model_proto
         except Exception as error:
             layer = active[-1] if active else _layer_of(error)
@@ -190,6 +194,17 @@ def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
             raise UsageError(
                 f"The model {where}cannot be exported to ONNX: {_first_cause(error)}"
             ) from error
+
+
+def _fold_sizes(model: Any) -> None:
+    """Compute shapes, indices and pads that no weight or input has a part in."""
+    from onnxscript.optimizer import fold_constants
+
+    def computes_sizes(node: Any) -> bool | None:
+        weights = [value for value in node.inputs if value is not None and value.is_initializer()]
+        return False if weights and node.op_type != "Shape" else None
+
+    fold_constants(model, should_fold=computes_sizes)
 
 
 def _two_samples(example: Tree) -> Tree:
