@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.data.trees import Tree, arguments, map_tensors, sliced, tensor_names
 from ddqcli.errors import UsageError
+from ddqcli.onnx.refusal import active_layers, refusal
 from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 from ddqcli.quant.grid import GRID_CELLS
@@ -169,7 +171,7 @@ def _node(
 
 def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
     """Export with float weights by torch's exporter. Raises UsageError if it fails."""
-    with _silenced(), torch.no_grad(), _active_layers(model) as active:
+    with _silenced(), torch.no_grad(), active_layers(model) as active:
         try:
             positional, named = arguments(example)
             batch = {0: torch.export.Dim("batch")}
@@ -189,11 +191,7 @@ def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
             _fold_sizes(exported.model)
             return exported.model_proto
         except Exception as error:
-            layer = active[-1] if active else _layer_of(error)
-            where = f"of the layer {layer} " if layer else ""
-            raise UsageError(
-                f"The model {where}cannot be exported to ONNX: {_first_cause(error)}"
-            ) from error
+            raise UsageError(refusal(error, active)) from error
 
 
 def _fold_sizes(model: Any) -> None:
@@ -213,55 +211,12 @@ def _two_samples(example: Tree) -> Tree:
 
 
 @contextmanager
-def _active_layers(model: nn.Module) -> Iterator[list[str]]:
-    """Provide the names of the layers whose forward is running, innermost last."""
-    active: list[str] = []
-    hooks = []
-
-    def leave(*_: Any) -> None:
-        active.pop()
-
-    for name, module in model.named_modules():
-        hooks.append(
-            module.register_forward_pre_hook(
-                lambda *_, name=name: active.append(name), prepend=True
-            )
-        )
-        hooks.append(module.register_forward_hook(leave))
-    try:
-        yield active
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _layer_of(error: BaseException | None) -> str:
-    """Return the layer of the graph node in the exporter's local variables, or ""."""
-    while error is not None:
-        trace = error.__traceback__
-        while trace is not None:
-            node = trace.tb_frame.f_locals.get("node")
-            if isinstance(node, torch.fx.Node) and node.meta.get("nn_module_stack"):
-                return str(list(node.meta["nn_module_stack"].values())[-1][0])
-            trace = trace.tb_next
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}{': ' + lines[0][:300] if lines else ''}"
-
-
-@contextmanager
 def _silenced() -> Iterator[None]:
-    """Hide the exporter's warnings and logs, which are about its own code."""
+    """Hide the exporter's warnings, logs and graphs, which are about its own code."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -458,17 +458,37 @@ class Unknown(nn.Module):
         return torch.special.bessel_j0(x)
 
 
-@pytest.mark.parametrize("layer", [Deciding, Unknown])
-def test_what_onnx_cannot_express_is_refused_by_the_layers_name(
-    layer: Callable[[], nn.Module], tmp_path: Path
+class Foreign(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy()) + 0
+
+
+class OneSize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Deciding, r"of the layer 1\.1 .*decides by the values of a tensor \(.*test_onnx\.py:\d+"),
+        (Unknown, r"of the layer 1\.1 .*ONNX has no operator prims\.bessel_j0; compute it with"),
+        (Foreign, r"of the layer 1\.1 .*numpy.*; torch\.export must be able to trace"),
+        (OneSize, r".*works for one batch size alone; take it from x\.shape\[0\], or -1 in a view"),
+    ],
+)
+def test_what_onnx_cannot_express_is_refused_with_layer_cause_and_remedy(
+    layer: Callable[[], nn.Module],
+    reason: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     model = uneven(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), layer())))
-    with pytest.raises(
-        UsageError, match=r"^The model of the layer 1\.1 cannot be exported to ONNX: "
-    ) as error:
+    with pytest.raises(UsageError, match=f"^The model {reason}") as error:
         written(model, torch.randn(2, 4), tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "model.onnx").exists()
+    assert capfd.readouterr().err == ""
 
 
 def test_without_the_extra_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
