@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import time
@@ -28,6 +27,7 @@ from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.network_copy import copy_network
 from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
@@ -231,7 +231,7 @@ def _load_and_convert(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         introduce("all parameters of the network were frozen; they are trained")
         model.requires_grad_(True)
-    trainable = copy.deepcopy(model)
+    trainable = copy_network(model)
     if start and start.report().is_trained:
         _load_trained_weights(trainable, start)
     quantized = convert(trainable, recipe)

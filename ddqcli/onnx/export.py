@@ -7,7 +7,6 @@ arithmetic.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 import warnings
@@ -19,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.data.trees import Tree, arguments, map_tensors, sliced, tensor_names
 from ddqcli.errors import UsageError
 from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
+from ddqcli.qat.network_copy import copy_network
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 from ddqcli.quant.grid import GRID_CELLS
 
@@ -73,7 +74,7 @@ def make_onnx(
     from ddqcli.onnx.integer_graph import rewrite
     from ddqcli.onnx.seal import sealed
 
-    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    model = copy_network(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in model.modules():
         quantizer = getattr(module, "input_quantizer", None)
         if isinstance(quantizer, FrozenInputQuantizer):
@@ -90,7 +91,7 @@ def make_float_onnx(model: nn.Module, example: Tree) -> bytes:
     """Return the model without the quantizers of its inputs, in float, to compare times."""
     from ddqcli.onnx.integer_graph import rewrite
 
-    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    model = copy_network(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in model.modules():
         if input_quantizer(module) is not None:
             remove_input_quantizer(module)
@@ -237,7 +238,13 @@ def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}{': ' + lines[0][:300] if lines else ''}"
+    cause = f"{type(error).__name__}{': ' + lines[0][:300] if lines else ''}"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return (
+            "its forward goes different ways for different values, as torchvision's detectors do, "
+            f"and a graph has one way for all; keep such code outside of the network ({cause})"
+        )
+    return cause
 
 
 @contextmanager
