@@ -32,7 +32,7 @@ from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.encode_run import file_meta, with_file_size
-from ddqcli.runs.evaluation import Course, Stage
+from ddqcli.runs.evaluation import Accuracy, Course, Measured, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.training import distributed
@@ -47,7 +47,7 @@ from ddqcli.training.distillation import (
     flips_at_random,
     matched,
 )
-from ddqcli.training.evaluate import evaluate, probe
+from ddqcli.training.evaluate import evaluate_all, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.network_checks import refuse_scripted_parts, refuse_written_weights
 from ddqcli.training.report import build_report
@@ -166,10 +166,12 @@ def finetune(
             run.truncate_metrics(trainer.step)
         with explain_user_errors("Training failed", DDQError, recipe):
             train(trainer, run, identity, baseline, listener)
-            accuracy = start_accuracy(trainer)
-            if accuracy is None:
+            accuracy, others = start_accuracy(trainer), []
+            if accuracy is None or data.others:
                 with trainer.quantized.folded():
-                    accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
+                    accuracy, *others = evaluate_all(
+                        trainer.model, data, on_progress=listener.progress
+                    )
             trainer.gates.check_kept()
         run_course = course(trainer, baseline, accuracy)
         warnings = find_warnings(trainer, run.metrics(), run_course)
@@ -178,7 +180,10 @@ def finetune(
         if inputs_warning:
             warnings.insert(0, inputs_warning)
         accuracies = baseline.accuracy, accuracy
-        report = _write_results(run, trainer, models.source, accuracies, run_course, warnings)
+        measured = _measured(data, baseline.others, others)
+        report = _write_results(
+            run, trainer, models.source, accuracies, measured, run_course, warnings
+        )
     return FinetuneResult(run.path, report, time.monotonic() - began)
 
 
@@ -377,11 +382,14 @@ def _measure_baseline(
     float_model: nn.Module, data: Data, recipe: Recipe, listener: Listener
 ) -> FloatBaseline:
     """Evaluate the float model, and detect how its training images were augmented."""
-    accuracy = evaluate(float_model, data, on_progress=listener.progress)
+    accuracy, *others = evaluate_all(float_model, data, on_progress=listener.progress)
     labels = distillation_weight(recipe.train.distill, data) < 1
     detected = detect_augmentation(float_model, data, recipe.data, labels=labels)
     return FloatBaseline(
-        accuracy, distributed.broadcast(detected), _first_outputs(float_model, data)
+        accuracy,
+        distributed.broadcast(detected),
+        _first_outputs(float_model, data),
+        tuple(others),
     )
 
 
@@ -466,17 +474,26 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
 # ---- results
 
 
+def _measured(data: Data, before: Sequence[float], after: Sequence[float]) -> tuple[Measured, ...]:
+    """Return the metrics that decide nothing, of the float and of the delivered model."""
+    values = zip(data.others, before, after, strict=True)
+    return tuple(
+        Measured(metric=metric, accuracy=Accuracy.of(b, a, metric)) for (_, metric), b, a in values
+    )
+
+
 def _write_results(
     run: Run,
     trainer: Trainer,
     source: Source,
     accuracy: tuple[float, float],
+    others: Sequence[Measured],
     run_course: Course,
     warnings: list[str],
 ) -> Report:
     """Write final.pt and report.json; return the report.
 
-    `accuracy` is the metric of the float and of the delivered model.
+    `accuracy` is the metric of the float and of the delivered model, `others` are further ones.
     """
     quantized = trainer.quantized
     report = build_report(
@@ -484,6 +501,7 @@ def _write_results(
         trainer.gates.budget,
         metric=trainer.data.judged_by,
         accuracy=accuracy,
+        other_metrics=others,
         course=run_course,
         source=source,
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),

@@ -31,7 +31,7 @@ class FactoryData:
     train: Any  # a data set, or re-iterable batches
     val: Any
     loss: Score | None  # (output, target) -> mean loss
-    metric: Any  # (output, target) -> one score [B] for each sample; or a mapping with its name
+    metric: Any  # (output, target) -> scores [B]; or a mapping with its name; or a list of these
 
 
 def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:

@@ -27,7 +27,10 @@ import torch
 from family_networks import FAMILIES, build
 
 HERE = Path(__file__).resolve().parent
-HEAD = f"{'network':<22}{'parameters':>12}{'quantized':>11}{'trained':>9}{'file':>6}{'ONNX':>6}{'s':>6}"
+HEAD = (
+    f"{'network':<22}{'parameters':>12}{'quantized':>11}"
+    f"{'trained':>9}{'file':>6}{'ONNX':>6}{'s':>6}"
+)
 
 
 @dataclass

@@ -58,7 +58,11 @@ def tuples():
     return splits(lambda x, y: [((a, a.flatten()[:5]), b) for a, b in zip(x, y)])
 
 def mappings():
-    return splits(lambda x, y: [({"extra": a.flatten()[:5], "image": a}, b) for a, b in zip(x, y)])
+    hits = lambda out, y: (out.argmax(1) == y).float()
+    loss = lambda out, y: F.cross_entropy(out, y, reduction="none")
+    metrics = [hits, {"name": "log loss", "unit": "nats", "better": "lower", "function": loss}]
+    made = lambda x, y: [({"extra": a.flatten()[:5], "image": a}, b) for a, b in zip(x, y)]
+    return splits(made) | {"metric": metrics}
 
 def loader():
     made = tuples()
@@ -292,6 +296,38 @@ def test_limits_speak_of_the_metric(folder: Path) -> None:
         assert answer.code == 3
         assert message in answer.err
     assert ddq("report", "runs/errors", "--min", "0.31").code == 2
+
+
+def test_a_metric_beside_the_first_is_reported_and_has_limits(folder: Path) -> None:
+    """Against the mean of the scores of the file's network, in float64."""
+    import ddqcli
+
+    assert finetune("mappings", run="runs/several").code == 0
+    (other,) = ddq("report", "runs/several", "--json").data["other_metrics"]
+    assert other["metric"] == {"name": "log loss", "unit": "nats", "better": "lower"}
+    assert ddq("export", "runs/several", "-o", "several.safetensors").code == 0
+    scope: dict[str, Any] = {}
+    exec(CODE, scope)
+    x, y = scope["images"](40, 1)
+    before, after = scope["Two"](), ddqcli.load("several.safetensors", scope["Two"]())
+    before.load_state_dict(torch.load("Two.pt"))
+    for net, stage in ((before, "float"), (after, "quantized")):
+        with torch.no_grad():
+            scores = net.eval()(x, x.flatten(1)[:, :5]).double()
+        mean = torch.nn.functional.cross_entropy(scores, y)
+        assert other["accuracy"][stage] == pytest.approx(float(mean), rel=1e-4)
+    value = other["accuracy"]["quantized"]
+    assert ddq("report", "several.safetensors", "--json").data["other_metrics"] == [other]
+    for shown in (ddq("report", "runs/several").out, ddq("report", "runs/several", "--md").out):
+        assert f"{value:.5g} nats quantized" in shown
+    assert ddq("report", "runs/several", "--html", "several").code == 0
+    assert f"{value:.5g}\N{NO-BREAK SPACE}nats" in Path("several/index.html").read_text()
+    assert ddq("report", "runs/several", "--max", f"log loss={value + 0.01}").code == 0
+    answer = ddq("report", "runs/several", "--max", f"log loss={value - 0.01}")
+    assert answer.code == 3
+    assert "--max log loss is unmet" in answer.err
+    unknown = ddq("report", "runs/several", "--max", "mAP=1")
+    assert "judged by accuracy and log loss, not by mAP" in unknown.err
 
 
 def test_a_metric_where_less_is_better_chooses_states_by_it(folder: Path) -> None:

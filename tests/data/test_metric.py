@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddqcli.data.distance import sample_differences
-from ddqcli.data.metric import own_metric
+from ddqcli.data.metric import own_metric, own_metrics
 from ddqcli.errors import DataError
 from ddqcli.runs.evaluation import Accuracy, Metric
 
@@ -47,6 +47,18 @@ def test_a_mapping_names_what_is_measured() -> None:
 def test_faulty_metrics_are_refused(given: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         own_metric(given, "data.py:f")
+
+
+def test_of_several_metrics_the_first_decides_and_names_are_distinct() -> None:
+    psnr = {"name": "PSNR", "unit": "dB", "function": score}
+    loss = {"name": "loss", "better": "lower", "function": score}
+    assert [m.name for _, m in own_metrics([psnr, loss, score], "f")] == [
+        "PSNR", "loss", "accuracy",
+    ]  # fmt: skip
+    assert [m.name for _, m in own_metrics(psnr, "f")] == ["PSNR"]
+    for faulty in ([], [psnr, psnr], [score, score]):
+        with pytest.raises(DataError, match="give at least one, and each a name of its own"):
+            own_metrics(faulty, "f")
 
 
 @pytest.mark.parametrize("returned", [torch.tensor(0.5), 0.5, torch.zeros(2, 2)])
