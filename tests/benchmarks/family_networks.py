@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import detection, optical_flow, segmentation, video
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock
 
+TESTS = Path(__file__).resolve().parents[1]
 CLASSES = 5
 BLANK = 0  # of CTC
 Sample = tuple[Any, Any]  # inputs, targets
@@ -49,36 +55,27 @@ def data(name: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------- classification
 
 
-def classifiers() -> Iterator[tuple[str, Family]]:
-    """Yield a small member of each of torchvision's families of image classifiers."""
-    sizes = {"maxvit_t": 224, "inception_v3": 299}
-    for name in (
-        "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3",
-        "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf",
-        "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "vgg11",
-        "vit_b_32",
-    ):  # fmt: skip
-        kwargs: dict[str, Any] = {"num_classes": CLASSES}
-        if name in ("googlenet", "inception_v3"):
-            kwargs["init_weights"] = False  # initialization takes a minute
-        if name == "vit_b_32":
-            kwargs["image_size"] = 64
-        yield name, Family(_model(name, **kwargs), _image(sizes.get(name, 64)))
-
-
-def _model(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
-    return lambda: torchvision.models.get_model(name, weights=None, **kwargs)
+def classifiers() -> dict[str, Family]:
+    """Return a small member of each of torchvision's families of image classifiers."""
+    sys.path += [str(TESTS), str(TESTS / "checkpoint")]
+    families = importlib.import_module("test_torchvision_families").FAMILIES
+    return {name: Family(build, _image(size)) for name, (build, size) in families.items()}
 
 
 def _image(size: int) -> Callable[[int], Sample]:
     return lambda k: (torch.randn(3, size, size), k % CLASSES)
 
 
+def small_resnet() -> nn.Module:
+    """Return ResNet with one block a stage, as the backbone of segmenters and detectors."""
+    return torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
+
+
 # --------------------------------------------------------------------- segmentation and detection
 
 
-def segmenter(name: str, **kwargs: Any) -> Family:
-    """Return a segmenter of torchvision; the auxiliary output of some has a part in the loss."""
+def segmenter(build: Callable[[], nn.Module]) -> Family:
+    """Return the task of a segmenter; the auxiliary output of some has a part in the loss."""
 
     def sample(k: int) -> Sample:
         return torch.randn(3, 64, 64), torch.randint(CLASSES, (64, 64))
@@ -89,12 +86,24 @@ def segmenter(name: str, **kwargs: Any) -> Family:
     def hits(output: dict[str, Tensor], classes: Tensor) -> Tensor:
         return (output["out"].argmax(1) == classes).float().mean((1, 2))
 
-    factory = getattr(segmentation, name)
-    metric = {"name": "right pixels", "unit": "%", "function": hits}
-    return Family(
-        lambda: factory(weights=None, weights_backbone=None, num_classes=CLASSES, **kwargs),
-        sample, loss, metric,
-    )  # fmt: skip
+    return Family(build, sample, loss, {"name": "right pixels", "unit": "%", "function": hits})
+
+
+def fcn() -> nn.Module:
+    layers = IntermediateLayerGetter(small_resnet(), {"layer4": "out", "layer3": "aux"})
+    return segmentation.FCN(
+        layers, segmentation.fcn.FCNHead(512, CLASSES), segmentation.fcn.FCNHead(256, CLASSES)
+    )
+
+
+def deeplab() -> nn.Module:
+    layers = IntermediateLayerGetter(small_resnet(), {"layer3": "out"})
+    head = segmentation.deeplabv3.DeepLabHead(256, CLASSES, (6, 12))
+    return segmentation.DeepLabV3(layers, head)
+
+
+def lraspp() -> nn.Module:
+    return segmentation.lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=CLASSES)
 
 
 class Detector(nn.Module):
@@ -124,26 +133,20 @@ class Detector(nn.Module):
         return {"losses": torch.stack(list(losses.values())), "boxes": best}
 
 
-def detector(name: str, size: int = 96, **kwargs: Any) -> Family:
-    """Return a detector of torchvision for images with one object."""
-    limits = {} if name.startswith("ssd") else {"min_size": size, "max_size": size}
+def detector(net: Callable[[], nn.Module], size: int = 96) -> Family:
+    """Return the task of a detector, on images with one object."""
 
     def build() -> nn.Module:
-        factory = getattr(detection, name)
-        return Detector(
-            factory(
-                weights=None, weights_backbone=None, num_classes=CLASSES + 1, **limits, **kwargs
-            )
-        )
+        return Detector(net())
 
     def sample(k: int) -> Sample:
         box = torch.tensor([[16.0, 16.0, 80.0, 72.0]])
         inputs = {"images": torch.rand(3, size, size), "boxes": box}
         inputs["labels"] = torch.tensor([1 + k % CLASSES])
-        if name.startswith("mask"):
+        if net is mask_rcnn:
             inputs["masks"] = torch.zeros(1, size, size, dtype=torch.uint8)
             inputs["masks"][:, 16:72, 16:80] = 1
-        if name.startswith("keypoint"):
+        if net is keypoint_rcnn:
             inputs["keypoints"] = torch.tensor([[[20.0, 20.0, 1.0]] * 17])
         return inputs, box[0]
 
@@ -157,16 +160,76 @@ def detector(name: str, size: int = 96, **kwargs: Any) -> Family:
     return Family(build, sample, loss, metric)
 
 
+def pyramid() -> nn.Module:
+    return detection.backbone_utils._resnet_fpn_extractor(small_resnet(), 5, [2, 3, 4])
+
+
+def with_regions(kind: Callable[..., nn.Module], **parts: Any) -> nn.Module:
+    """Return Faster R-CNN or what is built on it, with a small head for boxes."""
+    anchors = detection.rpn.AnchorGenerator(((32,), (64,), (96,), (128,)), ((0.5, 1.0, 2.0),) * 4)
+    pool = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
+    return kind(
+        pyramid(), min_size=96, max_size=96, rpn_anchor_generator=anchors, box_roi_pool=pool,
+        box_head=detection.faster_rcnn.TwoMLPHead(256 * 49, 64),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(64, CLASSES + 1), **parts,
+    )  # fmt: skip
+
+
+def faster_rcnn() -> nn.Module:
+    return with_regions(detection.FasterRCNN)
+
+
+def mask_rcnn() -> nn.Module:
+    parts = detection.mask_rcnn
+    return with_regions(
+        detection.MaskRCNN,
+        mask_head=parts.MaskRCNNHeads(256, (64, 64), 1),
+        mask_predictor=parts.MaskRCNNPredictor(64, 64, CLASSES + 1),
+    )
+
+
+def keypoint_rcnn() -> nn.Module:
+    parts = detection.keypoint_rcnn
+    return with_regions(
+        detection.KeypointRCNN,
+        keypoint_head=parts.KeypointRCNNHeads(256, (64, 64)),
+        keypoint_predictor=parts.KeypointRCNNPredictor(64, 17),
+    )
+
+
+def one_stage(kind: Callable[..., nn.Module], shapes: int) -> Callable[[], nn.Module]:
+    """Return FCOS or RetinaNet with so many anchor shapes a place."""
+    ratios = ((0.5, 1.0, 2.0)[:shapes],) * 4
+    anchors = detection.anchor_utils.AnchorGenerator(((16,), (32,), (64,), (96,)), ratios)
+    return lambda: kind(
+        pyramid(), num_classes=CLASSES + 1, min_size=96, max_size=96, anchor_generator=anchors
+    )
+
+
+def ssdlite() -> nn.Module:
+    return detection.ssdlite320_mobilenet_v3_large(weights_backbone=None, num_classes=CLASSES + 1)
+
+
 # ------------------------------------------------------------------------------- video and flow
 
 
-def video_classifier(name: str, frames: int, size: int) -> Family:
-    """Return a video classifier of torchvision for a few small frames."""
-    factory = getattr(video, name)
-    return Family(
-        lambda: factory(weights=None, num_classes=CLASSES),
-        lambda k: (torch.randn(3, frames, size, size), k % CLASSES),
+def video_classifier(build: Callable[[], nn.Module], frames: int, size: int) -> Family:
+    """Return the task of a video classifier, on a few small frames."""
+    return Family(build, lambda k: (torch.randn(3, frames, size, size), k % CLASSES))
+
+
+def video_resnet(first: type[nn.Module], others: type[nn.Module]) -> Callable[[], nn.Module]:
+    """Return R3D, MC3 or R(2+1)D with one block a stage."""
+    parts = video.resnet
+    stem = parts.R2Plus1dStem if first is parts.Conv2Plus1D else parts.BasicStem
+    makers = [first, others, others, others]
+    return lambda: parts.VideoResNet(
+        parts.BasicBlock, makers, [1, 1, 1, 1], stem, num_classes=CLASSES
     )
+
+
+def small_swin3d() -> nn.Module:
+    return video.SwinTransformer3d([2, 4, 4], 24, [2, 2], [3, 6], [2, 2, 2], num_classes=CLASSES)
 
 
 def small_mvit() -> nn.Module:
@@ -344,23 +407,24 @@ def ctc_bits(output: Tensor, targets: dict[str, Tensor]) -> Tensor:
 CTC_METRIC = {"name": "code length", "unit": "bits", "better": "lower", "function": ctc_bits}
 
 FAMILIES: dict[str, Family] = {
-    **dict(classifiers()),
-    "fcn_resnet50": segmenter("fcn_resnet50", aux_loss=True),
-    "deeplabv3_mobilenet": segmenter("deeplabv3_mobilenet_v3_large"),
-    "lraspp_mobilenet": segmenter("lraspp_mobilenet_v3_large"),
-    "fasterrcnn_mobilenet": detector("fasterrcnn_mobilenet_v3_large_320_fpn"),
-    "fcos_resnet50": detector("fcos_resnet50_fpn"),
-    "retinanet_resnet50": detector("retinanet_resnet50_fpn"),
-    "ssd300_vgg16": detector("ssd300_vgg16"),
-    "ssdlite320_mobilenet": detector("ssdlite320_mobilenet_v3_large"),
-    "maskrcnn_resnet50": detector("maskrcnn_resnet50_fpn"),
-    "keypointrcnn_resnet50": detector("keypointrcnn_resnet50_fpn", num_keypoints=17),
-    "r3d_18": video_classifier("r3d_18", 4, 48),
-    "mc3_18": video_classifier("mc3_18", 4, 48),
-    "r2plus1d_18": video_classifier("r2plus1d_18", 4, 48),
-    "s3d": video_classifier("s3d", 16, 224),
-    "swin3d_t": video_classifier("swin3d_t", 4, 64),
-    "mvit": Family(small_mvit, lambda k: (torch.randn(3, 4, 64, 64), k % CLASSES)),
+    **classifiers(),
+    "fcn": segmenter(fcn),
+    "deeplabv3": segmenter(deeplab),
+    "lraspp": segmenter(lraspp),
+    "faster_rcnn": detector(faster_rcnn),
+    "mask_rcnn": detector(mask_rcnn),
+    "keypoint_rcnn": detector(keypoint_rcnn),
+    "fcos": detector(one_stage(detection.FCOS, 1)),
+    "retinanet": detector(one_stage(detection.RetinaNet, 3)),
+    "ssdlite": detector(ssdlite),
+    "r3d": video_classifier(video_resnet(*[video.resnet.Conv3DSimple] * 2), 4, 32),
+    "mc3": video_classifier(
+        video_resnet(video.resnet.Conv3DSimple, video.resnet.Conv3DNoTemporal), 4, 32
+    ),
+    "r2plus1d": video_classifier(video_resnet(*[video.resnet.Conv2Plus1D] * 2), 4, 32),
+    "s3d": video_classifier(lambda: video.s3d(num_classes=CLASSES), 14, 224),
+    "swin3d": video_classifier(small_swin3d, 4, 32),
+    "mvit": video_classifier(small_mvit, 4, 64),
     "raft_small": flow(),
     "transformer_encoder": Family(Encoder, sentence),
     "transformer_decoder": Family(Translator, translation, token_loss, token_hits),
