@@ -48,6 +48,7 @@ from ddqcli.training.distillation import (
     matched,
 )
 from ddqcli.training.evaluate import evaluate_all, probe
+from ddqcli.training.features import check_features
 from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.network_checks import refuse_scripted_parts, refuse_written_weights
 from ddqcli.training.report import build_report
@@ -457,6 +458,8 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
                 "train.teacher is given, but these data bring their own loss; set "
                 "train.distill.weight to distill."
             )
+        if recipe.train.distill.layers:
+            raise UsageError("train.distill.layers are given, and train.distill.weight is 0.")
         return
     inputs, targets = next(iter(data.val.epoch(0)))
     with torch.no_grad():
@@ -464,10 +467,15 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
         check_distillable(output)
         if teacher.sha256 is not None:
             check_same_outputs(output, call(teacher.model, copied(inputs)), teacher.name)
+        if recipe.train.distill.layers:
+            check_features(models.float_model, teacher.model, recipe.train.distill.layers, inputs)
     views = ", mean of each image and its flip" if flips_at_random(data) else ""
     temperature = recipe.train.distill.temperature
     has_scores = any(axis is not None for *_, axis in matched(output, output, targets))
-    softened = f", temperature {temperature:g}" if has_scores else ""
+    softened = f", temperature {temperature:g}" if has_scores and not data.distill else ""
+    softened += ", by your own function" if data.distill else ""
+    if layers := recipe.train.distill.layers:
+        softened += f", also of the outputs of {list_names(layers)}"
     introduce(f"loss: {100 * weight:g} % distillation from {teacher.name}{views}{softened}")
 
 

@@ -55,6 +55,7 @@ class Data:
     own_loss: bool = False  # True if `loss` is the user's
     own_metric: bool = False  # True if `metric` is
     judged_by: Metric = field(default_factory=Metric)  # name, unit and direction of `metric`
+    distill: Score | None = None  # the user's own distillation: (output, teacher's output) -> loss
     others: tuple[tuple[Score, Metric], ...] = ()  # the user's metrics that decide nothing
     labelled: bool = True  # False if the float model's outputs stand for targets
 
@@ -223,7 +224,7 @@ def _factory_data(
     judged_by, others = Metric(), list[tuple[Score, Metric]]()
     if data.metric is not None:
         (metric, judged_by), *others = own_metrics(data.metric, spec)
-    own = [name for name in ("loss", "metric") if getattr(data, name) is not None]
+    own = [name for name in ("loss", "metric", "distill") if getattr(data, name) is not None]
     note = f"{_counts(splits)} samples from {spec}, prepared by it"
     note += f"; its own {' and '.join(own)}" if own else ""
     return Data(
@@ -235,6 +236,7 @@ def _factory_data(
         own_loss=data.loss is not None,
         own_metric=data.metric is not None,
         judged_by=judged_by,
+        distill=own_loss(data.distill, spec, "distill") if data.distill is not None else None,
         others=tuple(others),
     )
 

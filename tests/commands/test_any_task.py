@@ -91,6 +91,11 @@ def signals():
 def unlabelled():
     return splits(lambda x, y: TensorDataset(x))
 
+def own_distillation():
+    def distill(out, expected):
+        return (out["out"] - expected["out"]).abs().mean()
+    return pixels() | {"distill": distill}
+
 def undefined():
     hits = lambda out, y: torch.where(y == 3, float("nan"), (out.argmax(1) == y).float())
     return splits(TensorDataset) | {"metric": hits}
@@ -107,6 +112,7 @@ TASKS = {  # data -> network and further arguments
     "numbers": "Regressor",
     "signals": "Regressor --set train.distill.weight=0.9",
     "unlabelled": "Segmenter --act-bits 8",
+    "own_distillation": "Segmenter --set train.distill.layers=['body']",
 }
 
 
@@ -340,6 +346,17 @@ def test_a_metric_where_less_is_better_chooses_states_by_it(folder: Path) -> Non
     for step, look in looks.items():
         if look["held_out_loss"] < looks[best]["held_out_loss"]:
             assert look["held_out_accuracy"] > looks[0]["held_out_accuracy"], step
+
+
+def test_a_layer_to_distill_is_named_right_or_refused_before_training(folder: Path) -> None:
+    answer = finetune("numbers", "--set", "train.distill.layers=['body.3']", run="runs/layers")
+    assert answer.code == 0, answer.err
+    assert "90 % distillation from the float model, also of the outputs of body.3" in answer.err
+    answer = finetune("numbers", "--set", "train.distill.layers=['body.33']", run="runs/wrong")
+    assert answer.code == 2
+    assert "the network has no layer body.33; did you mean body.3?" in answer.err
+    zero = ("--set", "train.distill.layers=['body.3']", "--set", "train.distill.weight=0")
+    assert "train.distill.weight is 0" in finetune("numbers", *zero, run="runs/zero").err
 
 
 def test_a_metric_that_is_not_a_number_is_refused_at_the_float_model(folder: Path) -> None:
