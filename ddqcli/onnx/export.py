@@ -244,6 +244,11 @@ def _first_cause(error: BaseException) -> str:
             "its forward goes different ways for different values, as torchvision's detectors do, "
             f"and a graph has one way for all; keep such code outside of the network ({cause})"
         )
+    if "Constraints violated (batch)" in cause:
+        return (
+            "its forward works for this number of samples alone; write x.shape[0] in place of "
+            f"len(x) or of a number ({cause})"
+        )
     return cause
 
 

@@ -98,6 +98,10 @@ def test_the_distance_of_outputs_is_the_largest_of_their_tensors() -> None:
     found = sample_differences({"a": a, "c": moved}, {"a": b, "c": c})
     assert found.tolist() == pytest.approx(expected)
     assert sample_differences(c, c).tolist() == [0, 0, 0]
+    number = torch.tensor(2.0)  # without axes, as a mean over the batch
+    assert sample_differences((c, number), (c, number)).tolist() == [0, 0, 0]
+    assert sample_differences((c, 1.5 * number), (c, number)).tolist() == [0.5, 0.5, 0.5]
+    assert sample_differences(1.5 * number, number).tolist() == [0.5]
     assert sample_differences(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
     assert sample_differences(c, b).tolist() == [torch.inf]
     assert sample_differences((c,), (c, c)).tolist() == [torch.inf]

@@ -435,6 +435,23 @@ def test_what_onnx_cannot_express_is_refused_by_the_layers_name(
     assert not (tmp_path / "model.onnx").exists()
 
 
+class Counting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.new_ones(len(x), 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "remedy"),
+    [(Deciding, "goes different ways for different values"), (Counting, "write x.shape\\[0\\]")],
+)
+def test_what_the_forward_must_not_do_is_said(
+    layer: Callable[[], nn.Module], remedy: str, tmp_path: Path
+) -> None:
+    model = uneven(nn.Sequential(nn.Linear(4, 4), layer()))
+    with pytest.raises(UsageError, match=remedy):
+        written(model, torch.randn(2, 4), tmp_path)
+
+
 def test_without_the_extra_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
