@@ -12,7 +12,6 @@ computes what it did, and the file has the same bytes. Nagel et al. (2019, arXiv
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ddqcli.data.trees import Tree, call, copied, tensors
 from ddqcli.qat.layer_config import CONVOLUTIONS, TRANSPOSED
 from ddqcli.qat.layer_matrix import as_matrix, from_matrix
 from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.network_copy import copy_network
 from ddqcli.qat.parameters import float_state
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
@@ -64,7 +64,7 @@ def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree)
         for t in quantized.tensors
         if t.places[0].local == "weight" and len(t.places) == len(t.quantizer.bits) == 1
     }
-    balanced = copy.deepcopy(float_model).eval()
+    balanced = copy_network(float_model).eval()
     pairs = [pair for pair in _pairs(balanced, x) if pair.layer in weights]
     for model in (balanced, quantized.model):
         state = float_state(model, keep_vars=True)
@@ -83,7 +83,7 @@ def _pairs(model: nn.Module, x: Tree) -> list[_Pair]:
         candidates = _candidates(model, x)
 
         def unchanged(pairs: Sequence[_Pair]) -> bool:
-            trial = copy.deepcopy(model)
+            trial = copy_network(model)
             state, random = float_state(trial, keep_vars=True), torch.Generator().manual_seed(0)
             for pair in pairs:
                 count = len(state[f"{pair.norm}.running_var"])
