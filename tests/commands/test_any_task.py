@@ -59,7 +59,11 @@ def tuples():
     return splits(lambda x, y: [((a, a.flatten()[:5]), b) for a, b in zip(x, y)])
 
 def mappings():
-    return splits(lambda x, y: [({"extra": a.flatten()[:5], "image": a}, b) for a, b in zip(x, y)])
+    hits = lambda out, y: (out.argmax(1) == y).float()
+    loss = lambda out, y: F.cross_entropy(out, y, reduction="none")
+    metrics = [hits, {"name": "log loss", "unit": "nats", "better": "lower", "function": loss}]
+    made = lambda x, y: [({"extra": a.flatten()[:5], "image": a}, b) for a, b in zip(x, y)]
+    return splits(made) | {"metric": metrics}
 
 def loader():
     made = tuples()
@@ -88,6 +92,11 @@ def signals():
 def unlabelled():
     return splits(lambda x, y: TensorDataset(x))
 
+def own_distillation():
+    def distill(out, expected):
+        return (out["out"] - expected["out"]).abs().mean()
+    return pixels() | {"distill": distill}
+
 def undefined():
     hits = lambda out, y: torch.where(y == 3, float("nan"), (out.argmax(1) == y).float())
     return splits(TensorDataset) | {"metric": hits}
@@ -104,6 +113,7 @@ TASKS = {  # data -> network and further arguments
     "numbers": "Regressor",
     "signals": "Regressor --set train.distill.weight=0.9",
     "unlabelled": "Segmenter --act-bits 8",
+    "own_distillation": "Segmenter --set train.distill.layers=['body']",
 }
 
 
@@ -306,6 +316,38 @@ def test_limits_speak_of_the_metric(trained: Callable[[str], Answer]) -> None:
     assert ddq("report", "runs/numbers", "--min", "0.31").code == 2
 
 
+def test_a_metric_beside_the_first_is_reported_and_has_limits(folder: Path) -> None:
+    """Against the mean of the scores of the file's network, in float64."""
+    import ddqcli
+
+    assert finetune("mappings", run="runs/several").code == 0
+    (other,) = ddq("report", "runs/several", "--json").data["other_metrics"]
+    assert other["metric"] == {"name": "log loss", "unit": "nats", "better": "lower"}
+    assert ddq("export", "runs/several", "-o", "several.safetensors").code == 0
+    scope: dict[str, Any] = {}
+    exec(CODE, scope)
+    x, y = scope["images"](40, 1)
+    before, after = scope["Two"](), ddqcli.load("several.safetensors", scope["Two"]())
+    before.load_state_dict(torch.load("Two.pt"))
+    for net, stage in ((before, "float"), (after, "quantized")):
+        with torch.no_grad():
+            scores = net.eval()(x, x.flatten(1)[:, :5]).double()
+        mean = torch.nn.functional.cross_entropy(scores, y)
+        assert other["accuracy"][stage] == pytest.approx(float(mean), rel=1e-4)
+    value = other["accuracy"]["quantized"]
+    assert ddq("report", "several.safetensors", "--json").data["other_metrics"] == [other]
+    for shown in (ddq("report", "runs/several").out, ddq("report", "runs/several", "--md").out):
+        assert f"{value:.5g} nats quantized" in shown
+    assert ddq("report", "runs/several", "--html", "several").code == 0
+    assert f"{value:.5g}\N{NO-BREAK SPACE}nats" in Path("several/index.html").read_text()
+    assert ddq("report", "runs/several", "--max", f"log loss={value + 0.01}").code == 0
+    answer = ddq("report", "runs/several", "--max", f"log loss={value - 0.01}")
+    assert answer.code == 3
+    assert "--max log loss is unmet" in answer.err
+    unknown = ddq("report", "runs/several", "--max", "mAP=1")
+    assert "judged by accuracy and log loss, not by mAP" in unknown.err
+
+
 def test_a_metric_where_less_is_better_chooses_states_by_it(folder: Path) -> None:
     """No state is delivered whose error on held-out samples is above that of the start."""
     assert finetune("numbers", "--set", "train.lr=0.02", run="runs/lower").code == 0
@@ -316,6 +358,17 @@ def test_a_metric_where_less_is_better_chooses_states_by_it(folder: Path) -> Non
     for step, look in looks.items():
         if look["held_out_loss"] < looks[best]["held_out_loss"]:
             assert look["held_out_accuracy"] > looks[0]["held_out_accuracy"], step
+
+
+def test_a_layer_to_distill_is_named_right_or_refused_before_training(folder: Path) -> None:
+    answer = finetune("numbers", "--set", "train.distill.layers=['body.3']", run="runs/layers")
+    assert answer.code == 0, answer.err
+    assert "90 % distillation from the float model, also of the outputs of body.3" in answer.err
+    answer = finetune("numbers", "--set", "train.distill.layers=['body.33']", run="runs/wrong")
+    assert answer.code == 2
+    assert "the network has no layer body.33; did you mean body.3?" in answer.err
+    zero = ("--set", "train.distill.layers=['body.3']", "--set", "train.distill.weight=0")
+    assert "train.distill.weight is 0" in finetune("numbers", *zero, run="runs/zero").err
 
 
 def test_a_metric_that_is_not_a_number_is_refused_at_the_float_model(folder: Path) -> None:

@@ -135,7 +135,17 @@ def test_openvino_verifies_too_when_asked(exported: Path) -> None:
     data = ddq("export", "--check", FILE, "--openvino", "--json").data["openvino"]
     assert data["outputs"] < 0.1
     assert data["accuracy"] == pytest.approx(data["torch_accuracy"], abs=7)
-    assert "OpenVINO: outputs" in ddq("export", "--check", FILE, "--openvino").out
+    assert "outputs    OpenVINO: " in ddq("export", "--check", FILE, "--openvino").out
+
+
+def test_a_file_for_openvino_is_checked_as_such(exported: Path) -> None:
+    pytest.importorskip("openvino")
+    raw = FILE.read_bytes()
+    data = ddq("export", "--format", "onnx", "--openvino", "--bench", "--json").data
+    assert data["openvino"]["outputs"] < 0.1
+    assert data["bench"]["runtime"] == "openvino"
+    assert FILE.read_bytes() != raw
+    assert ddq("export", "--check", FILE).code == 0
 
 
 def test_openvino_applies_to_onnx_files_alone(exported: Path) -> None:

@@ -24,6 +24,7 @@ def test_json_keys_are_these(reports: list[dict]) -> None:
                 "totals",
                 "metric",
                 "accuracy",
+                "other_metrics",
                 "course",
                 "activations",
                 "kept_float",

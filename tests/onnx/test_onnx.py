@@ -324,6 +324,42 @@ def test_a_residual_network_answers_alike_at_any_batch_size(tmp_path: Path) -> N
     assert runs["Conv"] + runs["FusedConv"] == 1
 
 
+def test_for_openvino_convolutions_stay_and_the_answers_too(tmp_path: Path) -> None:
+    model, x = shake(residual_net()), torch.randn(8, 3, 16, 16)
+    path, loaded, made = written(model, x, tmp_path)
+    size = path.stat().st_size
+    raw = make_onnx(loaded, made.weights, x, {"source": "0123"}, "openvino").raw
+    path.write_bytes(raw)
+    operators = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert operators["Conv"] == sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
+    assert operators["Transpose"] == operators["Gemm"] + operators["MatMul"] == 1
+    assert len(raw) < size
+    for found in both(path, x):
+        away = (found - torch_answer(loaded, x)).abs().amax(1) / 5
+        assert float(away.median()) < 1e-4
+
+
+def test_sizes_are_computed_when_the_file_is_written(tmp_path: Path) -> None:
+    """Of a convolution's missing bias, and of pads and slices."""
+
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 32, 3, padding=1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))
+            return wide + self.conv(x)[:, :, ::2, ::2]
+
+    path, loaded, _ = written(shake(Shortcut()), x := torch.randn(2, 16, 8, 8), tmp_path)
+    proto = onnx.load(path)
+    assert not {node.op_type for node in proto.graph.node} & {"Constant", "Shape", "Expand"}
+    values = [(t.data_type, tuple(t.dims), t.raw_data) for t in proto.graph.initializer]
+    assert len(values) == len(set(values)), "equal constants are stored once"
+    for found in both(path, x):
+        assert distance(found, torch_answer(loaded, x)) < 1e-4
+
+
 def test_the_integers_are_those_of_the_file(tmp_path: Path) -> None:
     model = uneven(
         nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 17, 1))
@@ -422,7 +458,7 @@ def test_the_file_is_the_same_each_time_and_tells_nothing_of_the_machine(tmp_pat
         for i in (proto.graph.input[0], proto.graph.output[0])
     ] == ["batch"] * 2
     about = {prop.key: prop.value for prop in proto.metadata_props}
-    assert about.keys() == {"source", "exporter", "sha256"}
+    assert about.keys() == {"source", "runtime", "exporter", "sha256"}
     assert about["source"] == "0123"
 
 
@@ -439,17 +475,43 @@ class Unknown(nn.Module):
         return torch.special.bessel_j0(x)
 
 
-@pytest.mark.parametrize("layer", [Deciding, Unknown])
-def test_what_onnx_cannot_express_is_refused_by_the_layers_name(
-    layer: Callable[[], nn.Module], tmp_path: Path
+class Foreign(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy()) + 0
+
+
+class Counting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.new_ones(len(x), 4)
+
+
+class OneSize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Deciding, r"of the layer 1\.1 .*decides by the values of a tensor \(.*test_onnx\.py:\d+"),
+        (Unknown, r"of the layer 1\.1 .*ONNX has no operator prims\.bessel_j0; compute it with"),
+        (Foreign, r"of the layer 1\.1 .*numpy.*; torch\.export must be able to trace"),
+        (Counting, r".*works for one batch size alone"),
+        (OneSize, r".*works for one batch size alone; take it from x\.shape\[0\], or -1 in a view"),
+    ],
+)
+def test_what_onnx_cannot_express_is_refused_with_layer_cause_and_remedy(
+    layer: Callable[[], nn.Module],
+    reason: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     model = uneven(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), layer())))
-    with pytest.raises(
-        UsageError, match=r"^The model of the layer 1\.1 cannot be exported to ONNX: "
-    ) as error:
+    with pytest.raises(UsageError, match=f"^The model {reason}") as error:
         written(model, torch.randn(2, 4), tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "model.onnx").exists()
+    assert capfd.readouterr().err == ""
 
 
 def test_without_the_extra_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,20 @@ def test_it_observes_all_inputs_and_then_quantizes(levels):
     assert not quantizer.saw_only_zeros
 
 
+def test_the_ranges_of_the_calls_of_a_pass_are_told_apart():
+    quantizer = ActivationQuantizer(8)
+    assert quantizer.range_ratio == 1
+    for first, second in ((0.0, -1.0), (2.0, 30.0), (-3.0, 4.0)):
+        quantizer.observe_pass()
+        for value in (first, second):
+            quantizer(torch.tensor([value, 0.5 * value]))
+    assert quantizer.fit()
+    assert quantizer.ranges == [3, 30]
+    assert quantizer.range_ratio == 10
+    quantizer(torch.full((2,), 99.0))  # after `fit`, nothing is observed
+    assert quantizer.ranges == [3, 30]
+
+
 def test_of_a_large_input_some_values_stand_for_all_and_its_range_counts():
     quantizer = ActivationQuantizer(8)
     quantizer.observing = True
