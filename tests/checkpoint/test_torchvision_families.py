@@ -17,6 +17,7 @@ from small_models import recipe
 from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.googlenet import BasicConv2d, Inception
 from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import Bottleneck
 
@@ -66,12 +67,11 @@ def small_efficientnet() -> nn.Module:
 
 def small_googlenet() -> nn.Module:
     """The stem's kind and two of nine blocks."""
-    blocks = models.googlenet
     return nn.Sequential(
-        blocks.BasicConv2d(3, 8, kernel_size=7, stride=2, padding=3),
+        BasicConv2d(3, 8, kernel_size=7, stride=2, padding=3),
         nn.MaxPool2d(3, stride=2, ceil_mode=True),
-        blocks.Inception(8, 8, 8, 16, 4, 8, 8),
-        blocks.Inception(40, 8, 8, 16, 4, 8, 8),
+        Inception(8, 8, 8, 16, 4, 8, 8),
+        Inception(40, 8, 8, 16, 4, 8, 8),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(40, 10),

@@ -25,7 +25,7 @@ FILE = Path("runs/done/model.onnx")
 def trained(pristine: Path) -> OnnxModel:
     """The ONNX model of the finished run, to which files are compared."""
     with inside(pristine):
-        return export_onnx._expected(Run.open(Path("runs/done"))).model
+        return export_onnx._expected(Run.open(Path("runs/done")), "onnxruntime").model
 
 
 @pytest.fixture
