@@ -7,7 +7,6 @@ arithmetic.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import logging
@@ -26,6 +25,7 @@ from ddqcli.data.trees import Tree, arguments, map_tensors, sliced, tensor_names
 from ddqcli.errors import UsageError
 from ddqcli.onnx.refusal import active_layers, refusal
 from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
+from ddqcli.qat.network_copy import copy_network
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 from ddqcli.quant.grid import GRID_CELLS
 
@@ -78,7 +78,7 @@ def make_onnx(
     from ddqcli.onnx.integer_graph import rewrite
     from ddqcli.onnx.seal import sealed
 
-    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    model = copy_network(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in model.modules():
         quantizer = getattr(module, "input_quantizer", None)
         if isinstance(quantizer, FrozenInputQuantizer):
@@ -95,7 +95,7 @@ def make_float_onnx(model: nn.Module, example: Tree) -> bytes:
     """Return the model without the quantizers of its inputs, in float, to compare times."""
     from ddqcli.onnx.integer_graph import rewrite
 
-    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    model = copy_network(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in model.modules():
         if input_quantizer(module) is not None:
             remove_input_quantizer(module)

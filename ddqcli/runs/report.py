@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ddqcli.artifact.sizes import tensor_bytes
-from ddqcli.runs.evaluation import Accuracy, Course, Metric
+from ddqcli.runs.evaluation import Accuracy, Course, Measured, Metric
 from ddqcli.runs.layer_order import in_order, order_runs
 from ddqcli.runs.record import Record
 
@@ -141,6 +141,7 @@ class Report(Record):
     totals: Totals
     metric: Metric = Field(default_factory=Metric)  # that `accuracy` and `course` hold values of
     accuracy: Accuracy | None  # None if nothing was evaluated
+    other_metrics: tuple[Measured, ...] = ()  # metrics that decide nothing
     course: Course | None = None  # None after a dry run, and in reports of older versions
     activations: tuple[ActivationRow, ...]
     kept_float: dict[str, str]  # unquantized tensor -> reason
@@ -164,9 +165,11 @@ class Report(Record):
         metric = {} if self.metric == Metric() else {"metric": self.metric.data()}
         runs = order_runs([row.name for row in self.layers])
         order = {"order": runs} if runs else {}
+        others = [each.data() for each in self.other_metrics]
         return {
             **metric,
             **order,
+            **({"other_metrics": others} if others else {}),
             "accuracy": self.accuracy and self.accuracy.data(),
             "course": self.course and self.course.model_dump(mode="json"),  # as the file has it
             "run": self.run.data(),
@@ -235,6 +238,7 @@ class Report(Record):
             kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()}
             | dict.fromkeys(artifact.constants, "a constant: takes no bytes"),
             metric=Metric(**embedded.get("metric", {})),
+            other_metrics=embedded.get("other_metrics", ()),
             course=embedded.get("course"),
             **{key: embedded[key] for key in ("accuracy", "source", "run", "warnings")},
         )

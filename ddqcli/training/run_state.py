@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddqcli.training.detect_augmentation import DetectedAugmentation
 
-_STATE_FORMAT = 4  # raised when the contents of last.pt change
+_STATE_FORMAT = 5  # raised when the contents of last.pt change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,18 @@ class FloatBaseline:
     accuracy: float  # the metric on held-out data, in its unit
     augmentation: DetectedAugmentation
     outputs: list[Tensor] | None = None  # of the float model for the first held-out samples
+    others: tuple[float, ...] = ()  # metrics that decide nothing, in their units
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> FloatBaseline:
         """Read the baseline from a saved state."""
         augmentation = DetectedAugmentation(**state["augmentation"])
-        return cls(state["float_accuracy"], augmentation, state["float_outputs"])
+        return cls(
+            state["float_accuracy"],
+            augmentation,
+            state["float_outputs"],
+            tuple(state["float_others"]),
+        )
 
     def state(self) -> dict[str, Any]:
         """Return the entries of the saved state. Augmentation that was not detected is left out."""
@@ -68,4 +74,5 @@ class FloatBaseline:
             "float_accuracy": self.accuracy,
             "augmentation": detected,
             "float_outputs": self.outputs,
+            "float_others": self.others,
         }

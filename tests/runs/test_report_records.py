@@ -14,8 +14,8 @@ from ddqcli.artifact.read import read_artifact
 from ddqcli.runs.report import Accuracy, ActivationRow, Report, SweepRow, SweepTable, TensorRow
 
 KEYS = (
-    *("version", "layers", "totals", "metric", "accuracy", "course", "activations", "kept_float"),
-    *("source", "run", "warnings"),
+    *("version", "layers", "totals", "metric", "accuracy", "other_metrics", "course"),
+    *("activations", "kept_float", "source", "run", "warnings"),
 )
 
 
