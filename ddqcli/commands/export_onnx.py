@@ -15,12 +15,13 @@ from ddqcli.data.batches import Batch, tree_to_device
 from ddqcli.data.load import Data
 from ddqcli.data.source import list_names
 from ddqcli.data.trees import Tree, shared_length, sliced, tensor_names, tensors
-from ddqcli.errors import UsageError, VerificationError
+from ddqcli.errors import LimitExceeded, UsageError, VerificationError
 from ddqcli.onnx.export import OnnxModel, Runtime, make_float_onnx, make_onnx, require_onnx
 from ddqcli.onnx.openvino import openvino_answers, require_openvino
 from ddqcli.onnx.runtime import Answers, Comparison, compare, onnxruntime_answers
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
+from ddqcli.recipe.size import parse_size
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, Run
@@ -121,6 +122,7 @@ def export_onnx(
     results: list[OnnxResult] = []
 
     def write(temporary: Path) -> None:
+        _require_target(run, len(expected.model.raw), path)
         temporary.write_bytes(expected.model.raw)
         results.append(_verified(run, temporary, path, expected, timed, openvino, on_progress))
 
@@ -154,6 +156,19 @@ def check_onnx(
     runtime: Runtime = "openvino" if about.get("runtime") == "openvino" else "onnxruntime"
     run = run_of(file, run_dir, trust=trust)
     return _verified(run, file, file, _expected(run, runtime), timed, openvino, on_progress)
+
+
+def _require_target(run: Run, size: int, path: Path) -> None:
+    """Raise LimitExceeded if the run promised a smaller ONNX file."""
+    budget = run.recipe().budget
+    if budget.target_format != "onnx" or budget.target_size is None:
+        return
+    limit = parse_size(budget.target_size, run.report().totals.float_bytes)
+    if size > limit:
+        raise LimitExceeded(
+            f"{path} would have {size:,} bytes, and the budget of the run is {limit:,} "
+            f"({budget.target_size}); finetune with a smaller --target-size."
+        )
 
 
 @dataclass(frozen=True)

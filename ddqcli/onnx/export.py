@@ -84,7 +84,7 @@ def make_onnx(
         if isinstance(quantizer, FrozenInputQuantizer):
             module.input_quantizer = _OnnxInputQuantizer(quantizer)
     proto = _export_float(model, _two_samples(example))
-    unpacked = rewrite(proto, weights, keep_convolutions=runtime == "openvino")
+    unpacked = rewrite(proto, weights, for_openvino=runtime == "openvino")
     exporter = f"torch {torch.__version__}, onnxscript {onnxscript.__version__}"
     raw = sealed(proto, {**about, "runtime": runtime, "exporter": exporter})
     onnx.checker.check_model(proto)

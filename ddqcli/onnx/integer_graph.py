@@ -34,16 +34,16 @@ def rewrite(
     model: onnx.ModelProto,
     weights: Mapping[str, QuantizedTensor],
     *,
-    keep_convolutions: bool = False,
+    for_openvino: bool = False,
 ) -> dict[str, Array]:
     """Put `weights` in place of the float initializers of these names.
 
-    With `keep_convolutions`, those with a float result do not become a Gemm: OpenVINO has integer
-    kernels for them, and its transposes cost more than a convolution.
+    `for_openvino` leaves convolutions with a float result as they are, since OpenVINO has integer
+    kernels for them, and transposes weights of linear layers where it still sees their integers.
 
     Returns the int8 or float32 tensors that the file holds, by the value to which they unpack.
     """
-    rewriter = _Rewriter(model.graph, weights, keep_convolutions)
+    rewriter = _Rewriter(model.graph, weights, for_openvino)
     rewriter.run()
     return rewriter.graph.unpacked
 
@@ -55,10 +55,10 @@ class _Rewriter:
         self,
         proto: onnx.GraphProto,
         weights: Mapping[str, QuantizedTensor],
-        keep_convolutions: bool,
+        for_openvino: bool,
     ) -> None:
         self.graph, self.weights = Graph(proto), weights
-        self.keep_convolutions = keep_convolutions
+        self.for_openvino = for_openvino
         self.absorbed: set[str] = set()  # outputs of nodes whose work another node now does
         self.clip_ranges: dict[str, tuple[int, int]] = {}  # by output of a QuantizeLinear
         self.dequantized: dict[str, str] = {}  # weight -> its value in its own shape
@@ -118,9 +118,9 @@ class _Rewriter:
             return
         shift = kernel.integer_shift(self.graph.constant(dequantize.input[1]))
         quantize = self._quantize_after(output)
-        windows = None if self.keep_convolutions else self._windows(conv)
+        windows = None if self.for_openvino else self._windows(conv)
         is_integer = shift is not None and kernel.has_one_zero_point  # as QLinearConv requires
-        if shift is not None and is_integer and (quantize or self.keep_convolutions):
+        if shift is not None and is_integer and (quantize or self.for_openvino):
             if quantize:
                 self._absorb_activation(output, quantize)
             self._add_integer_conv(conv, name, kernel, dequantize, shift, output)
@@ -208,7 +208,7 @@ class _Rewriter:
         graph, x, integers = self.graph, conv.input[0], kernel.integers
         missing = -integers.shape[1] % 4
         is_plain = integers.ndim == 4 and attributes(conv).get("group", 1) == 1
-        if missing and is_plain and not kernel.zero_point.any() and not self.keep_convolutions:
+        if missing and is_plain and not kernel.zero_point.any() and not self.for_openvino:
             pads = np.array([0] * 5 + [missing, 0, 0], np.int64)
             pads_name = graph.shared_constant("pads", pads)
             codes, scale, zero_point = dequantize.input[:3]
@@ -319,9 +319,12 @@ class _Rewriter:
     def _replace_linear(self, node: NodeProto, weight: str) -> None:
         kernel = Kernel.of(self.weights[weight], self._bias(node))
         name = self.graph.new_name(weight)
-        stored = add_integers(self.graph, name, kernel.integers, 0)
-        matrix = self.graph.add_node("Transpose", [stored], f"{name}.matrix", perm=[1, 0])
-        value, _ = add_dequantized(self.graph, name, matrix, kernel, 1)
+        value = add_integers(self.graph, name, kernel.integers, 0)
+        if self.for_openvino:
+            value, _ = add_dequantized(self.graph, name, value, kernel, 0)
+        value = self.graph.add_node("Transpose", [value], f"{name}.matrix", perm=[1, 0])
+        if not self.for_openvino:
+            value, _ = add_dequantized(self.graph, name, value, kernel, 1)
         self._add_float_product(node.input[0], value, name, kernel.shift, node.output[0])
 
     def _linear_weight(self, node: NodeProto) -> str | None:

@@ -112,6 +112,35 @@ def test_a_file_of_another_exporter_is_compared_tensor_by_tensor(
         require_same_model(FILE.read_bytes(), trained, FILE)
 
 
+def test_a_target_may_be_the_size_of_the_onnx_file(project: Path) -> None:
+    start = ("finetune", "model.pt", "--max-steps", "2", "--target-format", "onnx")
+    answer = ddq(*start, "--target-size", "5800", "--run-dir", "runs/small")
+    assert answer.code == 0, answer.err
+    assert "target: an ONNX file of 5800; its nodes and floats take up to 4," in answer.err
+    data = ddq("export", "runs/small", "--format", "onnx", "--json").data
+    assert data["sizes"]["file"] <= 5800
+    bits = [layer["bits"] for layer in ddq("report", "runs/small", "--json").data["layers"]]
+    assert min(bits) < 8
+    too_small = ddq(*start, "--target-size", "4kB")
+    assert too_small.code == 2
+    assert "nodes and floats of the ONNX file" in too_small.err
+    alone = ddq("finetune", "model.pt", "--target-format", "onnx")
+    assert alone.code == 2
+    assert "target_format says which file target_size is for" in alone.err
+
+
+def test_a_file_beyond_the_target_is_not_written(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--target-size", "6500", "--target-format", "onnx", "--max-steps", "1", "-q")
+    assert ddq("finetune", "model.pt", "--run-dir", "runs/small", *flags).code == 0
+    monkeypatch.setattr("ddqcli.commands.export_onnx.parse_size", lambda *_: 3000)
+    answer = ddq("export", "runs/small", "--format", "onnx")
+    assert answer.code == 3
+    assert "and the budget of the run is 3,000 (6500)" in answer.err
+    assert not Path("runs/small/model.onnx").exists()
+
+
 def test_what_is_no_file_of_ddq_is_exit_code_4(exported: Path) -> None:
     for raw in (b"", b"\x00" * 49, b"onnx", FILE.read_bytes()[:-1]):
         FILE.write_bytes(raw)
