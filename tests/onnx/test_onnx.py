@@ -480,6 +480,12 @@ class Foreign(nn.Module):
         return torch.from_numpy(x.numpy()) + 0
 
 
+def test_a_recurrent_layer_with_a_projection_is_refused(tmp_path: Path) -> None:
+    model = uneven(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 6, proj_size=2)))
+    with pytest.raises(UsageError, match=r"the layer 1 cannot .* ONNX's LSTM has no proj_size"):
+        written(model, torch.randn(2, 4), tmp_path)
+
+
 class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + x.new_ones(len(x), 4)
