@@ -318,10 +318,10 @@ def test_a_signal_before_the_first_step_can_be_resumed_too(
     def slow_start() -> None:
         from ddqcli.commands import finetune
 
-        def evaluate(*_: object, **__: object) -> float:
+        def evaluate(*_: object, **__: object) -> None:
             time.sleep(30)
 
-        finetune.evaluate = evaluate
+        finetune.evaluate_all = evaluate
 
     child = in_child(BEGIN, before=slow_start)
     while not (Path(RUN) / "recipe.yaml").exists():

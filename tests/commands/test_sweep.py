@@ -15,7 +15,7 @@ import torch
 from tiny_project import ddq, exit_code, in_child, inside
 
 from ddqcli.render.progress import ProgressReporter
-from ddqcli.training.evaluate import evaluate
+from ddqcli.training.evaluate import evaluate_all
 from ddqcli.training.trainer import Trainer
 
 SWEEP = "runs/s"
@@ -131,7 +131,7 @@ def test_a_listener_is_told_each_target_before_its_work(
 
 def test_the_start_is_evaluated_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its accuracy is known when it is delivered."""
-    monkeypatch.setattr("ddqcli.commands.finetune.evaluate", lambda *_, **__: 12.5)
+    monkeypatch.setattr("ddqcli.commands.finetune.evaluate_all", lambda *_, **__: [12.5])
     data = ddq("finetune", "--target-bits", "4", "--epochs", "0", "--json", "-q").data
     assert data["accuracy"]["float"] == 12.5
     assert data["accuracy"]["quantized"] == data["course"]["stages"][-1]["accuracy"] != 12.5
@@ -236,12 +236,12 @@ def test_what_all_targets_share_is_looked_at_and_said_once(
 ) -> None:
     float_models = []
 
-    def counted(model: Any, *args: Any, **kwargs: Any) -> float:
+    def counted(model: Any, *args: Any, **kwargs: Any) -> list[float]:
         if not any("parametrizations" in name for name, _ in model.named_modules()):
             float_models.append(model)
-        return evaluate(model, *args, **kwargs)
+        return evaluate_all(model, *args, **kwargs)
 
-    monkeypatch.setattr("ddqcli.commands.finetune.evaluate", counted)
+    monkeypatch.setattr("ddqcli.commands.finetune.evaluate_all", counted)
     said = ddq("finetune", "--target-bits", "6,4", "--max-steps", "2", "--run-dir", SWEEP).err
     assert len(float_models) == 1
     shutil.rmtree(Path(SWEEP) / "4-bits")
