@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,17 +140,19 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
-def check_same(fingerprint: str, what: str) -> None:
-    """Raise UsageError, naming the ranks, if a fingerprint is not the same on all of them."""
+def check_same(facts: Mapping[str, str]) -> None:
+    """Raise UsageError, naming fact and ranks, if one that several ranks have is not the same."""
     if shard().count == 1:
         return
     found: list[Any] = [None] * shard().count
-    dist.all_gather_object(found, fingerprint)
-    if others := [str(rank) for rank, text in enumerate(found) if text != found[0]]:
-        raise UsageError(
-            f"The processes of this run have different {what}: rank {', '.join(others)} differs "
-            f"from rank 0; give all of them the same {what}."
-        )
+    dist.all_gather_object(found, dict(facts))
+    for what, fact in found[0].items():
+        others = [str(rank) for rank, theirs in enumerate(found) if theirs.get(what, fact) != fact]
+        if others:
+            raise UsageError(
+                f"The processes of this run have different {what}: rank {', '.join(others)} "
+                f"differs from rank 0; give all of them the same {what}."
+            )
 
 
 def check_identical(tensors: Iterable[Tensor], what: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddqcli.training.detect_augmentation import DetectedAugmentation
 
-_STATE_FORMAT = 4  # raised when the contents of last.pt change
+_STATE_FORMAT = 5  # raised when the contents of last.pt change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,21 @@ class FloatBaseline:
 
     accuracy: float  # the metric on held-out data, in its unit
     augmentation: DetectedAugmentation
-    outputs: list[Tensor] | None = None  # of the float model for the first held-out samples
+    surroundings: Mapping[str, str]  # in which they were measured: see `same_run`
+    inputs: str = ""  # hash of the first held-out samples
+    outputs: list[Tensor] | None = None  # of the float model for these
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> FloatBaseline:
         """Read the baseline from a saved state."""
         augmentation = DetectedAugmentation(**state["augmentation"])
-        return cls(state["float_accuracy"], augmentation, state["float_outputs"])
+        return cls(
+            state["float_accuracy"],
+            augmentation,
+            state["surroundings"],
+            state["float_inputs"],
+            state["float_outputs"],
+        )
 
     def state(self) -> dict[str, Any]:
         """Return the entries of the saved state. Augmentation that was not detected is left out."""
@@ -67,5 +75,7 @@ class FloatBaseline:
         return {
             "float_accuracy": self.accuracy,
             "augmentation": detected,
+            "surroundings": dict(self.surroundings),
+            "float_inputs": self.inputs,
             "float_outputs": self.outputs,
         }

@@ -67,6 +67,34 @@ def test_a_folder_that_holds_a_checkpoint_is_not_made_a_run(project: Path) -> No
     assert content() == before
 
 
+@pytest.mark.parametrize("name", ["index.html", "overview-1.png", "notes", ".hidden"])
+def test_pictures_go_into_no_folder_with_files_of_others(project: Path, name: str) -> None:
+    Path("site").mkdir()
+    Path("site", name).write_text("mine")
+    before = content()
+    answer = ddq("inspect", "model.pt", "-o", "site")
+    assert answer.code == 2
+    assert "name a new or empty folder with -o" in answer.err
+    assert content() == before
+
+
+def test_a_report_in_a_folder_replaces_only_a_report(finished: Path) -> None:
+    for _ in range(2):
+        assert ddq("report", "--html", ".").code == 0
+    Path("index.html").write_text("mine")
+    answer = ddq("report", "--html", ".")
+    assert answer.code == 2
+    assert "index.html is no page of ddq" in answer.err
+    assert Path("index.html").read_text() == "mine"
+
+
+def test_pictures_replace_earlier_ones(finished: Path) -> None:
+    Path("empty").mkdir()
+    for model in ("model.pt", "runs/done"):
+        assert ddq("inspect", model, "-o", "empty", "-q").code == 0
+    assert "Levels of done" in Path("empty/index.html").read_text()
+
+
 def test_an_empty_folder_may_become_a_run(project: Path) -> None:
     Path("empty").mkdir()
     assert ddq("finetune", "model.pt", "--run-dir", "empty", "--max-steps", "0").code == 0
