@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,6 +133,23 @@ class RunFacts(Record):
     seed: int
 
 
+class EmbeddedReport(Record):
+    """The part of a report that an exported file carries in its manifest."""
+
+    metric: Metric = Field(default_factory=Metric)
+    order: tuple[int, ...] = ()  # see `order_runs`
+    accuracy: Accuracy | None
+    course: Course | None = None
+    run: RunFacts
+    warnings: tuple[str, ...]
+    source: Source
+    kind: tuple[str, ...]  # of each tensor, names ascending
+    error: tuple[float, ...]
+    learned: tuple[str, ...]  # layers whose inputs have learned levels
+    budget_bytes: int | None
+    float_bytes: int
+
+
 class Report(Record):
     """The content of `ddq report`: of a run folder, or of the file exported from it."""
 
@@ -161,23 +178,24 @@ class Report(Record):
         """
         rows = sorted(self.layers, key=lambda row: row.name)
         paths = {key: Path(getattr(self.source, key)).name for key in ("path", "arch")}
-        metric = {} if self.metric == Metric() else {"metric": self.metric.data()}
-        runs = order_runs([row.name for row in self.layers])
-        order = {"order": runs} if runs else {}
-        return {
-            **metric,
-            **order,
-            "accuracy": self.accuracy and self.accuracy.data(),
-            "course": self.course and self.course.model_dump(mode="json"),  # as the file has it
-            "run": self.run.data(),
-            "warnings": list(self.warnings),
-            "source": {**self.source.data(), **paths},
-            "kind": [row.kind for row in rows],
-            "error": [float(f"{row.error:.3g}") for row in rows],
-            "learned": [row.name for row in self.activations if row.levels == "learned"],
-            "budget_bytes": self.totals.budget_bytes,
-            "float_bytes": self.totals.float_bytes,
-        }
+        embedded = EmbeddedReport(
+            metric=self.metric,
+            order=tuple(order_runs([row.name for row in self.layers])),
+            accuracy=self.accuracy,
+            course=self.course,
+            run=self.run,
+            warnings=self.warnings,
+            source=self.source.model_copy(update=paths),
+            kind=tuple(row.kind for row in rows),
+            error=tuple(float(f"{row.error:.3g}") for row in rows),
+            learned=tuple(row.name for row in self.activations if row.levels == "learned"),
+            budget_bytes=self.totals.budget_bytes,
+            float_bytes=self.totals.float_bytes,
+        )
+        usual = {"metric"} if self.metric == Metric() else set()
+        return embedded.model_dump(
+            mode="json", exclude=usual if embedded.order else usual | {"order"}
+        )
 
     def with_manifest(self, nbytes: int) -> Report:
         """Return the report of a file whose manifest and header take `nbytes`."""
@@ -195,9 +213,10 @@ class Report(Record):
     def from_artifact(cls, artifact: Artifact) -> Report:
         """Return the report of an exported file.
 
-        Raises LookupError, TypeError or ValueError if the file carries none.
+        Raises LookupError if the file carries none, ValidationError if a key of it is not right,
+        and ValueError if it is another file's.
         """
-        embedded: Mapping[str, Any] = artifact.meta["report"]
+        embedded = EmbeddedReport.model_validate(artifact.meta["report"])
         tensors = sorted(artifact.quantized.values(), key=lambda tensor: tensor.name)
         by_name = {
             tensor.name: TensorRow.of(
@@ -208,22 +227,20 @@ class Report(Record):
                 [len(set(levels.tolist())) for levels in tensor.levels],
                 error,
             )
-            for tensor, kind, error in zip(
-                tensors, embedded["kind"], embedded["error"], strict=True
-            )
+            for tensor, kind, error in zip(tensors, embedded.kind, embedded.error, strict=True)
         }
-        rows = [by_name[name] for name in in_order(by_name, embedded.get("order", ()))]
+        rows = [by_name[name] for name in in_order(by_name, embedded.order)]
         totals = Totals.of(
             rows,
-            float_bytes=embedded["float_bytes"],
+            float_bytes=embedded.float_bytes,
             overhead_bytes=artifact.sizes.payload - sum(row.bytes for row in rows),
             manifest_bytes=artifact.sizes.file - artifact.sizes.payload,
-            budget_bytes=embedded["budget_bytes"],
+            budget_bytes=embedded.budget_bytes,
         )
         layers = [row.name.rpartition(".")[0] for row in rows]
         tables = {table.layer: table for table in artifact.activations.values()}
         activations = [
-            ActivationRow.of(layer, tables[layer].bits, learned=layer in embedded["learned"])
+            ActivationRow.of(layer, tables[layer].bits, learned=layer in embedded.learned)
             for layer in dict.fromkeys([*layers, *tables])
             if layer in tables
         ]
@@ -234,9 +251,12 @@ class Report(Record):
             activations=tuple(activations),
             kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()}
             | dict.fromkeys(artifact.constants, "a constant: takes no bytes"),
-            metric=Metric(**embedded.get("metric", {})),
-            course=embedded.get("course"),
-            **{key: embedded[key] for key in ("accuracy", "source", "run", "warnings")},
+            metric=embedded.metric,
+            accuracy=embedded.accuracy,
+            course=embedded.course,
+            source=embedded.source,
+            run=embedded.run,
+            warnings=embedded.warnings,
         )
 
 

@@ -379,6 +379,13 @@ def test_a_header_that_contradicts_itself_is_refused(
         read_artifact(file)
 
 
+def test_the_tensor_at_fault_is_named(file: Path) -> None:
+    raw = remade(file.read_bytes(), lambda tensors, _: tensors.update(x=["complex", 0]))
+    file.write_bytes(raw)
+    with pytest.raises(VerificationError, match=r"x is \['complex', 0\] in its manifest"):
+        read_artifact(file)
+
+
 def test_an_unknown_version_is_named(file: Path) -> None:
     file.write_bytes(signed(file.read_bytes().replace(b'"version":"1"', b'"version":"3"')))
     with pytest.raises(UsageError, match="version 3; this reader knows versions 1 and 2 only"):
