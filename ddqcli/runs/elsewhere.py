@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddqcli.errors import DDQError
+from ddqcli.json_text import parse_json
 from ddqcli.runs.files import make_folder, open_own, write_atomic
 from ddqcli.runs.marker import token_of
 from ddqcli.runs.names import RUNS
@@ -60,7 +61,7 @@ def _living() -> dict[str, str]:
     tokens: dict[str, str] = {}
     for line in lines:
         with suppress(ValueError, LookupError, TypeError):
-            entry = json.loads(line)
+            entry = parse_json(line)
             tokens[str(entry["folder"])] = str(entry["token"])
     return {
         folder: token

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli.errors import DDQError, UsageError
+from ddqcli.json_text import read_json
 from ddqcli.recipe.file import differences, dump_recipes, load_recipes, require_whole
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs import find, folder
@@ -212,7 +213,7 @@ class Run:
         """Read sweep.json. Raises UsageError if it cannot be read, DDQError if it is damaged."""
         path = self.path / SWEEP
         try:
-            return SweepTable.model_validate_json(path.read_bytes())
+            return SweepTable.model_validate(read_json(path))
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
         except ValueError as error:
@@ -225,13 +226,13 @@ class Run:
     def report(self) -> Report:
         """Read report.json. Raises UsageError if it cannot be read, DDQError if it is damaged."""
         try:
-            data: dict[str, Any] = json.loads((self.path / REPORT).read_bytes())
+            data: dict[str, Any] = read_json(self.path / REPORT)
             if data.pop("checksum") != _checksum(data):
                 raise ValueError("the checksum differs")
             return Report.model_validate(data)
         except OSError as error:
             raise UsageError(f"{self.path / REPORT} cannot be read: {error.strerror}.") from error
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DDQError(f"{self.path / REPORT} is damaged; {self._remedy(REPORT)}.") from error
 
     def _remedy(self, name: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 from ddqcli.errors import DDQError
 from ddqcli.hashing import sha256_of_files
+from ddqcli.json_text import parse_json
 from ddqcli.recipe.consent import code_fields, code_file, code_rule, describe_code
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.files import make_folder, write_atomic
@@ -186,5 +187,5 @@ def _record_path(run: Run) -> Path:
 
 def _read_record(path: Path) -> dict[str, Any]:
     """Read a record that nobody but this user can have written."""
-    record: dict[str, Any] = json.loads(read_own(path, _MAX_RECORD))
+    record: dict[str, Any] = parse_json(read_own(path, _MAX_RECORD))
     return record

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/siege.py [--trials 2000] [--seed 0] [--kinds damaged,kill] [--log FILE]
 
-Each trial forks a process that runs one command in a copy of a small project. It may end with a
+Each trial forks a process that runs a command in a copy of a small project. It may end with a
 documented exit code and one sentence, within 2 GB and a minute, and must leave every file whole.
 The seed and the trial's number decide everything else. With --log, finished trials are kept in a
 file and not repeated. A hundred trials take about half a minute on one core.
@@ -11,9 +11,8 @@ file and not repeated. A hundred trials take about half a minute on one core.
 from __future__ import annotations
 
 import argparse
-import bz2
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -26,20 +25,27 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_project import ddq, make_project
+from bombs import manifest, memo, npz_claim, overlapping, strided
+from crashes import Tree, crashes, recording, restore
+from mutations import changed, forged_artifact, mutated
+from tiny_project import ddq, folder_of_images, make_project
 
 from ddqcli.cli.run_command import interrupt_again
 
 MEMORY = 2 << 30  # bytes more than the parent has
 SECONDS = 60
 CODES = {0, 1, 2, 3, 4}
-FILE, RUN = "file.safetensors", "runs/done"
+FILE, RUN, SWEEP = "file.safetensors", "runs/done", "runs/sweep"
+GOLDEN = "golden.safetensors"  # of version 1; FILE has constants
+RESUME_SWEEP = f"finetune --resume --run-dir {SWEEP} -q"
 # What each file is read by. Of these commands none may pass a file that was changed.
 READERS = {
     "model.pt": ["inspect model.pt -o out", "finetune --dry-run"],
@@ -55,13 +61,54 @@ READERS = {
     f"{RUN}/recipe.yaml": ["export -o out.safetensors", f"finetune --resume --run-dir {RUN} -q"],
     f"{RUN}/metrics.jsonl": ["report --html out.html", f"inspect {RUN} -o out"],
     f"{RUN}/last.pt": [f"finetune --resume --run-dir {RUN} -q"],
-    f"{RUN}/.ddq": ["report", "export", f"finetune --resume --run-dir {RUN} -q"],
+    f"{RUN}/.ddq": ["report", "runs", f"export {RUN}", f"finetune --resume --run-dir {RUN} -q"],
+    "golden.safetensors": [
+        "export --check golden.safetensors",
+        "inspect golden.safetensors -o out",
+    ],
+    "model.h": [f"export --check model.h {RUN}"],
+    "model.onnx": [f"export --check model.onnx {RUN}"],
+    "images/train/class0/0.png": ["finetune --data images --max-steps 0 --run-dir runs/new -q"],
+    f"{SWEEP}/sweep.yaml": [RESUME_SWEEP, "runs", f"report {SWEEP}"],
+    f"{SWEEP}/sweep.json": [f"report {SWEEP}", f"report {SWEEP} --html out.html", "runs"],
+    f"{SWEEP}/.ddq": [RESUME_SWEEP, "runs", f"report {SWEEP}"],
+    f"{SWEEP}/4-bits/recipe.yaml": [RESUME_SWEEP, f"export {SWEEP} --target 4 -o out.safetensors"],
+    f"{SWEEP}/4-bits/report.json": [RESUME_SWEEP, f"report {SWEEP} --target 4", "runs"],
+    f"{SWEEP}/4-bits/last.pt": [RESUME_SWEEP],
+    f"{SWEEP}/4-bits/final.pt": [RESUME_SWEEP, f"inspect {SWEEP} --target 4 -o out"],
 }
 WRITERS = {
     "export": f"{RUN}/model.safetensors",
+    "export --format c -o out.h": "out.h",
+    "inspect model.pt -o out": "out/index.html",
+    "init -o new.yaml": "new.yaml",
     "export -o out.safetensors": "out.safetensors",
     "report --html out.html": "out.html",
     "finetune --max-steps 0 --run-dir runs/new -q": "runs/new/recipe.yaml",
+}
+# Commands that fill the folder out/, whose crashes are replayed.
+FILLERS = (
+    "finetune --run-dir out/run --max-steps 3 --set train.save_every=1 -q",
+    "finetune --target-bits 6,4 --run-dir out/sweep --max-steps 0 -q",
+    f"export {RUN} -o out/a.safetensors",
+    f"export {RUN} --format c -o out/a.h",
+    f"report {RUN} --html out/page.html",
+    "inspect model.pt -o out/pictures",
+    "init -o out/ddq.yaml",
+)
+TOGETHER = (
+    *("export", "export -o out.safetensors", "report --html out.html", "runs", "inspect -o out"),
+    *(f"inspect {RUN} -o out", "init -o new.yaml --force", "finetune --resume -q"),
+    f"finetune --resume --run-dir {RUN} -q",
+    "finetune --max-steps 0 --run-dir runs/new -q",
+    "finetune --max-steps 0 -q",
+)
+BOMBS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "bomb.pt": (strided, ["inspect bomb.pt", "finetune bomb.pt"]),
+    "memo.pt": (memo, ["inspect memo.pt", "finetune memo.pt --dry-run"]),
+    "same.pt": (overlapping, ["inspect same.pt", "finetune same.pt"]),
+    "bomb.npz": (npz_claim, ["finetune --data bomb.npz", "finetune --data bomb.npz --dry-run"]),
+    "b.safetensors": (manifest, ["report b.safetensors", "export --check b.safetensors"]),
 }
 SURROUNDINGS: dict[str, list[str | None]] = {
     "RANK": [None, "0", "1", "x"],
@@ -95,32 +142,44 @@ class Outcome:
         return ""
 
 
+def start(command: str, name: str, before: Callable[[], object] = lambda: None) -> int:
+    """Run `ddq COMMAND` in a fork, with output to name.out and name.err; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        for number, end in ((1, "out"), (2, "err")):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            os.dup2(os.open(f"{name}.{end}", flags), number)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+        signal.alarm(SECONDS)
+        sys.unraisablehook = interrupt_again  # as `main` does
+        before()
+        answer = ddq(*command.split())
+        os.write(1, answer.out.encode())
+        os.write(2, answer.err.encode())
+        code = answer.code
+    finally:
+        os._exit(code)
+
+
+def end(child: int, name: str) -> Outcome:
+    """Wait for a fork of `start`."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    paths = [Path(f"{name}.{end}") for end in ("out", "err")]
+    return Outcome(code, *(p.read_text(errors="replace") if p.exists() else "" for p in paths))
+
+
 def run(command: str, before: Callable[[], object] = lambda: None, after: float = 0.0) -> Outcome:
     """Run `ddq COMMAND` in a fork; send it SIGTERM after so many seconds, unless that is 0."""
-    out, err = Path("stdout.txt"), Path("stderr.txt")
-    child = os.fork()
-    if not child:
-        code = 99
-        try:
-            for number, path in ((1, out), (2, err)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-            signal.alarm(SECONDS)
-            sys.unraisablehook = interrupt_again  # as `main` does
-            before()
-            answer = ddq(*command.split())
-            os.write(1, answer.out.encode())
-            os.write(2, answer.err.encode())
-            code = answer.code
-        finally:
-            os._exit(code)
+    child = start(command, "std", before)
     if after:
         time.sleep(after)
-        os.kill(child, signal.SIGTERM)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err)]
-    return Outcome(code, *texts)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+    return end(child, "std")
 
 
 # ---- kinds of trials: each returns a fault, or ""
@@ -128,7 +187,7 @@ def run(command: str, before: Callable[[], object] = lambda: None, after: float 
 
 def damaged(draw: random.Random) -> str:
     """Change some bytes of a file that is read."""
-    name = draw.choice(list(READERS))
+    name = draw.choice([name for name in READERS if Path(name).exists()])
     before = Path(name).read_bytes()
     Path(name).write_bytes(mutated(before, draw))
     return judged_by_readers(name, Path(name).read_bytes() != before, draw)
@@ -163,7 +222,7 @@ def judged_by_readers(name: str, differs: bool, draw: random.Random) -> str:
     outcome = run(command)
     if fault := outcome.fault():
         return f"{command} with {name}: {fault}"
-    if name == FILE and differs and command.startswith("export --check") and outcome.code == 0:
+    if "--check" in command and differs and outcome.code == 0:
         return f"{command} passed a changed file"
     return ""
 
@@ -203,10 +262,7 @@ def stop(draw: random.Random) -> str:
     """Send SIGTERM at a random time."""
     command = draw.choice(["finetune --run-dir runs/new -q", *WRITERS, *READERS["model.pt"]])
     seconds = draw.uniform(0.001, 1.5)
-    try:
-        outcome = run(command, after=seconds)
-    except ProcessLookupError:
-        return ""
+    outcome = run(command, after=seconds)
     # Before the command has set its handler, the signal ends the process.
     fault = outcome.fault({0, 143, -signal.SIGTERM})
     return f"{command} stopped after {seconds:.3f} s: {fault}" if fault else ""
@@ -214,7 +270,9 @@ def stop(draw: random.Random) -> str:
 
 def surroundings(draw: random.Random) -> str:
     """Set variables at random."""
-    command = draw.choice([*WRITERS, "report", "report --json", "finetune --dry-run", "--help"])
+    command = draw.choice(
+        [*WRITERS, "report", "runs", "report --json", "finetune --dry-run", "--help"]
+    )
     values = {name: draw.choice(choices) for name, choices in SURROUNDINGS.items()}
 
     def set_variables() -> None:
@@ -227,84 +285,108 @@ def surroundings(draw: random.Random) -> str:
     return f"{command} with {values}: {fault}" if fault else ""
 
 
-KINDS = {kind.__name__: kind for kind in (damaged, forged, kill, stop, surroundings)}
+def crash(draw: random.Random) -> str:
+    """Do a command again in what a kill or a power loss at any of its calls may have left."""
+    command = draw.choice(FILLERS)
+    trees, whole = recorded(command)
+    tree = draw.choice(trees)
+    shutil.rmtree("out", ignore_errors=True)
+    restore(tree, Path("out"))
+    torn = [name for name, content in finished_files(tree).items() if whole.get(name) != content]
+    if torn:
+        return f"a crash of {command} left {torn[0]} neither old nor new"
+    for reader in ("runs out", "report out/run", "export out/run", "report out/sweep"):
+        if fault := run(reader).fault():
+            return f"{reader} after a crash of {command}: {fault}"
+    again = run(f"{command} --resume" if "finetune" in command else command)
+    if again.code:
+        return f"{command} after its crash, with {sorted(tree)}: {again.code} {again.err[-200:]}"
+    different = [
+        n for n, content in whole.items() if finished_files(tree_of("out")).get(n) != content
+    ]
+    return f"{command} after its crash made another {different[0]}" if different else ""
 
 
-# ---- mutations
+@lru_cache
+def recorded(command: str) -> tuple[list[Tree], Tree]:
+    """Return all that crashes of a command may leave in out/, and the files that it makes there."""
+    shutil.rmtree("out", ignore_errors=True)
+    Path("out").mkdir()
+    outcome = run(command, recording(Path("out"), Path("../recorded")))
+    assert outcome.code == 0, outcome.err
+    return crashes(Path("../recorded")), finished_files(tree_of("out"))
 
 
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Return the content with bits flipped, cut, overwritten, repeated or swapped."""
-    raw = bytearray(content)
-    for _ in range(draw.choice((1, 1, 1, 2, 5, 20))):
-        if not raw:
-            break
-        place, length = draw.randrange(len(raw)), int(draw.expovariate(0.1)) + 1
-        way = draw.randrange(7)
-        if way == 0:
-            raw[place] ^= 1 << draw.randrange(8)
-        elif way == 1:
-            del raw[place:]
-        elif way == 2:
-            del raw[place : place + length]
-        elif way == 3:
-            raw[place : place + length] = draw.randbytes(length)
-        elif way == 4:
-            raw[place : place + length] = bytes(length)
-        elif way == 5:
-            raw[place:place] = raw[place : place + length] * draw.choice((1, 10))
-        else:
-            raw[place : place + 1] = draw.choice((b"\xff", b"\n", b"-1", b"{", b"[[", b"1e999"))
-    return bytes(raw)
+def tree_of(folder: str) -> Tree:
+    paths = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*")}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
 
 
-def changed(tree: Any, draw: random.Random) -> None:
-    """Replace, remove or add something at a random place of a JSON value, in place."""
-    while True:
-        keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
-        if not keys:
-            return
-        key = draw.choice(keys)
-        if isinstance(tree[key], dict | list) and tree[key] and draw.random() < 0.7:
-            tree = tree[key]
-            continue
-        values = [None, -1, 0, 10**30, 1e308, float("nan"), "", "x" * 10**4, [], {}, True, [[[]]]]
-        if draw.random() < 0.2:
-            del tree[key]
-        elif isinstance(tree, dict) and draw.random() < 0.2:
-            tree[draw.choice(["", "\x1b[2J", "[/x]", "name", "0"])] = draw.choice(values)
-        else:
-            tree[key] = draw.choice(values)
-        return
+def finished_files(tree: Tree) -> Tree:
+    """Return the files that are written once. metrics.jsonl holds times, last.pt goes on."""
+    return {
+        name: content
+        for name, content in tree.items()
+        if content is not None and not Path(name).name.startswith((".", "metrics", "last"))
+    }
 
 
-def forged_artifact(raw: bytes, draw: random.Random) -> bytes:
-    """Change a ddq file's manifest, header or data, and set its digest."""
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header, data = json.loads(raw[8:start]), raw[start:]
-    way = draw.randrange(3)
-    if way == 0:
-        first, last = header["manifest"]["data_offsets"]
-        manifest = json.loads(bz2.decompress(data[first:last]))
-        changed(manifest, draw)
-        packed = bz2.compress(json.dumps(manifest).encode())
-        data = data[:first] + packed + data[last:]
-        shift = len(packed) - (last - first)
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["data_offsets"][0] >= last:
-                entry["data_offsets"] = [offset + shift for offset in entry["data_offsets"]]
-        header["manifest"] |= {"data_offsets": [first, last + shift], "shape": [len(packed)]}
-    elif way == 1:
-        metadata = header.pop("__metadata__")
-        changed(header, draw)
-        header = {"__metadata__": metadata, **header}
-    else:
-        data = mutated(data, draw)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    result = bytearray(len(text).to_bytes(8, "little") + text + data)
-    result[50:114] = b"0" * 64
-    result[50:114] = hashlib.sha256(result).hexdigest().encode()
-    return bytes(result)
+def together(draw: random.Random) -> str:
+    """Run two or three commands at once in one folder."""
+    commands = draw.choices(TOGETHER, k=draw.choice((2, 2, 3)))
+    began = []
+    for number, command in enumerate(commands):
+        began.append(start(command, f"std{number}"))
+        time.sleep(draw.choice((0, 0, 0.05, 0.3)))
+    outcomes = [end(child, f"std{number}") for number, child in enumerate(began)]
+    for command, outcome in zip(commands, outcomes, strict=True):
+        if fault := outcome.fault():
+            return f"{command} of {commands} at once: {fault}"
+    for path in ("out.safetensors", f"{RUN}/model.safetensors"):
+        if Path(path).exists() and (check := run(f"export --check {path} {RUN}")).code:
+            return f"{commands} at once left a wrong {path}: {check.err[-200:]}"
+    return ""
+
+
+def odd(draw: random.Random) -> str:
+    """Put something else in the place of a file: a pipe, a link, a folder, a device, a giant."""
+    name = draw.choice([name for name in READERS if Path(name).exists()])
+    path = Path(name)
+    path.unlink()
+    ways: list[Callable[[], object]] = [
+        lambda: os.mkfifo(path),
+        lambda: path.mkdir(),
+        lambda: path.symlink_to(path.name),
+        lambda: path.symlink_to("gone"),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to("/dev/null"),
+        lambda: (path.touch(), os.truncate(path, draw.choice((0, 1, 1 << 20, 1 << 33, 1 << 40)))),
+        lambda: path.write_bytes(draw.randbytes(draw.choice((1, 8, 50, 1000)))),
+        lambda: path.write_bytes(draw.choice((b"[", b"{", b"- ", b"a: {")) * 100_000),
+    ]
+    way = draw.randrange(len(ways))
+    ways[way]()
+    command = draw.choice(READERS[name])
+    fault = run(command).fault()
+    return f"{command} with {name} odd in way {way}: {fault}" if fault else ""
+
+
+def bomb(draw: random.Random) -> str:
+    """Read a small file that asks for much memory."""
+    name = draw.choice(list(BOMBS))
+    make, commands = BOMBS[name]
+    make(Path(name))
+    if draw.random() < 0.5:
+        Path(name).write_bytes(mutated(Path(name).read_bytes(), draw))
+    command = draw.choice(commands)
+    fault = run(command).fault()
+    return f"{command}: {fault}" if fault else ""
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (damaged, forged, odd, bomb, kill, crash, stop, together, surroundings)
+}
 
 
 # ---- the siege
@@ -322,12 +404,24 @@ def make_target(folder: Path) -> Path:
     os.chdir(folder)
     try:
         save_file(torch.load("model.pt", weights_only=True), "model.safetensors")
-        for command in (f"finetune --run-dir {RUN} -q", f"export -o {FILE}"):
+        folder_of_images(Path("images"))
+        shutil.copy(Path(__file__).parents[1] / "artifact" / "golden.ddq", GOLDEN)
+        formats = ["c -o model.h", *(["onnx -o model.onnx"] if has_onnx() else [])]
+        for command in (
+            f"finetune --target-bits 6,4 --run-dir {SWEEP} --max-steps 0 -q",
+            f"finetune --run-dir {RUN} -q",
+            f"export -o {FILE}",
+            *(f"export --format {text}" for text in formats),
+        ):
             outcome = run(command)
             assert outcome.code == 0, outcome.err
     finally:
         os.chdir(here)
     return folder
+
+
+def has_onnx() -> bool:
+    return all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
 
 
 def siege(
