@@ -112,6 +112,8 @@ def read(
     if not unpacker.eof:
         raise ValueError(f"the manifest is cut short, or has more than {MAX_MANIFEST:,} bytes")
     manifest = json.loads(text)
+    if {key: type(value) for key, value in manifest.items()} != {"meta": dict, "tensors": dict}:
+        raise ValueError("the manifest has other keys than meta and tensors, which are objects")
     tensors: dict[str, Any] = {}
     activations, aliases = {}, {}
     for name, leaf in sorted(_leaves(manifest["tensors"])):

@@ -81,7 +81,7 @@ WRITERS = {
     "export": f"{RUN}/model.safetensors",
     "export --format c -o out.h": "out.h",
     "inspect model.pt -o out": "out/index.html",
-    "init -o new.yaml": "new.yaml",
+    "init -o new.yaml --force": "new.yaml",
     "export -o out.safetensors": "out.safetensors",
     "report --html out.html": "out.html",
     "finetune --max-steps 0 --run-dir runs/new -q": "runs/new/recipe.yaml",
@@ -94,7 +94,7 @@ FILLERS = (
     f"export {RUN} --format c -o out/a.h",
     f"report {RUN} --html out/page.html",
     "inspect model.pt -o out/pictures",
-    "init -o out/ddq.yaml",
+    "init -o out/ddq.yaml --force",
 )
 TOGETHER = (
     *("export", "export -o out.safetensors", "report --html out.html", "runs", "inspect -o out"),

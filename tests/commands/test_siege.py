@@ -23,7 +23,7 @@ def test_a_slice_of_the_siege_finds_no_fault(finished: Path, tmp_path: Path, kin
     save_file(torch.load("model.pt", weights_only=True), "model.safetensors")
     assert ddq("export", "-o", siege.FILE).code == 0
     target = shutil.copytree(finished, tmp_path / "target")
-    trials = {"damaged": 12, "forged": 12}.get(kind, 3)
+    trials = {"damaged": 12, "forged": 12, "odd": 6, "crash": 1, "together": 1}.get(kind, 3)
     results = siege.siege(target, [kind], trials, seed=1, finished=Counter())
     assert len(results) == trials
     assert not [result for result in results if result[2]]
