@@ -94,6 +94,7 @@ def recording(root: Path, out: Path) -> Callable[[], None]:
     def begin() -> None:
         disk, trees, busy = _Disk(root), [], False
         disk.synced_folders, disk.synced_contents = disk.now()
+        disk.last_contents = disk.synced_contents
         here, fsync = f"{root.resolve()}{os.sep}", os.fsync
 
         def look(event: str, arguments: tuple[object, ...]) -> None:

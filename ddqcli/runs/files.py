@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from ddqcli.errors import DDQError, UsageError
 
 _WRONG_PLACE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_FROM_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def write_atomic(
@@ -55,8 +57,8 @@ def write_folder(
     """Let `write` make a folder beside `path`, of the same name, then move it to `path`.
 
     A folder that stands there is replaced if `is_own` says so. A crash leaves the old one or the
-    new one, perhaps under a temporary name. Raises UsageError for a place that cannot be written
-    to, DDQError if the disk refuses.
+    new one; where the system cannot exchange them, perhaps under a temporary name. Raises
+    UsageError for a place that cannot be written to, DDQError if the disk refuses.
     """
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or not is_own(path)):
         raise UsageError(
@@ -72,9 +74,10 @@ def write_folder(
                 for name in files:
                     sync(Path(below, name))
                 sync_folder(Path(below))
-            if path.is_dir():
-                os.replace(path, old)
-            os.replace(made, path)
+            if not (path.is_dir() and _exchange(made, path)):
+                if path.is_dir():
+                    os.replace(path, old)
+                os.replace(made, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(path.parent)
@@ -170,6 +173,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise kind(
             f"{path} cannot be written: {cause.strerror}; what was there before is kept."
         ) from error
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two folders at once; return False where that cannot be done."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # Linux alone
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return not renameat2(_FROM_HERE, names[0], _FROM_HERE, names[1], _EXCHANGE)
 
 
 def _is_same(path: Path, source: Path) -> bool:
