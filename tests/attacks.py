@@ -116,7 +116,9 @@ def damaged(draw: random.Random) -> str:
 
 def forged(draw: random.Random) -> str:
     """Change a file under right checksums."""
-    name = draw.choice([FILE, f"{RUN}/report.json", f"{RUN}/final.pt", "model.pt"])
+    names = [FILE, f"{RUN}/final.pt", "model.pt", f"{RUN}/metrics.jsonl"]
+    names += [f"{RUN}/report.json", f"{SWEEP}/sweep.json"]
+    name = draw.choice([name for name in names if Path(name).exists()])
     path = Path(name)
     before = path.read_bytes()
     if name == FILE:
@@ -127,6 +129,10 @@ def forged(draw: random.Random) -> str:
         changed(report, draw)
         digest = hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
         path.write_text(json.dumps({**report, "checksum": digest}))
+    elif name.endswith(".jsonl"):
+        lines = [json.loads(line) for line in before.splitlines()]
+        changed(lines, draw)
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     else:
         with zipfile.ZipFile(path) as archive:
             records = {info.filename: archive.read(info) for info in archive.infolist()}

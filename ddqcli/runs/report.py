@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from ddqcli.runs.record import Record
 
 if TYPE_CHECKING:
     from ddqcli.artifact.read import Artifact
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]  # bytes or values
 
 REPORT_VERSION = 1
 SWEEP_VERSION = 1
@@ -29,8 +31,8 @@ class TensorRow(Record):
     shape: tuple[int, ...]
     bits: int | float  # the mean if the groups differ
     levels: int  # distinct levels; the most of any group
-    bytes: int  # in the exported file
-    float_bytes: int
+    bytes: Count  # in the exported file
+    float_bytes: Count
     error: float  # squared error of quantization over the sum of squares
 
     @classmethod
@@ -65,14 +67,16 @@ class TensorRow(Record):
 class Totals(Record):
     """Sizes of the exported file."""
 
-    bytes: int  # of the whole file
-    float_bytes: int
-    budget_bytes: int | None
+    bytes: Count  # of the whole file
+    float_bytes: Count
+    budget_bytes: Count | None
     average_bits: float  # stored bits a quantized weight, level tables included
-    quantized_bytes: int
-    kept_bytes: int  # of unquantized tensors and of inputs' level tables
-    manifest_bytes: int = 0  # of names, shapes, report and header; older reports do not count them
-    weights: int  # number of quantized values
+    quantized_bytes: Count
+    kept_bytes: Count  # of unquantized tensors and of inputs' level tables
+    manifest_bytes: Count = (
+        0  # of names, shapes, report and header; older reports do not count them
+    )
+    weights: Count  # number of quantized values
 
     @classmethod
     def of(
@@ -105,7 +109,7 @@ class ActivationRow(Record):
     name: str  # of the layer
     bits: int
     levels: Literal["learned", "uniform"]
-    bytes: int  # of its level table
+    bytes: Count  # of its level table
 
     @classmethod
     def of(cls, name: str, bits: int, *, learned: bool) -> ActivationRow:
@@ -146,8 +150,8 @@ class EmbeddedReport(Record):
     kind: tuple[str, ...]  # of each tensor, names ascending
     error: tuple[float, ...]
     learned: tuple[str, ...]  # layers whose inputs have learned levels
-    budget_bytes: int | None
-    float_bytes: int
+    budget_bytes: Count | None
+    float_bytes: Count
 
 
 class Report(Record):
@@ -263,7 +267,7 @@ class Report(Record):
 class FloatModel(Record):
     """The float model beside a sweep's targets."""
 
-    bytes: int
+    bytes: Count
     accuracy: float | None
 
 
@@ -271,8 +275,8 @@ class SweepRow(Record):
     """One target of a sweep."""
 
     target: str
-    bytes: int
-    budget_bytes: int | None
+    bytes: Count
+    budget_bytes: Count | None
     average_bits: float
     accuracy: float | None
     start: float | None  # of the last stage before training
