@@ -45,7 +45,7 @@ def test_a_sweep_reports_its_table_and_curve(sweep: Run) -> None:
 
 def test_the_newest_run_may_be_a_sweep(sweep: Run) -> None:
     data = ddq("report", "--json").data
-    assert data == {"target": "runs/s", **sweep.sweep_table().data()}
+    assert data == {"target": "runs/s", **sweep.sweep_table().model_dump(mode="json")}
     make_run(Path("runs/newer"))
     assert ddq("report", "--json").data["target"] == "runs/newer"
 
