@@ -124,6 +124,13 @@ def check(
         raise UsageError(
             f"{file} is undamaged, but there is nothing to compare it with: {error}"
         ) from error
+    with run.held():
+        return _check(file, artifact, run, on_progress)
+
+
+def _check(
+    file: Path, artifact: Artifact, run: Run, on_progress: OnProgress | None
+) -> ExportResult:
     half = bool(artifact.meta.get(_HALF))
     _require_same_origin(file, artifact.meta, run, half)
     frozen = _frozen_model(run, half=half)

@@ -116,15 +116,16 @@ def export_onnx(
         require_openvino()
     run = Run.open(run_dir, trust=trust)
     path = out or run.path / ONNX
-    expected = _expected(run)
     results: list[OnnxResult] = []
+    with run.held():
+        expected = _expected(run)
 
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(expected.model.raw)
-        results.append(_verified(run, temporary, path, expected, timed, openvino, on_progress))
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(expected.model.raw)
+            results.append(_verified(run, temporary, path, expected, timed, openvino, on_progress))
 
-    # A file that does not answer as trained never gets its name.
-    write_atomic(path, write, inputs=run.inputs())
+        # A file that does not answer as trained never gets its name.
+        write_atomic(path, write, inputs=run.inputs())
     return results[0]
 
 
@@ -150,7 +151,8 @@ def check_onnx(
     require_file(file)
     opened(file.read_bytes(), str(file))  # before the work of exporting again
     run = run_of(file, run_dir, trust=trust)
-    return _verified(run, file, file, _expected(run), timed, openvino, on_progress)
+    with run.held():
+        return _verified(run, file, file, _expected(run), timed, openvino, on_progress)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_project import ddq
 
+from ddqcli.runs.run import Run
+
 RUN = Path("runs/done")
 INPUTS = ["model.pt", "net.py", "images.npz", "hard.pt", "./runs/../model.pt"]
 OWN = ["final.pt", "last.pt", "recipe.yaml", "report.json", "metrics.jsonl", ".ddq", ".lock"]
@@ -104,6 +106,21 @@ def test_a_linked_run_folder_works(finished: Path) -> None:
     Path("link").symlink_to(RUN)
     assert ddq("export", "link", "--json").data["behaviour"]["outputs"] == 0
     assert ddq("report", "link").code == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["export", "export --format c", "export --check made.safetensors", "export --check made.h"],
+)
+def test_no_export_reads_a_run_that_another_process_is_writing(
+    finished: Path, command: str
+) -> None:
+    for name in ("made.safetensors", "made.h"):
+        ending = ["--format", "c"] if name.endswith(".h") else []
+        assert ddq("export", "-o", name, *ending).code == 0
+    with Run(RUN).locked():
+        answer = ddq(*command.split())
+    assert (answer.code, "Another process is working in runs/done" in answer.err) == (2, True)
 
 
 def test_exports_at_once_leave_one_whole_file(finished: Path) -> None:
