@@ -32,6 +32,8 @@ class FigureFolder:
     def save(self, figure: Figure, stem: str, caption: str = "", *, png: bool = True) -> Picture:
         """Write a figure as SVG, and PNG; return it as a picture for a page."""
         path = self.path / stem
+        if path.parent != self.path and path.parent.is_symlink():
+            raise UsageError(f"{path.parent} is a link out of {self.path}; remove it.")
         path.parent.mkdir(exist_ok=True)
         self.files.extend(plots.save(figure, path, png=png))
         return page_picture(figure, caption, self.files[-1].read_text(encoding="utf-8"))

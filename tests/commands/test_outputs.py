@@ -90,6 +90,15 @@ def test_a_report_in_a_folder_replaces_only_a_report(finished: Path) -> None:
     assert Path("index.html").read_text() == "mine"
 
 
+def test_pictures_follow_no_link_out_of_their_folder(finished: Path) -> None:
+    Path("elsewhere").mkdir()
+    (RUN / "layers").symlink_to(Path("elsewhere").resolve())
+    answer = ddq("inspect", RUN, "-o", RUN, "-q")
+    assert answer.code == 2
+    assert "layers is a link" in answer.err
+    assert not list(Path("elsewhere").iterdir())
+
+
 def test_pictures_replace_earlier_ones(finished: Path) -> None:
     Path("empty").mkdir()
     for model in ("model.pt", "runs/done"):
