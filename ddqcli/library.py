@@ -224,10 +224,10 @@ def _recipe(**sections: Any) -> Recipe:
 
 def _calibrate(quantized: QuantizedModel, batches: Iterable[Any]) -> None:
     """Fit the input quantizers to what reaches them; inputs that none reaches stay float."""
-    for quantizer in quantized.activations.values():
-        quantizer.observing = True
     with _eval_mode(quantized.model), torch.no_grad():
         for batch in batches:
+            for quantizer in quantized.activations.values():
+                quantizer.observe_pass()
             call(quantized.model, batch)
     unreached = [name for name, a in quantized.activations.items() if not a.fit()]
     if len(unreached) == len(quantized.activations):

@@ -10,6 +10,7 @@ Three readers, because importing PyTorch costs a second and a large file may not
                   without PyTorch (chunks.py), and any other file through read.py.
 
 All of them find the state dict with state_keys.py. architecture.py then builds the network: by
-torchvision's name (torchvision_models.py), by a factory, from the pickled module in the file, or
+torchvision's name (torchvision_models.py), from the configuration of a network of transformers
+(transformers_models.py), by a factory, from the pickled module in the file, or
 by recognizing torchvision's keys and shapes. state_fit.py loads the weights into it.
 """

@@ -99,6 +99,7 @@ def load_state(model: nn.Module, tensors: Tensors, path: Path, arch: str) -> str
     tensors, prefix_note = align_names(tensors, wanted)
     groups = _tied_names(model)
     tensors, part_note = _network_part(tensors, wanted, groups, path)
+    _refuse_untied(tensors, groups, path, arch)
     tensors, tied_note = _with_tied(tensors, wanted, groups)
     state = OrderedDict(tensors)
     # torch upgrades modules without a version, e.g. adds num_batches_tracked. MNASNet refuses to
@@ -120,6 +121,18 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     for name, value in model.state_dict(keep_vars=True).items():
         names_of.setdefault(id(value), []).append(name)
     return {name: names for names in names_of.values() for name in names}
+
+
+def _refuse_untied(tensors: Tensors, groups: dict[str, list[str]], path: Path, arch: str) -> None:
+    """Raise CheckpointError for different values of a tensor that the network has only once."""
+    for name in tensors:
+        first = next((each for each in groups.get(name, ()) if each in tensors), name)
+        one, other = tensors[first], tensors[name]
+        if one.shape == other.shape and bool((one != other).any()):
+            raise CheckpointError(
+                f"{path} has different values for {first} and {name}, which are one tensor in "
+                f"{arch}; build the network without tying them, as it was trained."
+            )
 
 
 def _with_tied(

@@ -90,7 +90,9 @@ def _export(run: Run, out: Path | None, half: bool, on_progress: OnProgress | No
         sizes = _write_verified(temporary, frozen, report, run.recipe(), path, half)
         check = check_behavior(temporary, run, on_progress)
         if half:
-            measured = report.model_copy(update={"accuracy": _accuracy_of(check, report)})
+            measured = report.model_copy(
+                update={"accuracy": _accuracy_of(check, report), "other_metrics": ()}
+            )
             sizes = _write_verified(temporary, frozen, measured, run.recipe(), path, half)
         else:
             require_same_behavior(

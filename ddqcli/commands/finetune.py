@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import time
@@ -27,11 +26,12 @@ from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.network_copy import copy_network
 from ddqcli.qat.reparametrized import make_plain
 from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.encode_run import file_meta, with_file_size
-from ddqcli.runs.evaluation import Course, Stage
+from ddqcli.runs.evaluation import Accuracy, Course, Measured, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.runs.trust import code_files
@@ -47,7 +47,8 @@ from ddqcli.training.distillation import (
     flips_at_random,
     matched,
 )
-from ddqcli.training.evaluate import evaluate, probe
+from ddqcli.training.evaluate import evaluate_all, probe
+from ddqcli.training.features import check_features
 from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.network_checks import refuse_scripted_parts, refuse_written_weights
 from ddqcli.training.report import build_report
@@ -176,10 +177,12 @@ def finetune(
             run.truncate_metrics(trainer.step)
         with explain_user_errors("Training failed", DDQError, recipe):
             train(trainer, run, identity, baseline, listener)
-            accuracy = start_accuracy(trainer)
-            if accuracy is None:
+            accuracy, others = start_accuracy(trainer), []
+            if accuracy is None or data.others:
                 with trainer.quantized.folded():
-                    accuracy = evaluate(trainer.model, data, on_progress=listener.progress)
+                    accuracy, *others = evaluate_all(
+                        trainer.model, data, on_progress=listener.progress
+                    )
             trainer.gates.check_kept()
         run_course = course(trainer, baseline, accuracy)
         warnings = find_warnings(trainer, run.metrics(), run_course)
@@ -188,7 +191,10 @@ def finetune(
         if inputs_warning:
             warnings.insert(0, inputs_warning)
         accuracies = baseline.accuracy, accuracy
-        report = _write_results(run, trainer, models.source, accuracies, run_course, warnings)
+        measured = _measured(data, baseline.others, others)
+        report = _write_results(
+            run, trainer, models.source, accuracies, measured, run_course, warnings
+        )
     return FinetuneResult(run.path, report, time.monotonic() - began)
 
 
@@ -241,7 +247,7 @@ def _load_and_convert(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         introduce("all parameters of the network were frozen; they are trained")
         model.requires_grad_(True)
-    trainable = copy.deepcopy(model)
+    trainable = copy_network(model)
     if start and start.report().is_trained:
         _load_trained_weights(trainable, start)
     quantized = convert(trainable, recipe)
@@ -387,11 +393,15 @@ def _measure_baseline(
     float_model: nn.Module, data: Data, recipe: Recipe, here: dict[str, str], listener: Listener
 ) -> FloatBaseline:
     """Evaluate the float model, and detect how its training images were augmented."""
-    accuracy = evaluate(float_model, data, on_progress=listener.progress)
+    accuracy, *others = evaluate_all(float_model, data, on_progress=listener.progress)
     labels = distillation_weight(recipe.train.distill, data) < 1
     detected = detect_augmentation(float_model, data, recipe.data, labels=labels)
     return FloatBaseline(
-        accuracy, distributed.broadcast(detected), here, *first_outputs(float_model, data)
+        accuracy,
+        distributed.broadcast(detected),
+        here,
+        *first_outputs(float_model, data),
+        tuple(others),
     )
 
 
@@ -431,6 +441,8 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
                 "train.teacher is given, but these data bring their own loss; set "
                 "train.distill.weight to distill."
             )
+        if recipe.train.distill.layers:
+            raise UsageError("train.distill.layers are given, and train.distill.weight is 0.")
         return
     inputs, targets = next(iter(data.val.epoch(0)))
     with torch.no_grad():
@@ -438,14 +450,27 @@ def _check_distillation(models: _Models, data: Data, recipe: Recipe, introduce: 
         check_distillable(output)
         if teacher.sha256 is not None:
             check_same_outputs(output, call(teacher.model, copied(inputs)), teacher.name)
+        if recipe.train.distill.layers:
+            check_features(models.float_model, teacher.model, recipe.train.distill.layers, inputs)
     views = ", mean of each image and its flip" if flips_at_random(data) else ""
     temperature = recipe.train.distill.temperature
     has_scores = any(axis is not None for *_, axis in matched(output, output, targets))
-    softened = f", temperature {temperature:g}" if has_scores else ""
+    softened = f", temperature {temperature:g}" if has_scores and not data.distill else ""
+    softened += ", by your own function" if data.distill else ""
+    if layers := recipe.train.distill.layers:
+        softened += f", also of the outputs of {list_names(layers)}"
     introduce(f"loss: {100 * weight:g} % distillation from {teacher.name}{views}{softened}")
 
 
 # ---- results
+
+
+def _measured(data: Data, before: Sequence[float], after: Sequence[float]) -> tuple[Measured, ...]:
+    """Return the metrics that decide nothing, of the float and of the delivered model."""
+    values = zip(data.others, before, after, strict=True)
+    return tuple(
+        Measured(metric=metric, accuracy=Accuracy.of(b, a, metric)) for (_, metric), b, a in values
+    )
 
 
 def _write_results(
@@ -453,12 +478,13 @@ def _write_results(
     trainer: Trainer,
     source: Source,
     accuracy: tuple[float, float],
+    others: Sequence[Measured],
     run_course: Course,
     warnings: list[str],
 ) -> Report:
     """Write final.pt and report.json; return the report.
 
-    `accuracy` is the metric of the float and of the delivered model.
+    `accuracy` is the metric of the float and of the delivered model, `others` are further ones.
     """
     quantized = trainer.quantized
     report = build_report(
@@ -466,6 +492,7 @@ def _write_results(
         trainer.gates.budget,
         metric=trainer.data.judged_by,
         accuracy=accuracy,
+        other_metrics=others,
         course=run_course,
         source=source,
         run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),

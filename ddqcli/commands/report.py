@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ddqcli.errors import UsageError
 from ddqcli.inspection.report import read_report
 from ddqcli.recipe.size import parse_size
-from ddqcli.runs.evaluation import Metric
+from ddqcli.runs.evaluation import Measured, Metric
 from ddqcli.runs.find import find_sweep
 from ddqcli.runs.report import Report, SweepTable
 from ddqcli.runs.run import Run
@@ -55,14 +55,17 @@ class Limits:
 def _of_metric(
     flag: str, compare: Callable[..., str | None], report: Report, name: str, limit: float
 ) -> str | None:
-    """Hold the quantized model's metric against a limit of the metric `name`."""
-    metric = report.metric
+    """Hold the quantized model's value of the metric `name` against a limit."""
     flag = flag if flag == "--min-accuracy" else f"{flag} {name}"
     if report.accuracy is None:
         return _unmeasured(flag)
-    if metric.name != name:
-        return f"{flag} is unmet: this run is judged by {metric.name}, not by {name}."
-    return compare(flag, report.accuracy.quantized, limit, metric.unit or metric.name)
+    first = Measured(metric=report.metric, accuracy=report.accuracy)
+    for each in (first, *report.other_metrics):
+        if each.metric.name == name:
+            unit = each.metric.unit or name
+            return compare(flag, each.accuracy.quantized, limit, unit)
+    names = " and ".join(each.metric.name for each in (first, *report.other_metrics))
+    return f"{flag} is unmet: this run is judged by {names}, not by {name}."
 
 
 def _above(flag: str, value: float | None, limit: float | None, unit: str) -> str | None:

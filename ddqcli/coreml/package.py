@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import logging
@@ -21,6 +20,7 @@ from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.data.trees import Tree
 from ddqcli.errors import UsageError
 from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
+from ddqcli.qat.network_copy import copy_network
 
 Array = NDArray[Any]
 
@@ -94,7 +94,7 @@ def make_package(
     if not all(isinstance(x, Tensor) for x in positional):
         raise UsageError("Core ML export takes a network of tensors alone, or a tuple of them.")
     inputs = tuple(x[:1].cpu().contiguous() for x in positional)
-    model = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    model = copy_network(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for module in model.modules():
         if input_quantizer(module) is not None:
             remove_input_quantizer(module)

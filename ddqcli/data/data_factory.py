@@ -31,7 +31,8 @@ class FactoryData:
     train: Any  # a data set, or re-iterable batches
     val: Any
     loss: Score | None  # (output, target) -> mean loss
-    metric: Any  # (output, target) -> one score [B] for each sample; or a mapping with its name
+    distill: Score | None  # (output, teacher's output) -> mean loss
+    metric: Any  # (output, target) -> scores [B]; or a mapping with its name; or a list of these
 
 
 def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:
@@ -46,7 +47,7 @@ def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:
         raise DataError(
             f"The data factory {spec}{arguments} failed: {type(error).__name__}: {error}"
         ) from error
-    keys = ("train", "val", "loss", "metric")
+    keys = ("train", "val", "loss", "metric", "distill")
     if isinstance(data, Mapping):
         if unknown := [key for key in data if key not in keys]:
             near = difflib.get_close_matches(str(unknown[0]), keys, n=1)
@@ -63,10 +64,11 @@ def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:
         raise DataError(
             f"The data factory {spec} returned {kind}; {' and '.join(missing)} missing."
         )
-    if parts["loss"] is not None and not callable(parts["loss"]):
-        raise DataError(
-            f"The data factory {spec} returned a loss that is no function of (output, target)."
-        )
+    for key in ("loss", "distill"):
+        if parts[key] is not None and not callable(parts[key]):
+            raise DataError(
+                f"The data factory {spec} returned a {key} that is no function of (output, target)."
+            )
     return FactoryData(**parts)
 
 

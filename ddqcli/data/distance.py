@@ -28,7 +28,9 @@ def sample_differences(actual: Tree, expected: Tree) -> Tensor:
 
 
 def _relative_error(actual: Tensor, expected: Tensor, samples: int) -> Tensor:
-    """Return the relative error [B] of one tensor."""
+    """Return the relative error [B] of one tensor; a number is one of all samples."""
+    if expected.ndim == 0:
+        actual, expected = actual.expand(samples), expected.expand(samples)
     actual, expected = (x.double().reshape(samples, -1) for x in (actual, expected))
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     relative = (actual - expected).square().mean(1).sqrt() / expected.square().mean().sqrt()

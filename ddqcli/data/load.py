@@ -19,7 +19,7 @@ from ddqcli.data.image_format import choose_format
 from ddqcli.data.images import ImageFormat, ImageReader
 from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.memory_batches import MemoryBatches
-from ddqcli.data.metric import own_metric
+from ddqcli.data.metric import own_metrics
 from ddqcli.data.npz import open_npz
 from ddqcli.data.own_loss import own_loss
 from ddqcli.data.ready_batches import ReadyBatches
@@ -55,6 +55,8 @@ class Data:
     own_loss: bool = False  # True if `loss` is the user's
     own_metric: bool = False  # True if `metric` is
     judged_by: Metric = field(default_factory=Metric)  # name, unit and direction of `metric`
+    distill: Score | None = None  # the user's own distillation: (output, teacher's output) -> loss
+    others: tuple[tuple[Score, Metric], ...] = ()  # the user's metrics that decide nothing
     labelled: bool = True  # False if the float model's outputs stand for targets
 
     def fingerprint(self) -> str:
@@ -219,10 +221,10 @@ def _factory_data(
     batches = FactoryBatches(spec, section, seed, device, shard, max_steps)
     splits = _Splits(*batches.train(data.train), batches.val(data.val))
     loss, metric = classification(None, exact=False, own_loss=data.loss is not None)
-    judged_by = Metric()
+    judged_by, others = Metric(), list[tuple[Score, Metric]]()
     if data.metric is not None:
-        metric, judged_by = own_metric(data.metric, spec)
-    own = [name for name in ("loss", "metric") if getattr(data, name) is not None]
+        (metric, judged_by), *others = own_metrics(data.metric, spec)
+    own = [name for name in ("loss", "metric", "distill") if getattr(data, name) is not None]
     note = f"{_counts(splits)} samples from {spec}, prepared by it"
     note += f"; its own {' and '.join(own)}" if own else ""
     return Data(
@@ -234,6 +236,8 @@ def _factory_data(
         own_loss=data.loss is not None,
         own_metric=data.metric is not None,
         judged_by=judged_by,
+        distill=own_loss(data.distill, spec, "distill") if data.distill is not None else None,
+        others=tuple(others),
     )
 
 

@@ -1,4 +1,4 @@
-"""A user's own metric: a function of outputs and targets, with a name, a unit and a direction."""
+"""A user's own metrics: functions of outputs and targets, with name, unit and direction."""
 
 from __future__ import annotations
 
@@ -16,6 +16,23 @@ from ddqcli.errors import DataError
 from ddqcli.runs.evaluation import Metric
 
 _EXAMPLE = '{"name": "PSNR", "unit": "dB", "better": "higher", "function": psnr}'
+
+
+def own_metrics(given: Any, spec: str) -> list[tuple[Score, Metric]]:
+    """Return each metric of a factory: one alone, or those of a list, the first of which decides.
+
+    Raises DataError as `own_metric`, for an empty list, and for two metrics of one name.
+    """
+    if not isinstance(given, (list, tuple)):
+        return [own_metric(given, spec)]
+    metrics = [own_metric(each, spec) for each in given]
+    names = [metric.name for _, metric in metrics]
+    if not names or len(set(names)) < len(names):
+        raise DataError(
+            f"The data factory {spec} returned a list of metrics named {list_names(names)}; give "
+            f"at least one, and each a name of its own: [{_EXAMPLE}, ...]."
+        )
+    return metrics
 
 
 def own_metric(given: Any, spec: str) -> tuple[Score, Metric]:

@@ -14,19 +14,22 @@ from ddqcli.errors import DataError, DDQError
 _NEEDED = "it must return the mean loss of the batch as a tensor of one value"
 
 
-def own_loss(function: Score, spec: str) -> Score:
-    """Wrap the loss of a factory: raise DataError unless it returns one value with a gradient."""
+def own_loss(function: Score, spec: str, kind: str = "loss") -> Score:
+    """Wrap the loss of a factory: raise DataError unless it returns one value with a gradient.
+
+    `kind` is its key in what the factory returned.
+    """
 
     def checked(output: Any, target: Any) -> Tensor:
-        loss = call_own(function, "loss", spec, output, target, _NEEDED)
+        loss = call_own(function, kind, spec, output, target, _NEEDED)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             is_tensor = isinstance(loss, Tensor)
-            kind = f"shape {list(loss.shape)}" if is_tensor else f"a {type(loss).__name__}"
-            raise DataError(f"The loss of {spec} returned {kind}; {_NEEDED}.")
+            given = f"shape {list(loss.shape)}" if is_tensor else f"a {type(loss).__name__}"
+            raise DataError(f"The {kind} of {spec} returned {given}; {_NEEDED}.")
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors(output))
         if trained and not loss.requires_grad:
             raise DataError(
-                f"The loss of {spec} returned a value without a gradient; compute it from the "
+                f"The {kind} of {spec} returned a value without a gradient; compute it from the "
                 "output by functions of torch, without detach(), item() or NumPy."
             )
         return loss
@@ -35,7 +38,7 @@ def own_loss(function: Score, spec: str) -> Score:
 
 
 def call_own(function: Score, kind: str, spec: str, output: Any, target: Any, needed: str) -> Any:
-    """Return `function(output, target)`, a factory's loss or metric, which `kind` says.
+    """Return `function(output, target)`, a factory's loss, metric or distill, which `kind` says.
 
     Raises DataError with what is `needed` if it fails, and lets a lack of memory pass.
     """

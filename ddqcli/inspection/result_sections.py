@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ddqcli.formatting import size
 from ddqcli.inspection.html import Fact, Section, Table
+from ddqcli.runs.evaluation import Measured
 from ddqcli.runs.report import Report
 
 
@@ -19,9 +20,8 @@ def head_section(source: Path, report: Report) -> Section:
     sizes = _arrow(size(totals.float_bytes), size(totals.bytes))
     facts = [Fact("Size of the file", sizes, ratio)]
     if accuracy:
-        values = _arrow(*(metric.text(v, " ") for v in (accuracy.float, accuracy.quantized)))
-        change = metric.change(accuracy.float, accuracy.quantized)
-        facts.append(Fact(metric.title, values, f"float → quantized; {change}"))
+        first = Measured(metric=metric, accuracy=accuracy)
+        facts += [_values_fact(each) for each in (first, *report.other_metrics)]
     inputs = "inputs stay float"
     if report.activations:
         bits = "/".join(map(str, sorted({row.bits for row in report.activations})))
@@ -30,6 +30,13 @@ def head_section(source: Path, report: Report) -> Section:
     facts.append(Fact("Average", average, f"as stored, with levels and scales; {inputs}"))
     text = [f"{source}: {report.source.path} ({report.source.arch})."]
     return Section("", text, facts=facts, warnings=report.warnings)
+
+
+def _values_fact(measured: Measured) -> Fact:
+    metric, before = measured.metric, measured.accuracy.float
+    after = measured.accuracy.quantized
+    values = _arrow(metric.text(before, " "), metric.text(after, " "))
+    return Fact(metric.title, values, f"float → quantized; {metric.change(before, after)}")
 
 
 def _arrow(before: str, after: str) -> str:

@@ -35,6 +35,8 @@ class ActivationQuantizer(nn.Module):
         zero_point: whole number; codes run from -zero_point to 2^a - 1 - zero_point. 0 after ReLU.
         learned: the DDQuantizer used in place of the step size for learned levels, or None.
         values: number of values in the first observed input.
+        calls: observed so far in this forward pass.
+        ranges: largest magnitude of each call of a pass: a layer may be called from several places.
         use_compiled: use torch.compile. Worth it in long runs only.
     """
 
@@ -52,6 +54,8 @@ class ActivationQuantizer(nn.Module):
         self.observing = False
         self.histogram: Histogram | None = None
         self.values = 0
+        self.calls = 0
+        self.ranges: list[float] = []
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, {'learned levels' if self.learned else 'uniform levels'}"
@@ -69,11 +73,16 @@ class ActivationQuantizer(nn.Module):
         )
         return quantized
 
+    def observe_pass(self) -> None:
+        """Observe the inputs of a forward pass that begins now."""
+        self.observing, self.calls = True, 0
+
     def _observe(self, x: Tensor) -> None:
         """Add the values of an input to the histogram; the first one sets `values`."""
         if not x.numel():
             return
         check_finite(x)
+        self._observe_range(float(x.abs().max()))
         if self.histogram is None:
             self.values = x.numel()
             self.histogram = Histogram.of(x.float().cpu().numpy())
@@ -83,6 +92,19 @@ class ActivationQuantizer(nn.Module):
         low, high = (float(value) for value in flat.aminmax())
         sample = Histogram.of(some, low=low, high=high)
         self.histogram += sample.scaled(flat.numel() / some.size)
+
+    def _observe_range(self, magnitude: float) -> None:
+        """Keep the largest magnitude of the pass's next call."""
+        if self.calls == len(self.ranges):
+            self.ranges.append(0.0)
+        self.ranges[self.calls] = max(magnitude, self.ranges[self.calls])
+        self.calls += 1
+
+    @property
+    def range_ratio(self) -> float:
+        """The largest of the ranges over the smallest; zeros alone do not count."""
+        ranges = [each for each in self.ranges if each > 0]
+        return max(ranges) / min(ranges) if ranges else 1.0
 
     @property
     def saw_only_zeros(self) -> bool:

@@ -268,6 +268,8 @@ class DistillSection(_Section):
     """Weight in the loss; 1 needs no labels. None: 0.9, or 0 if the data bring their own loss."""
     temperature: Positive = 4.0
     """Softens the scores."""
+    layers: list[str] = []
+    """Layers whose outputs are distilled, too, by the squared error over their variance."""
 
 
 class TeacherSection(_Section):

@@ -17,6 +17,7 @@ from ddqcli.render.layer_table import (
     shape_text,
     shows_bars,
 )
+from ddqcli.runs.evaluation import Accuracy, Metric
 from ddqcli.runs.report import Report, TensorRow
 
 COLUMNS = ("name", "kind", "shape", "bits", "levels", "bytes", "share", "error")
@@ -106,12 +107,17 @@ def total_lines(report: Report, *, parts: bool = True) -> list[str]:
             f"delivered  {course.outcome(report.run.steps, metric)}",
         ]
     elif accuracy:
-        lines.append(
-            f"{metric.name:<10} {metric.text(accuracy.float)} float -> "
-            f"{metric.text(accuracy.quantized)} quantized "
-            f"({metric.change(accuracy.float, accuracy.quantized)})"
-        )
+        lines.append(_values_line(metric, accuracy))
+    lines += [_values_line(each.metric, each.accuracy) for each in report.other_metrics]
     return lines + [f"warning    {warning}" for warning in report.warnings]
+
+
+def _values_line(metric: Metric, accuracy: Accuracy) -> str:
+    return (
+        f"{metric.name:<10} {metric.text(accuracy.float)} float -> "
+        f"{metric.text(accuracy.quantized)} quantized "
+        f"({metric.change(accuracy.float, accuracy.quantized)})"
+    )
 
 
 def as_csv(report: Report) -> str:

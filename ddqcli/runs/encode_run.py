@@ -20,9 +20,9 @@ def encode_run(
 ) -> tuple[bytes, Sizes]:
     """Return the bytes of a run's file, and where they went.
 
-    A file beyond a target in bytes leaves out what only informs: first the recipe, then warnings
-    and the course of the run. `make_budget` reserved the bytes of a typical report, so that few
-    files need this.
+    A file beyond a target in bytes leaves out what only informs: first the recipe, then warnings,
+    the course of the run and metrics that decide nothing. `make_budget` reserved the bytes of a
+    typical report, so that few files need this.
     """
     limit = report.totals.budget_bytes if recipe.budget.target_size is not None else None
     for meta in _metas(report, recipe):
@@ -67,7 +67,7 @@ def _metas(report: Report, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Yield what the file may say, the most first."""
     yield file_meta(report, recipe)
     yield {"report": report.embedded()}
-    yield {"report": report.embedded() | {"warnings": [], "course": None}}
+    yield {"report": report.embedded() | {"warnings": [], "course": None, "other_metrics": []}}
 
 
 def portable_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -85,6 +85,13 @@ class Accuracy(Record):
         )
 
 
+class Measured(Record):
+    """A metric beside the one that judges a run, and its values."""
+
+    metric: Metric
+    accuracy: Accuracy
+
+
 class Stage(Record):
     """The metric's value on the evaluation data at one stage of a run."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from ddqcli.artifact.sizes import tensor_bytes
-from ddqcli.runs.evaluation import Accuracy, Course, Metric
+from ddqcli.runs.evaluation import Accuracy, Course, Measured, Metric
 from ddqcli.runs.layer_order import in_order, order_runs
 from ddqcli.runs.record import Record
 
@@ -141,6 +141,7 @@ class EmbeddedReport(Record):
     """The part of a report that an exported file carries in its manifest."""
 
     metric: Metric = Field(default_factory=Metric)
+    other_metrics: tuple[Measured, ...] = ()
     order: tuple[int, ...] = ()  # see `order_runs`
     accuracy: Accuracy | None
     course: Course | None = None
@@ -162,6 +163,7 @@ class Report(Record):
     totals: Totals
     metric: Metric = Field(default_factory=Metric)  # that `accuracy` and `course` hold values of
     accuracy: Accuracy | None  # None if nothing was evaluated
+    other_metrics: tuple[Measured, ...] = ()  # metrics that decide nothing
     course: Course | None = None  # None after a dry run, and in reports of older versions
     activations: tuple[ActivationRow, ...]
     kept_float: dict[str, str]  # unquantized tensor -> reason
@@ -184,6 +186,7 @@ class Report(Record):
         paths = {key: Path(getattr(self.source, key)).name for key in ("path", "arch")}
         embedded = EmbeddedReport(
             metric=self.metric,
+            other_metrics=self.other_metrics,
             order=tuple(order_runs([row.name for row in self.layers])),
             accuracy=self.accuracy,
             course=self.course,
@@ -196,10 +199,9 @@ class Report(Record):
             budget_bytes=self.totals.budget_bytes,
             float_bytes=self.totals.float_bytes,
         )
-        usual = {"metric"} if self.metric == Metric() else set()
-        return embedded.model_dump(
-            mode="json", exclude=usual if embedded.order else usual | {"order"}
-        )
+        data = embedded.model_dump(mode="json")
+        usual = {"metric": Metric().data(), "other_metrics": [], "order": []}
+        return {key: value for key, value in data.items() if value != usual.get(key, ...)}
 
     def with_manifest(self, nbytes: int) -> Report:
         """Return the report of a file whose manifest and header take `nbytes`."""
@@ -256,6 +258,7 @@ class Report(Record):
             kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()}
             | dict.fromkeys(artifact.constants, "a constant: takes no bytes"),
             metric=embedded.metric,
+            other_metrics=embedded.other_metrics,
             accuracy=embedded.accuracy,
             course=embedded.course,
             source=embedded.source,

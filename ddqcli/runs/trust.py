@@ -120,7 +120,9 @@ def _describe(code: str) -> dict[str, Any] | None:
     files = {folder / file.name}  # it may be a link to a file elsewhere
     if ":" in code:
         loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-        paths = [Path(name) for name in loaded if name and os.path.isabs(name)]
+        # Paths of thousands of modules take a while; few names hold that of the folder.
+        near = [name for name in loaded if name and folder.name in name]
+        paths = [Path(name) for name in near if os.path.isabs(name)]
         files |= {path for path in paths if path.is_relative_to(folder) and path.is_file()}
     names = sorted(str(path.relative_to(folder)) for path in files if not _is_installed(path))
     return {

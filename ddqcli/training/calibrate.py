@@ -38,12 +38,12 @@ def calibrate(
 
     An input that no batch reaches stays float. Raises DataError for a batch that is not finite.
     """
-    for quantizer in quantized.activations.values():
-        quantizer.observing = True
     model = quantized.model
     with _eval_mode(model):
         for number, (x, y) in enumerate(islice(data.train.epoch(0), batches)):
             require_finite_batch(x, number, "training")
+            for quantizer in quantized.activations.values():
+                quantizer.observe_pass()
             output = call(model, copied(x))
             if teacher is None:
                 loss = data.loss(output, y)

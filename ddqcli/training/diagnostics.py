@@ -21,6 +21,7 @@ _LARGE_FLOAT_SHARE = 0.5  # of the file's bytes
 _SMALL_BATCH = 8  # samples, up to which batch statistics are too noisy to normalize by
 
 _UNUSED_SHARE = 0.25  # of a tensor's levels, from which on they are worth a warning
+_DISTANT_RANGES = 10.0  # factor: the smaller range has a tenth of the levels
 _IDLE_SPREAD = 0.05  # of a probability
 _NAMED = 3  # tensors in a warning
 _VALUES_PER_LEVEL = 4  # a tensor with fewer cannot be expected to use every level
@@ -44,6 +45,7 @@ def find_warnings(
         _much_stays_float(trainer),
         _constant_tensors(trainer),
         _zero_inputs(trainer),
+        _distant_ranges(trainer),
         _unused_levels(trainer),
         _idle_gates(trainer, metrics),
         _idle_dbps(trainer, metrics),
@@ -219,6 +221,23 @@ def _zero_inputs(trainer: Trainer) -> str | None:
         f"the input of {_join(names)} was zero in all samples that its levels were fitted to, so "
         "any other value is cut off; give training samples where it is not, or keep it in float by "
         "an override (act_bits: 0)"
+    )
+
+
+def _distant_ranges(trainer: Trainer) -> str | None:
+    """Name the layers that are called with inputs of very different ranges, which share levels."""
+    inputs = trainer.quantized.activations.items()
+    names = [
+        f"{name} (from {min(r for r in quantizer.ranges if r):.3g} to {max(quantizer.ranges):.3g})"
+        for name, quantizer in inputs
+        if quantizer.range_ratio >= _DISTANT_RANGES
+    ]
+    if not names:
+        return None
+    return (
+        f"the inputs of {_join(names)} have ranges {_DISTANT_RANGES:g} times apart or more at the "
+        "places that the layer is called from, and one set of levels for all; keep them in float "
+        "by an override (act_bits: 0), or bring them to one scale in the network"
     )
 
 

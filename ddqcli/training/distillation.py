@@ -27,11 +27,13 @@ _CONSTANT = 1e-6  # variance over mean square, below which an output does not va
 def distillation_weight(distill: DistillSection, data: Data) -> float:
     """Return the share of the loss (0 to 1) that is distillation.
 
-    The default is 0 where the data bring their own loss, 1 without labels, and 0.9 otherwise.
-    Raises DataError if it leaves a share to labels that the data lack.
+    The default is 0 where the data bring their own loss and no distillation, 1 without labels, and
+    0.9 otherwise. Raises DataError if it leaves a share to labels that the data lack.
     """
     if distill.weight is None:
-        return 0.0 if data.own_loss else _DEFAULT_WEIGHT if data.labelled else 1.0
+        if data.own_loss and not (data.distill or distill.layers):
+            return 0.0
+        return _DEFAULT_WEIGHT if data.labelled or data.own_loss else 1.0
     if distill.weight < 1 and not (data.labelled or data.own_loss):
         raise DataError(
             f"train.distill.weight is {distill.weight:g}, but the data have no labels for the rest "
@@ -76,13 +78,16 @@ def check_same_outputs(output: Tree, teacher_output: Tree, name: str) -> None:
 def training_loss(
     data: Data, output: Tree, y: Tree, target: Tree | None, weight: float, temperature: float
 ) -> Tensor:
-    """Return `weight` parts of `distillation` towards `target`, the rest of the data's own loss.
+    """Return `weight` parts of distillation towards `target`, the rest of the data's own loss.
 
     What has no part is not computed. Without a `target`, all is the data's own loss.
     """
     if target is None or not weight:
         return data.loss(output, y)
-    divergence = distillation(output, target, temperature, y)
+    if data.distill is not None:
+        divergence = data.distill(output, target)
+    else:
+        divergence = distillation(output, target, temperature, y)
     if weight == 1:
         return divergence
     return weight * divergence + (1 - weight) * data.loss(output, y)
@@ -102,7 +107,7 @@ def distillation(output: Tree, target: Tree, temperature: float, labels: Tree = 
     rounding. Raises DataError if the outputs differ in shape.
     """
     losses = [
-        _squared_error(o, t) if axis is None else _divergence(o, t, temperature, axis)
+        squared_error(o, t) if axis is None else _divergence(o, t, temperature, axis)
         for o, t, axis in matched(output, target, labels)
     ]
     return torch.stack(losses).sum()
@@ -159,7 +164,8 @@ def _divergence(output: Tensor, target: Tensor, temperature: float, axis: int) -
     return F.kl_div(log_output, log_target, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _squared_error(output: Tensor, target: Tensor) -> Tensor:
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error over the variance of the target."""
     return F.mse_loss(output, target) / scale_of(target)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ddqcli.data.batches import batch_size, take_samples, tree_to_device
+from ddqcli.data.classification import Score
 from ddqcli.data.load import Data
-from ddqcli.data.trees import call, copied, is_plain, tensors
+from ddqcli.data.trees import Tree, call, copied, is_plain, tensors
 from ddqcli.errors import DataError
+from ddqcli.runs.evaluation import Metric
 from ddqcli.training import distributed
 from ddqcli.training.divergence import require_finite_batch
 
@@ -21,41 +24,61 @@ _PROBE_SAMPLES = 8
 OnProgress = Callable[[str, int, int], None]  # (activity, batches done, batches in all)
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, data: Data, *, on_progress: OnProgress | None = None) -> float:
-    """Return the mean of the metric over all held-out samples, in its unit.
+    """Return the mean of the metric over all held-out samples, in its unit; as `evaluate_all`."""
+    return evaluate_all(model, replace(data, others=()), on_progress=on_progress)[0]
+
+
+@torch.no_grad()
+def evaluate_all(
+    model: nn.Module, data: Data, *, on_progress: OnProgress | None = None
+) -> list[float]:
+    """Return each metric's mean over all held-out samples in its unit; the first one judges.
 
     Leaves the model in eval mode. Each rank evaluates its shard; the result is the same on all of
     them. Raises DataError for inputs that are not finite and, naming samples, for such scores.
     """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # of scores, and their number
-    invalid: list[int] = []
-    for done, batch in enumerate(data.val.epoch(0)):
-        if not batch_size(batch):
-            continue  # the last batch may have fewer samples than there are ranks
-        inputs, targets = batch
-        require_finite_batch(inputs, done, "evaluation")
-        with parametrize.cached():
-            scores = data.metric(call(model, inputs), targets).double().cpu()
-        invalid += (int(total[1]) + (~scores.isfinite()).nonzero()[:, 0]).tolist()
-        total += torch.tensor([scores.sum(), len(scores)], dtype=torch.float64)
-        if on_progress:
-            on_progress("evaluate", done + 1, len(data.val))
-    scores_sum, count = distributed.sum_ranks(total).tolist()
-    if not math.isfinite(scores_sum):
-        raise _not_finite(data, invalid, int(count))
-    return float(data.judged_by.scale * scores_sum / count)
+    totals = [_Total(*each) for each in ((data.metric, data.judged_by), *data.others)]
+    with parametrize.cached():  # each weight is quantized once for all batches
+        for done, batch in enumerate(data.val.epoch(0)):
+            if not batch_size(batch):
+                continue  # the last batch may have fewer samples than there are ranks
+            inputs, targets = batch
+            require_finite_batch(inputs, done, "evaluation")
+            output = call(model, inputs)
+            for total in totals:
+                total.add(output, targets)
+            if on_progress:
+                on_progress("evaluate", done + 1, len(data.val))
+    return [total.mean() for total in totals]
 
 
-def _not_finite(data: Data, invalid: list[int], count: int) -> DataError:
-    """Return the error for scores of evaluation samples that are NaN or infinite."""
-    named = ", ".join(map(str, invalid[:8])) + ", ..." * (len(invalid) > 8)
-    return DataError(
-        f"The metric {data.judged_by.name} is NaN or infinite for {len(invalid)} of {count:,} "
-        f"evaluation samples (number {named}); give it a value for every sample, or leave these "
-        "out of val."
-    )
+class _Total:
+    """The sum of a metric's scores over evaluation samples."""
+
+    def __init__(self, function: Score, metric: Metric) -> None:
+        self.function, self.metric = function, metric
+        self.total = torch.zeros(2, dtype=torch.float64)  # of scores, and their number
+        self.invalid: list[int] = []  # samples
+
+    def add(self, output: Tree, targets: Tree) -> None:
+        """Add the scores of a batch."""
+        scores = self.function(output, targets).double().cpu()
+        self.invalid += (int(self.total[1]) + (~scores.isfinite()).nonzero()[:, 0]).tolist()
+        self.total += torch.tensor([scores.sum(), len(scores)], dtype=torch.float64)
+
+    def mean(self) -> float:
+        """Return the mean of all ranks in the unit. Raises DataError if it is not finite."""
+        scores, count = distributed.sum_ranks(self.total).tolist()
+        if math.isfinite(scores):
+            return float(self.metric.scale * scores / count)
+        named = ", ".join(map(str, self.invalid[:8])) + ", ..." * (len(self.invalid) > 8)
+        raise DataError(
+            f"The metric {self.metric.name} is NaN or infinite for {len(self.invalid)} of "
+            f"{int(count):,} evaluation samples (number {named}); give it a value for every "
+            "sample, or leave these out of val."
+        )
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -15,6 +14,7 @@ from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.data.trees import Tree, call, copied, shared_length, sliced, tensors
 from ddqcli.errors import DataError, UsageError
 from ddqcli.qat.model import QuantizedModel
+from ddqcli.qat.network_copy import copy_network
 
 _SAMPLES = 8
 _LARGER = 100.0  # factor on weights, so that any limit on their size takes effect
@@ -39,7 +39,7 @@ def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: 
 
     The layer would write what its quantizer returns, and not the weight behind it.
     """
-    trial = copy.deepcopy(teacher).train()
+    trial = copy_network(teacher).train()
     parameters = {name: p.data for name, p in trial.named_parameters(remove_duplicate=False)}
     before = {}
     for tensor in quantized.tensors:
@@ -47,7 +47,7 @@ def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: 
             parameters[tensor.name].mul_(_LARGER)
             before[tensor.name] = parameters[tensor.name].clone()
     with suppress(Exception), torch.no_grad():  # so large weights may be too much for it
-        call(trial, _few_inputs(data))
+        call(trial, few_inputs(data))
     after = dict(trial.named_parameters(remove_duplicate=False))
     for tensor in quantized.tensors:
         name = tensor.name
@@ -64,7 +64,7 @@ def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: 
 @torch.no_grad()
 def written_buffers(model: nn.Module, inputs: Tree) -> list[str]:
     """Return the names of the buffers that a forward pass changes in eval mode."""
-    trial = copy.deepcopy(model).eval()
+    trial = copy_network(model).eval()
     before = {name: buffer.clone() for name, buffer in trial.named_buffers()}
     call(trial, copied(inputs))
     after = dict(trial.named_buffers())
@@ -76,10 +76,10 @@ def refuse_batch_of_one(model: nn.Module, data: Data) -> None:
     train = data.train
     if not isinstance(train, ReadyBatches) or train.last_batch != 1 or len(train) == 1:
         return
-    trial = copy.deepcopy(model).train()
+    trial = copy_network(model).train()
     try:
         with torch.no_grad():
-            call(trial, sliced(_few_inputs(data), slice(1)))
+            call(trial, sliced(few_inputs(data), slice(1)))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -94,14 +94,15 @@ def is_reentrant(model: nn.Module, data: Data) -> bool:
 
     Each recomputation is a backward pass of its own, so nothing can be quantized ahead for all.
     """
-    trial = copy.deepcopy(model).train()
+    trial = copy_network(model).train()
     with suppress(Exception):
-        output = call(trial, _few_inputs(data))
+        output = call(trial, few_inputs(data))
         return any(type(node).__name__ == _REENTRANT for node in _graph(output))
     return False
 
 
-def _few_inputs(data: Data) -> Tree:
+def few_inputs(data: Data) -> Tree:
+    """Return the inputs of a few training samples, for a forward pass on trial."""
     inputs, _ = next(iter(data.train.epoch(0)))
     return copied(inputs if shared_length(inputs) is None else sliced(inputs, slice(_SAMPLES)))
 

@@ -8,7 +8,7 @@ import torch
 
 from ddqcli.qat.budget import ResolvedBudget
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
-from ddqcli.runs.evaluation import Accuracy, Course, Metric
+from ddqcli.runs.evaluation import Accuracy, Course, Measured, Metric
 from ddqcli.runs.report import (
     REPORT_VERSION,
     ActivationRow,
@@ -28,6 +28,7 @@ def build_report(
     *,
     metric: Metric | None = None,
     accuracy: tuple[float, float] | None,
+    other_metrics: Sequence[Measured] = (),
     course: Course | None = None,
     source: Source,
     run: RunFacts,
@@ -35,7 +36,8 @@ def build_report(
 ) -> Report:
     """Return the report.
 
-    `accuracy` is the value of `metric` (float, quantized), or None if not measured.
+    `accuracy` is the value of `metric` (float, quantized), or None if not measured;
+    `other_metrics` have values of their own.
     """
     metric = metric or Metric()
     rows = tuple(_row(tensor) for tensor in model.tensors)
@@ -51,6 +53,7 @@ def build_report(
         ),
         metric=metric,
         accuracy=Accuracy.of(*accuracy, metric) if accuracy else None,
+        other_metrics=tuple(other_metrics),
         course=course,
         activations=tuple(
             ActivationRow.of(name, activation.bits, learned=activation.learned is not None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddqcli.training.detect_augmentation import DetectedAugmentation
 
-_STATE_FORMAT = 5  # raised when the contents of last.pt change
+_STATE_FORMAT = 6  # raised when the contents of last.pt change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class FloatBaseline:
     surroundings: Mapping[str, str]  # in which they were measured: see `same_run`
     inputs: str = ""  # hash of the first held-out samples
     outputs: list[Tensor] | None = None  # of the float model for these
+    others: tuple[float, ...] = ()  # metrics that decide nothing, in their units
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> FloatBaseline:
@@ -67,6 +68,7 @@ class FloatBaseline:
             state["surroundings"],
             state["float_inputs"],
             state["float_outputs"],
+            tuple(state["float_others"]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -78,4 +80,5 @@ class FloatBaseline:
             "surroundings": dict(self.surroundings),
             "float_inputs": self.inputs,
             "float_outputs": self.outputs,
+            "float_others": self.others,
         }

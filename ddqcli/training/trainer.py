@@ -32,6 +32,7 @@ from ddqcli.training.batch_norm import batch_norms, reestimate_batch_norm
 from ddqcli.training.bins import regularize_bins
 from ddqcli.training.distillation import distillation_weight, flips_at_random, training_loss
 from ddqcli.training.divergence import Diverged, explain_loss, require_finite
+from ddqcli.training.features import feature_loss, features_of
 from ddqcli.training.held_out import HeldOut, is_better, is_ruined
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMeans, StepMetrics
 from ddqcli.training.network_checks import is_reentrant
@@ -320,9 +321,16 @@ class Trainer:
             # A weight that is read more than once is quantized once.
             nullcontext() if self.reentrant else parametrize.cached(),
         ):
-            target = self._target(x)
-            output = call(self.parallel, x)
-            return output, target, self._loss(output, y, target)
+            layers = self.recipe.train.distill.layers if self.teacher is not None else []
+            with features_of(self.teacher or self.model, layers) as expected:
+                target = self._target(x)
+            with features_of(self.model, layers) as features:
+                output = call(self.parallel, x)
+            loss = self._loss(output, y, target)
+            if layers:  # of x itself, the first of the teacher's views
+                expected = expected[: len(features)]
+                loss = loss + self.distill_weight * feature_loss(features, expected)
+            return output, target, loss
 
     @torch.no_grad()
     def _target(self, x: Tree) -> Tree | None:

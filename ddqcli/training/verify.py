@@ -109,7 +109,9 @@ def rebuild_model(
         else:
             checkpoint = Checkpoint(Path(source), "", tensors, "")
         if checkpoint.module or recipe.model.arch:
-            built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs)
+            source_path = Path(recipe.model.checkpoint or "")
+            folder = source_path if source_path.is_dir() else source_path.parent
+            built = build_model(checkpoint, recipe.model.arch, recipe.model.kwargs, folder)
         else:  # the report names what was recognized
             arch = run.report().source.arch
             built = build_torchvision(checkpoint, arch, recipe.model.kwargs)

@@ -2,13 +2,16 @@
 
     python tests/benchmarks/step_time.py                 # ResNet-20, batch 128, 2 threads
     python tests/benchmarks/step_time.py --model mlp     # most of the time goes to the weights
+    python tests/benchmarks/step_time.py --model bert --batch 8 --size 32 --only "ddq W4"
     python tests/benchmarks/step_time.py --model mobilenet_v2 --size 224 --batch 256 \\
         --device cuda --precision bfloat16
     python tests/benchmarks/step_time.py --json > step_time.json
 
 All methods alternate within one process. A ratio is the median over rounds of a method's time
 divided by the float step's time in the same round. On CUDA it also shows the most memory that a
-step allocates. Brevitas needs `pip install brevitas`. Takes a few minutes on two cores.
+step allocates. `bert` is an encoder of 110 million parameters, 1.3 GB for each method; `--size` is
+the number of its tokens. `--only` names the methods beside the float step. Brevitas needs
+`pip install brevitas`. Takes a few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +82,26 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
 
 
+class Bert(nn.Module):
+    """An encoder of BERT-base's size for tokens [B, T]: 12 layers of 768."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(30522, 768), nn.Embedding(512, 768)
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 12)
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.body(self.embed(tokens) + self.place(places))[:, 0])
+
+
 def build(name: str) -> nn.Module:
-    """Return `resnet20`, `mlp` or a torchvision model, with random weights."""
-    if name in ("resnet20", "mlp"):
-        return {"resnet20": resnet20, "mlp": mlp}[name]()
+    """Return `resnet20`, `mlp`, `bert` or a torchvision model, with random weights."""
+    own = {"resnet20": resnet20, "mlp": mlp, "bert": Bert}
+    if name in own:
+        return own[name]()
     import torchvision
 
     return torchvision.models.get_model(name, weights=None)
@@ -212,29 +233,32 @@ def brevitas_step(model: nn.Module, x: Tensor, y: Tensor, act_bits: int | None) 
     return training_step(model, sgd(model), x, y)
 
 
-def make_steps(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
-    """Return the step of each method, every one on its own copy of `model`."""
+METHODS: dict[str, Callable[[nn.Module, Tensor, Tensor], Step]] = {
+    "float": float_step,
+    "torch FusedMovingAvgObsFakeQuantize W4": partial(torch_step, act_bits=None),
+    "torch FusedMovingAvgObsFakeQuantize W4/A8": partial(torch_step, act_bits=8),
+    "ddq W4": ddq_step,
+    "ddq W4, distilled": partial(ddq_step, views=1),
+    "ddq W4/A8": partial(ddq_step, activations={"bits": 8}),
+    "ddq W4/A8, distilled": partial(ddq_step, views=1, activations={"bits": 8}),
+    "ddq W4/A8, distilled, with mirror images": partial(ddq_step, views=2, activations={"bits": 8}),
+    "ddq W4/A4, learned levels": partial(ddq_step, activations={"bits": 4}),
+    "Brevitas W4": partial(brevitas_step, act_bits=None),
+    "Brevitas W4/A8": partial(brevitas_step, act_bits=8),
+}
 
-    def fresh() -> nn.Module:
-        return copy.deepcopy(model)
 
-    steps = {
-        "float": float_step(fresh(), x, y),
-        "torch FusedMovingAvgObsFakeQuantize W4": torch_step(fresh(), x, y, None),
-        "torch FusedMovingAvgObsFakeQuantize W4/A8": torch_step(fresh(), x, y, 8),
-        "ddq W4": ddq_step(fresh(), x, y),
-        "ddq W4/A8": ddq_step(fresh(), x, y, activations={"bits": 8}),
-        "ddq W4/A8, distilled": ddq_step(fresh(), x, y, 1, activations={"bits": 8}),
-        "ddq W4/A8, distilled, with mirror images": ddq_step(
-            fresh(), x, y, 2, activations={"bits": 8}
-        ),
-        "ddq W4/A4, learned levels": ddq_step(fresh(), x, y, activations={"bits": 4}),
-    }
-    try:
-        steps["Brevitas W4"] = brevitas_step(fresh(), x, y, None)
-        steps["Brevitas W4/A8"] = brevitas_step(fresh(), x, y, 8)
-    except ImportError:
-        pass
+def make_steps(
+    model: nn.Module, x: Tensor, y: Tensor, only: list[str] | None = None
+) -> dict[str, Step]:
+    """Return the step of each method, or of some, every one on its own copy of `model`."""
+    steps = {}
+    for name, method in METHODS.items():
+        if only and name not in ("float", *only):
+            continue
+        if name.startswith("Brevitas") and find_spec("brevitas") is None:
+            continue
+        steps[name] = method(copy.deepcopy(model), x, y)
     return steps
 
 
@@ -277,6 +301,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", action="store_true")
@@ -288,9 +313,11 @@ def main() -> None:
     x = torch.randn(args.batch, 3, args.size, args.size, device=device).to(
         memory_format=torch.channels_last
     )
+    if args.model == "bert":
+        x = torch.randint(30522, (args.batch, args.size), device=device)
     y = torch.randint(0, 10, (args.batch,), device=device)
     model = build(args.model).to(device, memory_format=torch.channels_last)
-    steps = make_steps(model, x, y)
+    steps = make_steps(model, x, y, args.only)
     seconds = measure(steps, args.rounds, device)
     rows = {
         name: {

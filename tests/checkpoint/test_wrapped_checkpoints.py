@@ -112,6 +112,10 @@ def test_a_network_with_compiled_parts_gets_its_own_names() -> None:
             renamed(lambda n: f"student.{n}") | renamed(lambda n: f"teacher.{n}"),
             "holds this network under 'student.' and 'teacher.'",
         ),
+        (
+            state() | {"head.weight": state()["head.weight"] + 1},
+            "different values for embed.weight and head.weight, which are one tensor in net.py:Net",
+        ),
     ],
 )
 def test_what_would_change_the_function_is_refused(tensors: Any, message: str) -> None:

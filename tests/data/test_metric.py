@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddqcli.data.distance import sample_differences
-from ddqcli.data.metric import own_metric
+from ddqcli.data.metric import own_metric, own_metrics
 from ddqcli.errors import DataError
 from ddqcli.runs.evaluation import Accuracy, Metric
 
@@ -49,6 +49,18 @@ def test_faulty_metrics_are_refused(given: Any, message: str) -> None:
         own_metric(given, "data.py:f")
 
 
+def test_of_several_metrics_the_first_decides_and_names_are_distinct() -> None:
+    psnr = {"name": "PSNR", "unit": "dB", "function": score}
+    loss = {"name": "loss", "better": "lower", "function": score}
+    assert [m.name for _, m in own_metrics([psnr, loss, score], "f")] == [
+        "PSNR", "loss", "accuracy",
+    ]  # fmt: skip
+    assert [m.name for _, m in own_metrics(psnr, "f")] == ["PSNR"]
+    for faulty in ([], [psnr, psnr], [score, score]):
+        with pytest.raises(DataError, match="give at least one, and each a name of its own"):
+            own_metrics(faulty, "f")
+
+
 @pytest.mark.parametrize("returned", [torch.tensor(0.5), 0.5, torch.zeros(2, 2)])
 def test_scores_are_one_for_each_sample(returned: Any) -> None:
     function, _ = own_metric(lambda output, target: returned, "data.py:f")
@@ -86,6 +98,10 @@ def test_the_distance_of_outputs_is_the_largest_of_their_tensors() -> None:
     found = sample_differences({"a": a, "c": moved}, {"a": b, "c": c})
     assert found.tolist() == pytest.approx(expected)
     assert sample_differences(c, c).tolist() == [0, 0, 0]
+    number = torch.tensor(2.0)  # without axes, as a mean over the batch
+    assert sample_differences((c, number), (c, number)).tolist() == [0, 0, 0]
+    assert sample_differences((c, 1.5 * number), (c, number)).tolist() == [0.5, 0.5, 0.5]
+    assert sample_differences(1.5 * number, number).tolist() == [0.5]
     assert sample_differences(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
     assert sample_differences(c, b).tolist() == [torch.inf]
     assert sample_differences((c,), (c, c)).tolist() == [torch.inf]

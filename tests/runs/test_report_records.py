@@ -16,8 +16,8 @@ from ddqcli.inspection.report import read_report
 from ddqcli.runs.report import Accuracy, ActivationRow, Report, SweepRow, SweepTable, TensorRow
 
 KEYS = (
-    *("version", "layers", "totals", "metric", "accuracy", "course", "activations", "kept_float"),
-    *("source", "run", "warnings"),
+    *("version", "layers", "totals", "metric", "accuracy", "other_metrics", "course"),
+    *("activations", "kept_float", "source", "run", "warnings"),
 )
 
 

@@ -246,6 +246,33 @@ def test_a_layer_that_was_constant_before_is_not_blamed_on_training() -> None:
 # ---- idle gates under the paper's rule
 
 
+class CalledTwice(nn.Module):
+    """Calls one layer with inputs of two ranges."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.first, self.shared = nn.Linear(108, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).tanh()
+        return self.head(self.shared(x) + self.shared(self.factor * x))
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(100.0, True), (0.01, True), (4.0, False)])
+def test_a_layer_called_with_ranges_far_apart_is_named(factor: float, warned: bool) -> None:
+    torch.manual_seed(0)
+    settings = Recipe.model_validate({"activations": {"bits": 8}, "data": {"batch_size": 8}})
+    warnings = find_warnings(trainer(CalledTwice(factor), settings, 0, random_data()), [])
+    found = [w for w in warnings if w.startswith("the inputs of shared (from")]
+    assert len(found) == warned
+    assert not any("first" in w or "head" in w for w in found)
+    if warned:
+        assert "have ranges 10 times apart or more" in found[0]
+        assert "act_bits: 0" in found[0]
+
+
 def begin_paper(**gates: Any) -> Trainer:
     return begin(
         weights={"max_bits": 4}, budget={"target_bits": 3}, gates={"rule": "paper", **gates}
