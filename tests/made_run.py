@@ -65,7 +65,7 @@ def make_sweep(folder: Path, *targets: int, finished: bool = True) -> Run:
         run.write_report(run.report().model_copy(update={"accuracy": accuracy, "totals": totals}))
         rows.append(SweepRow.of(recipe.budget.target, run.report(), run.path.name))
     if finished:
-        sweep.write_sweep(SweepTable.of(run.report(), rows).data())
+        sweep.write_sweep(SweepTable.of(run.report(), rows))
     return sweep
 
 

@@ -20,7 +20,7 @@ PACKAGE = Path(ddqcli.__file__).parent
 
 # From the bottom up. A module imports from its own layer and from those below.
 LAYERS = (
-    {"errors", "formatting", "hashing"},
+    {"errors", "formatting", "hashing", "json_text"},
     {"artifact", "recipe"},
     {"quant"},
     {"qat"},
@@ -39,6 +39,7 @@ TORCH_FREE = {
     "errors",
     "formatting",
     "hashing",
+    "json_text",
     "artifact",
     "recipe",
     "plots",

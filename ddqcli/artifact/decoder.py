@@ -112,20 +112,26 @@ def read(
     if not unpacker.eof:
         raise ValueError(f"the manifest is cut short, or has more than {MAX_MANIFEST:,} bytes")
     manifest = json.loads(text)
+    if {key: type(value) for key, value in manifest.items()} != {"meta": dict, "tensors": dict}:
+        raise ValueError("the manifest has other keys than meta and tensors, which are objects")
     tensors: dict[str, Any] = {}
     activations, aliases = {}, {}
-    for name, (kind, *shape) in sorted(_leaves(manifest["tensors"])):
-        if kind == "alias":
-            (aliases[name],) = shape
-        elif kind == "levels":
-            activations[name] = _packed_tensor(entries, [0], None)
-        elif kind == "constant":
-            code, value, *shape = shape
-            tensors[name] = Constant(tuple(shape), np.array(value, DTYPES[code.upper()]))
-        elif isinstance(kind, str):
-            tensors[name] = _take(entries, kind, math.prod(shape)).reshape(shape).copy()
-        else:
-            tensors[name] = _packed_tensor(entries, shape, kind)
+    for name, leaf in sorted(_leaves(manifest["tensors"])):
+        try:
+            kind, *shape = leaf
+            if kind == "alias":
+                (aliases[name],) = shape
+            elif kind == "levels":
+                activations[name] = _packed_tensor(entries, [0], None)
+            elif kind == "constant":
+                code, value, *shape = shape
+                tensors[name] = Constant(tuple(shape), np.array(value, DTYPES[code.upper()]))
+            elif isinstance(kind, str):
+                tensors[name] = _take(entries, kind, math.prod(shape)).reshape(shape).copy()
+            else:
+                tensors[name] = _packed_tensor(entries, shape, kind)
+        except Exception as error:  # anything a forged file can lead to
+            raise ValueError(f"{name} is {leaf!s:.60} in its manifest: {error!r:.90}") from error
     if remaining := [name for name, entry in entries.items() if len(entry)]:
         raise ValueError(f"{', '.join(remaining)}: more than the manifest names")
     constants = [tensor for tensor in tensors.values() if isinstance(tensor, Constant)]

@@ -35,7 +35,10 @@ def require_same_header(text: str, frozen: FrozenModel, name: Path) -> None:
 
     Raises VerificationError, which calls the header `name` and names the tensor.
     """
-    arrays = {symbol: _parse(c_type, body) for c_type, symbol, body in _ARRAY.findall(text)}
+    try:
+        arrays = {symbol: _parse(c_type, body) for c_type, symbol, body in _ARRAY.findall(text)}
+    except (ValueError, OverflowError, LookupError) as error:  # a number or type that C knows not
+        raise VerificationError(f"{name} is damaged: {error}.") from error
     structs = {symbol: body.split(", ") for symbol, body in _STRUCT.findall(text)}
     symbols = symbols_of(frozen)
 
@@ -67,12 +70,19 @@ def require_same_header(text: str, frozen: FrozenModel, name: Path) -> None:
         members, levels = structs.get(symbol, []), arrays.get(f"{symbol}_levels")
         check(table.name, len(members) == 4 and members[1] == str(len(table.levels)))
         check(table.name, members[2] == str(table.zero_point))
-        check(table.name, float.fromhex(members[3].rstrip("f")) == table.scale)
+        check(table.name, _is_number(members[3], table.scale))
         uniform = is_uniform(table) and members[0] == "0"
         check(table.name, uniform or (levels is not None and np.array_equal(levels, table.levels)))
     for tensor, value in frozen.floats.items():
         found = arrays.get(symbols[tensor])
         check(tensor, found is not None and (not value.size or found.tobytes() == value.tobytes()))
+
+
+def _is_number(literal: str, value: float) -> bool:
+    try:
+        return float.fromhex(literal.rstrip("f")) == value
+    except (ValueError, OverflowError):
+        return False
 
 
 def _parse(c_type: str, body: str) -> Array:

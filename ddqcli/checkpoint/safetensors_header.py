@@ -5,13 +5,13 @@ Layout of the file: the header's length as uint64, the header as JSON, the tenso
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddqcli.errors import CheckpointError
 from ddqcli.formatting import natural_sort_key
+from ddqcli.json_text import parse_json
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
@@ -62,7 +62,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
             raise CheckpointError(damaged)
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         metadata = header.pop("__metadata__", None) or {}
         for entry in header.values():
             first, last = entry["data_offsets"]
@@ -71,7 +71,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
                 raise TypeError(entry)
             if not isinstance(entry["dtype"], str):
                 raise TypeError(entry)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(damaged) from error
     if metadata.get("format") == "ddq":
         raise CheckpointError(

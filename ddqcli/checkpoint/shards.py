@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ddqcli.errors import CheckpointError
+from ddqcli.json_text import read_json
 
 INDEX = ".index.json"
 # Weights in a folder of Hugging Face, the first of these that is there.
@@ -31,7 +31,7 @@ def weights_in(folder: Path) -> Path:
 def shard_files(index: Path) -> list[Path]:
     """Return the files that an index names, each once. Raises CheckpointError if one is missing."""
     try:
-        names = json.loads(index.read_bytes())["weight_map"].values()
+        names = read_json(index)["weight_map"].values()
         files = [index.parent / name for name in dict.fromkeys(names)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -72,7 +72,11 @@ app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 
 def main() -> None:
     """Entry point of `ddq` and of `python -m ddqcli`."""
-    # Python sets a stream that the caller closed to None.
+    # A file must not get the number of a stream that the caller closed: warnings would go into it.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
+    # Python sets such a stream to None.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

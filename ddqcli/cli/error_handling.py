@@ -85,6 +85,8 @@ def _message_and_code(error: Exception | Interrupted, command: str | None) -> tu
         return f"{error.filename}: {error.strerror}.", 2
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'Standard output'}: {error.strerror}.", 1
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # of torch
+        return "There is not enough memory for this.", 1
     detail = " ".join(str(error).split())[:300]
     name = f"{type(error).__name__}: {detail}" if detail else type(error).__name__
     return f"{name}; `ddq --debug ...` shows the traceback.", 1

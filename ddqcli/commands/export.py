@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddqcli import __version__
-from ddqcli.artifact.read import read_artifact
+from ddqcli.artifact.read import Artifact, read_artifact
 from ddqcli.artifact.sizes import Sizes
 from ddqcli.artifact.tensors import INPUT_SUFFIX
 from ddqcli.artifact.verify import require_same_tensors
@@ -126,10 +126,18 @@ def check(
         raise UsageError(
             f"{file} is undamaged, but there is nothing to compare it with: {error}"
         ) from error
+    with run.held():
+        return _check(file, artifact, run, on_progress)
+
+
+def _check(
+    file: Path, artifact: Artifact, run: Run, on_progress: OnProgress | None
+) -> ExportResult:
     half = bool(artifact.meta.get(_HALF))
     _require_same_origin(file, artifact.meta, run, half)
     frozen = _frozen_model(run, half=half)
     require_same_tensors(file, frozen.expected(), name=file)
+    _require_same_bytes(file, artifact, frozen, run, half)
     behavior = check_behavior(file, run, on_progress)
     if not half:
         require_same_behavior(
@@ -176,6 +184,27 @@ def _require_same_origin(file: Path, meta: Mapping[str, Any], run: Run, half: bo
         raise VerificationError(
             f"{file} does not come from {run.path}: its {', '.join(different)} differ; "
             f"name its own run, `ddq export RUN --check {file}`."
+        )
+
+
+def _require_same_bytes(
+    file: Path, artifact: Artifact, frozen: FrozenModel, run: Run, half: bool
+) -> None:
+    """Raise VerificationError for a file that holds more, or other, than its reader uses.
+
+    Equal content gives equal bytes. Only for the version of ddq that made the run: others may say
+    more or less about it.
+    """
+    report = run.report()
+    if report.source.ddq != __version__:
+        return
+    if half:
+        report = report.model_copy(update={"accuracy": Report.from_artifact(artifact).accuracy})
+    raw, _ = encode_run(frozen, report, run.recipe(), {_HALF: True} if half else {})
+    if raw != file.read_bytes():
+        raise VerificationError(
+            f"{file} differs from what this version of ddq exports of {run.path}, though its "
+            "tensors are the same; export it again."
         )
 
 

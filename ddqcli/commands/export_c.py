@@ -72,8 +72,9 @@ def check_c(file: Path, run_dir: Path | None = None) -> CResult:
     """
     require_file(file)
     run = run_of(file, run_dir)
-    frozen, text, rows = _expected(run)
-    result = _verified(run, file, file, frozen, rows)
+    with run.held():
+        frozen, text, rows = _expected(run)
+        result = _verified(run, file, file, frozen, rows)
     if file.read_bytes() != text.encode():
         raise VerificationError(
             f"{file} differs from what this version of ddq exports of {run.path}."

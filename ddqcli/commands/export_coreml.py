@@ -76,7 +76,11 @@ def export_coreml(
     if out is not None and out.suffix != SUFFIX:
         raise UsageError(f"Core ML knows a package by its ending; name it {out.stem}{SUFFIX}.")
     run = Run.open(run_dir, trust=trust)
-    path = out or run.path / PACKAGE
+    with run.held():
+        return _export(run, out or run.path / PACKAGE, half)
+
+
+def _export(run: Run, path: Path, half: bool) -> CoreMLResult:
     frozen, report = FrozenModel.from_state(run.load(FINAL)), run.report()
     expected = frozen.expected()
     tensors = {n: v for n, v in expected.items() if n not in {t.name for t in frozen.activations}}

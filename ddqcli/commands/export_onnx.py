@@ -118,16 +118,17 @@ def export_onnx(
         require_openvino()
     run = Run.open(run_dir, trust=trust)
     path = out or run.path / ONNX
-    expected = _expected(run, "openvino" if openvino else "onnxruntime")
     results: list[OnnxResult] = []
+    with run.held():
+        expected = _expected(run, "openvino" if openvino else "onnxruntime")
 
-    def write(temporary: Path) -> None:
-        _require_target(run, len(expected.model.raw), path)
-        temporary.write_bytes(expected.model.raw)
-        results.append(_verified(run, temporary, path, expected, timed, openvino, on_progress))
+        def write(temporary: Path) -> None:
+            _require_target(run, len(expected.model.raw), path)
+            temporary.write_bytes(expected.model.raw)
+            results.append(_verified(run, temporary, path, expected, timed, openvino, on_progress))
 
-    # A file that does not answer as trained never gets its name.
-    write_atomic(path, write, inputs=run.inputs())
+        # A file that does not answer as trained never gets its name.
+        write_atomic(path, write, inputs=run.inputs())
     return results[0]
 
 
@@ -155,7 +156,8 @@ def check_onnx(
     about = properties(opened(file.read_bytes(), str(file)))
     runtime: Runtime = "openvino" if about.get("runtime") == "openvino" else "onnxruntime"
     run = run_of(file, run_dir, trust=trust)
-    return _verified(run, file, file, _expected(run, runtime), timed, openvino, on_progress)
+    with run.held():
+        return _verified(run, file, file, _expected(run, runtime), timed, openvino, on_progress)
 
 
 def _require_target(run: Run, size: int, path: Path) -> None:

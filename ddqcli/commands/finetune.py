@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.commands.run_folder import record_code, run_folder
 from ddqcli.data.batches import tree_to_device
-from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
 from ddqcli.data.source import list_names
 from ddqcli.data.source_files import fingerprint_of_files
@@ -36,6 +35,7 @@ from ddqcli.runs.encode_run import file_meta, with_file_size
 from ddqcli.runs.evaluation import Accuracy, Course, Measured, Stage
 from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, Run
+from ddqcli.runs.trust import code_files
 from ddqcli.training import distributed
 from ddqcli.training.check_inputs import input_warning
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
@@ -54,13 +54,13 @@ from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.network_checks import refuse_scripted_parts, refuse_written_weights
 from ddqcli.training.report import build_report
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
+from ddqcli.training.same_run import check_same_model, first_outputs, surroundings
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
 from ddqcli.training.trainer import Trainer
 from ddqcli.training.trial import try_data
 from ddqcli.training.unlabelled import is_labelled, with_float_targets
 from ddqcli.training.user_errors import explain_user_errors
 
-_SAME_OUTPUTS = 0.01  # a typical sample's difference on another machine, as a share of the outputs
 _CANNOT_RUN = "The model cannot run on these data"
 _Note = Callable[[str], None]
 
@@ -134,17 +134,27 @@ def finetune(
             data=data.fingerprint(),
             files=fingerprint_of_files(recipe.data.source),
         )
-        distributed.check_same(f"{identity.data} {identity.files}", "data")
+        here = surroundings(models.device, models.source.ddq, code_files(recipe))
+        distributed.check_same(
+            {
+                "recipe": recipe.model_dump_json(),
+                "checkpoint": f"{identity.sha256} {identity.teacher}",
+                "data": f"{identity.data} {identity.files}",
+                **{name: fact for name, fact in here.items() if name not in ("device", "threads")},
+            }
+        )
         start_baseline = _saved_baseline(start, identity)
         saved = distributed.broadcast(
             run.load_resume_state(identity.state()) if distributed.is_main() else None
         )
         known_baseline = FloatBaseline.from_state(saved) if saved else start_baseline
         with explain_user_errors(_CANNOT_RUN, UsageError, recipe):
-            if known_baseline:
-                _check_same_model(models.float_model, data, known_baseline)
+            if known_baseline and (
+                change := check_same_model(models.float_model, data, known_baseline, here)
+            ):
+                introduce(f"warning: since the run was begun, {change}: its last bits may differ")
             baseline = known_baseline or _measure_baseline(
-                models.float_model, data, recipe, listener
+                models.float_model, data, recipe, here, listener
             )
             introduce(f"float {data.judged_by.name}: {data.judged_by.text(baseline.accuracy, ' ')}")
             inputs_warning = _input_warning(models, data, baseline.accuracy, recipe)
@@ -420,7 +430,7 @@ def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline |
 
 
 def _measure_baseline(
-    float_model: nn.Module, data: Data, recipe: Recipe, listener: Listener
+    float_model: nn.Module, data: Data, recipe: Recipe, here: dict[str, str], listener: Listener
 ) -> FloatBaseline:
     """Evaluate the float model, and detect how its training images were augmented."""
     accuracy, *others = evaluate_all(float_model, data, on_progress=listener.progress)
@@ -429,37 +439,10 @@ def _measure_baseline(
     return FloatBaseline(
         accuracy,
         distributed.broadcast(detected),
-        _first_outputs(float_model, data),
+        here,
+        *first_outputs(float_model, data),
         tuple(others),
     )
-
-
-def _first_outputs(float_model: nn.Module, data: Data) -> list[Tensor] | None:
-    """Return the float model's outputs for the first evaluation samples.
-
-    None if these differ each time they are read, or are another rank's.
-    """
-    if distributed.shard().count > 1 or not data.val.fingerprint():
-        return None
-    found = probe(float_model, data)
-    outputs: list[Tensor] | None = found["output"] if found else None
-    return outputs
-
-
-def _check_same_model(float_model: nn.Module, data: Data, baseline: FloatBaseline) -> None:
-    """Raise UsageError if the float model computes something else than when the run began.
-
-    Equal weights do not make equal networks: an activation function may have been changed.
-    """
-    outputs = _first_outputs(float_model, data)
-    if outputs is None or baseline.outputs is None:
-        return
-    difference = float(sample_differences(outputs, baseline.outputs).median())
-    if not difference <= _SAME_OUTPUTS:
-        raise UsageError(
-            f"The model is not the one that this run was begun with: its outputs differ by "
-            f"{difference:.1%}; go back to its code, or begin a new run."
-        )
 
 
 def _input_warning(models: _Models, data: Data, accuracy: float, recipe: Recipe) -> str | None:

@@ -75,7 +75,7 @@ def sweep(
         table = SweepTable.of(reports[0], rows)
         if distributed.is_main():
             _write_picture(table, run.path)
-            run.write_sweep(table.data())
+            run.write_sweep(table)
     return SweepResult(run.path, table, time.monotonic() - began)
 
 

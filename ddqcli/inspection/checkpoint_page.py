@@ -18,7 +18,7 @@ from ddqcli.inspection.checkpoint_rows import (
     Progress,
 )
 from ddqcli.inspection.distribution import FLAT, HEAVY
-from ddqcli.inspection.layer_figures import PAGE, LayerPictures, draw_layers, output_folder
+from ddqcli.inspection.layer_figures import PAGE, LayerPictures, draw_layers, figure_folder
 
 KINDS = ("uniform", "power_of_two", "best")
 HEADERS = {"uniform": "unif", "power_of_two": "pow2"}
@@ -32,7 +32,7 @@ def write_checkpoint_page(
 
     Raises DDQError if the folder cannot be written to.
     """
-    with output_folder(out) as folder:
+    with figure_folder(out) as folder:
         layers = [_layer(row) for row in result.layers]
         channels = {
             k: np.array(row.channels) for k, row in enumerate(result.layers) if row.channels

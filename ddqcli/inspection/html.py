@@ -10,6 +10,7 @@ from pathlib import Path
 from ddqcli.formatting import visible
 from ddqcli.runs.files import write_atomic
 
+_GENERATOR = '<meta name="generator" content="ddq">'
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff;
   --card: #f6f8fa; --line: #d1d9e0; --bar: #0072b2; --warn: #fff4d6; }
@@ -124,6 +125,7 @@ def write_html(
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+{_GENERATOR}
 <title>{_text(title)}</title>
 <style>{_STYLE}</style>
 </head>
@@ -135,6 +137,14 @@ def write_html(
 """
     write_atomic(path, lambda temporary: temporary.write_bytes(page.encode()), inputs=inputs)
     return path
+
+
+def is_own_page(path: Path) -> bool:
+    """True for a page that `write_html` wrote."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _GENERATOR.encode() in file.read(1000)
 
 
 def _text(text: str) -> str:

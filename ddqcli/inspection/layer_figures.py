@@ -12,9 +12,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ddqcli import plots
-from ddqcli.errors import DDQError
+from ddqcli.errors import DDQError, UsageError
 from ddqcli.inspection.checkpoint_rows import Progress
-from ddqcli.inspection.html import Picture
+from ddqcli.inspection.html import Picture, is_own_page
+from ddqcli.runs.files import make_folder
+from ddqcli.runs.folder import make_own_folder
 
 PAGE = "index.html"
 PNG_LAYERS = 64  # most layers drawn as PNG too; of more, PNGs would take most of the time
@@ -30,6 +32,8 @@ class FigureFolder:
     def save(self, figure: Figure, stem: str, caption: str = "", *, png: bool = True) -> Picture:
         """Write a figure as SVG, and PNG; return it as a picture for a page."""
         path = self.path / stem
+        if path.parent != self.path and path.parent.is_symlink():
+            raise UsageError(f"{path.parent} is a link out of {self.path}; remove it.")
         path.parent.mkdir(exist_ok=True)
         self.files.extend(plots.save(figure, path, png=png))
         return page_picture(figure, caption, self.files[-1].read_text(encoding="utf-8"))
@@ -52,20 +56,36 @@ def page_picture(figure: Figure, caption: str = "", svg: str | None = None) -> P
 
 
 def page_file(path: Path) -> Path:
-    """Return `path` if it ends in .html or .htm and is no folder, else index.html in it."""
-    return path if path.suffix in {".html", ".htm"} and not path.is_dir() else path / PAGE
+    """Return `path` if it ends in .html or .htm and is no folder, else index.html in it.
+
+    Raises UsageError if that name, which the user did not give, is another page's.
+    """
+    if path.suffix in {".html", ".htm"} and not path.is_dir():
+        return path
+    page = path / PAGE
+    if page.exists() and not is_own_page(page):
+        raise UsageError(f"{page} is no page of ddq; name a file of another name.")
+    return page
 
 
 @contextmanager
-def output_folder(path: Path) -> Iterator[FigureFolder]:
+def output_folder(path: Path) -> Iterator[None]:
     """Make the folder. Raises DDQError if it, or a file written inside the block, cannot be."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        yield FigureFolder(path)
+        make_folder(path)
+        yield
     except OSError as error:
         raise DDQError(
             f"Cannot write pictures into {path}: {error.strerror}; name another folder."
         ) from error
+
+
+@contextmanager
+def figure_folder(path: Path) -> Iterator[FigureFolder]:
+    """Make the folder. Raises as `output_folder`; UsageError if it holds files of others."""
+    with output_folder(path):
+        make_own_folder(path, "pictures might replace them", "-o")
+        yield FigureFolder(path)
 
 
 def draw_layers(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ddqcli.errors import VerificationError
+from ddqcli.recipe.faults import field_path, plain_message
 from ddqcli.runs.report import Report
 from ddqcli.runs.run import Run
+
+_SHOWN = 3  # faults
 
 
 def read_report(source: Path | None, target: str | None = None) -> tuple[Path, Report]:
@@ -27,7 +32,14 @@ def _artifact_report(path: Path) -> Report:
     artifact = read_artifact(path)
     try:
         return Report.from_artifact(artifact)
-    except (LookupError, TypeError, ValueError) as error:
+    except ValidationError as error:
+        faults = [f"report.{field_path(e)}: {plain_message(e)}" for e in error.errors()]
+        raise VerificationError(
+            f"{path} contradicts itself: in its manifest, {'; '.join(faults[:_SHOWN])}."
+        ) from error
+    except LookupError as error:
         raise VerificationError(
             f"{path} carries no report; it was not written by `ddq export`."
         ) from error
+    except ValueError as error:
+        raise VerificationError(f"{path} carries the report of another file ({error}).") from error

@@ -8,7 +8,7 @@ from ddqcli import plots
 from ddqcli.formatting import percent
 from ddqcli.inspection import html
 from ddqcli.inspection.checkpoint_rows import Progress
-from ddqcli.inspection.layer_figures import PAGE, draw_layers, output_folder
+from ddqcli.inspection.layer_figures import PAGE, draw_layers, figure_folder
 from ddqcli.inspection.result_sections import detail_sections, head_section
 from ddqcli.inspection.run_figures import RunFigure, draw_bits, draw_run
 from ddqcli.inspection.sweep_page import sections_of_sweep
@@ -34,7 +34,7 @@ def write_trained_page(
     Raises DDQError if the folder cannot be written to or the run is damaged.
     """
     report = result.report
-    with output_folder(out) as folder:
+    with figure_folder(out) as folder:
         layers = [_layer(row) for row in result.layers]
         pictures = draw_layers(layers, {}, folder, on_progress)
         of_run = [

@@ -49,7 +49,7 @@ def missing_function(path: Path) -> str:
         return missing_file(path)
     try:
         body = ast.parse(path.read_bytes()).body
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, MemoryError, RecursionError):
         body = []
     kinds = (ast.FunctionDef, ast.ClassDef)
     names = [n.name for n in body if isinstance(n, kinds) and not n.name.startswith("_")]

@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddqcli.errors import DDQError
-from ddqcli.runs.files import open_own, write_atomic
+from ddqcli.json_text import parse_json
+from ddqcli.runs.files import make_folder, open_own, write_atomic
 from ddqcli.runs.marker import token_of
 from ddqcli.runs.names import RUNS
 from ddqcli.runs.state_home import read_own, state_home
@@ -32,14 +33,15 @@ def remember_folder(folder: Path) -> str | None:
         return None
     try:
         path = _path()
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(path.parent, 0o700)
         if path.exists() and path.stat().st_size > _LARGE:
             text = "".join(_line(*entry) for entry in _living().items()).encode()
-            write_atomic(path, lambda temporary: temporary.write_bytes(text))
+            write_atomic(path, lambda temporary: temporary.write_bytes(text), mode=0o600)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        with open(open_own(path, flags), "a", encoding="utf-8") as file:
-            path.chmod(0o600)
+        with open(open_own(path, flags, 0o600), "a", encoding="utf-8") as file:
             file.write(_line(str(real), token_of(folder)))  # at once: others may begin a run, too
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, RuntimeError, DDQError) as error:
         return getattr(error, "strerror", None) or str(error).rstrip(".")
     return None
@@ -59,7 +61,7 @@ def _living() -> dict[str, str]:
     tokens: dict[str, str] = {}
     for line in lines:
         with suppress(ValueError, LookupError, TypeError):
-            entry = json.loads(line)
+            entry = parse_json(line)
             tokens[str(entry["folder"])] = str(entry["token"])
     return {
         folder: token

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -15,15 +17,21 @@ from ddqcli.errors import DDQError, UsageError
 
 _WRONG_PLACE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_FROM_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def write_atomic(
-    path: Path, write: Callable[[Path], Any], *, owner: str = "", inputs: Iterable[Path] = ()
+    path: Path,
+    write: Callable[[Path], Any],
+    *,
+    owner: str = "",
+    inputs: Iterable[Path] = (),
+    mode: int = 0o666,
 ) -> None:
     """Let `write` fill a temporary file beside `path`, then move it to `path`.
 
     Readers see the old file or the new one, also after a crash or a power loss. `owner` begins the
-    temporary file's name, so that its run can remove it after a kill.
+    temporary file's name, so that its run can remove it after a kill. The umask limits `mode`.
 
     Raises UsageError if the place cannot be written to, if `path` is a link or a device, or is one
     of the `inputs` or lies in one; DDQError if the disk refuses.
@@ -33,15 +41,14 @@ def write_atomic(
     with disk_errors(path):
         try:
             # Whoever else can write to the folder can neither guess the name nor prepare a link.
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666))
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, mode))
             write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
             os.replace(temporary, path)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def write_folder(
@@ -50,8 +57,8 @@ def write_folder(
     """Let `write` make a folder beside `path`, of the same name, then move it to `path`.
 
     A folder that stands there is replaced if `is_own` says so. A crash leaves the old one or the
-    new one, perhaps under a temporary name. Raises UsageError for a place that cannot be written
-    to, DDQError if the disk refuses.
+    new one; where the system cannot exchange them, perhaps under a temporary name. Raises
+    UsageError for a place that cannot be written to, DDQError if the disk refuses.
     """
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or not is_own(path)):
         raise UsageError(
@@ -63,17 +70,35 @@ def write_folder(
             temporary.mkdir(mode=0o700)
             made, old = temporary / path.name, temporary / "old"
             write(made)
-            if path.is_dir():
-                os.replace(path, old)
-            os.replace(made, path)
+            for below, _, files in os.walk(made):
+                for name in files:
+                    sync(Path(below, name))
+                sync_folder(Path(below))
+            if not (path.is_dir() and _exchange(made, path)):
+                if path.is_dir():
+                    os.replace(path, old)
+                os.replace(made, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
+
+
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make a folder and those above it, on the disk, too. Raises OSError."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(mode, parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
 
 
 def temporary_name(owner: str) -> str:
     """Return an unguessable name for a file that is being written for `owner`."""
     return f"{temporary_prefix(owner)}{secrets.token_hex(16)}.tmp"
+
+
+def is_temporary(name: str) -> bool:
+    """True for a name by `temporary_name` without an owner."""
+    return re.fullmatch(r"\.ddq-[0-9a-f]{32}\.tmp", name) is not None
 
 
 def temporary_prefix(owner: str) -> str:
@@ -102,10 +127,10 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
             )
 
 
-def open_own(path: Path, flags: int) -> int:
+def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
     """Return a descriptor of a run's own file. Raises UsageError for links, devices and pipes."""
     check_output(path)
-    descriptor = os.open(path, flags | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0), 0o666)
+    descriptor = os.open(path, flags | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0), mode)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # put there in this moment
         os.close(descriptor)
         raise UsageError(f"{path} cannot be opened: it is no regular file; remove it.")
@@ -150,6 +175,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two folders at once; return False where that cannot be done."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # Linux alone
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return not renameat2(_FROM_HERE, names[0], _FROM_HERE, names[1], _EXCHANGE)
+
+
 def _is_same(path: Path, source: Path) -> bool:
     try:
         if source.is_dir():
@@ -159,7 +194,7 @@ def _is_same(path: Path, source: Path) -> bool:
         return False
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put a rename on the disk. File systems that cannot do it for a folder are left alone."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))

@@ -12,7 +12,15 @@ from itertools import count
 from pathlib import Path
 
 from ddqcli.errors import UsageError
-from ddqcli.runs.files import disk_errors, open_own, temporary_prefix, try_lock
+from ddqcli.runs.files import (
+    disk_errors,
+    is_temporary,
+    make_folder,
+    open_own,
+    sync_folder,
+    temporary_prefix,
+    try_lock,
+)
 from ddqcli.runs.marker import make_marker, read_marker
 from ddqcli.runs.names import LAST, LOCK, MARKER, RECIPE, REPORT, RUNS, SWEEP, SWEEP_RECIPE
 
@@ -46,15 +54,26 @@ def create_folder(path: Path | None, name: str) -> Path:
             f"{path} already holds a run; give another --run-dir, or --resume to go on with it."
         )
     with _creation_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        if read_marker(path) is None:
-            if any(path.iterdir()):
-                raise UsageError(
-                    f"{path} holds files that ddq did not write, and a run might replace them; "
-                    "name a new or empty folder with --run-dir."
-                )
-            make_marker(path)
+        make_own_folder(path, "a run might replace them", "--run-dir")
     return path
+
+
+def make_own_folder(path: Path, danger: str, option: str) -> None:
+    """Make a folder that holds ddq's files alone, with a marker.
+
+    Raises UsageError, with the `danger` and the `option` that names another folder, if it holds
+    files of others; OSError if it cannot be made.
+    """
+    make_folder(path)
+    if read_marker(path) is not None:
+        return
+    # A kill before the marker had its name may have left it under another.
+    if any(not is_temporary(entry.name) for entry in path.iterdir()):
+        raise UsageError(
+            f"{path} holds files that ddq did not write, and {danger}; name a new or empty folder "
+            f"with {option}."
+        )
+    make_marker(path)
 
 
 @contextmanager
@@ -134,8 +153,10 @@ def _create_timestamped(name: str) -> Path:
     for n in count():
         path = Path(f"{stem}-{n}") if n else stem
         with _creation_errors(path), suppress(FileExistsError):
-            path.mkdir(parents=True)
+            make_folder(path.parent)
+            path.mkdir()
             make_marker(path)
+            sync_folder(path.parent)
             return path
     raise AssertionError("unreachable")
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddqcli.runs.files import open_own
+from ddqcli.runs.files import open_own, write_atomic
 from ddqcli.runs.names import MARKER
 
 
@@ -26,13 +26,9 @@ class Marker:
 
 
 def make_marker(folder: Path) -> None:
-    """Mark a new or empty folder as ddq's. Raises OSError."""
+    """Mark a new or empty folder as ddq's. Raises UsageError or DDQError if the disk refuses."""
     text = f"{secrets.token_hex(16)} {time.time_ns()}\n"
-    descriptor = open_own(folder / MARKER, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    with open(descriptor, "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomic(folder / MARKER, lambda temporary: temporary.write_text(text, "ascii"))
 
 
 def read_marker(folder: Path) -> Marker | None:

@@ -10,15 +10,23 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from ddqcli.errors import DDQError
+from ddqcli.json_text import parse_json
 from ddqcli.runs.files import disk_errors, open_own, write_atomic
 
+_MOST = 1 << 30  # bytes, a thousand times those of long runs
 Kind = Literal["step", "snapshot", "look"]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in the file, without damaged lines; none if there is no file."""
+    """Return the objects in the file, without damaged lines; none if there is no file.
+
+    Raises DDQError for a file that no run writes in a year.
+    """
     if not path.is_file():
         return []
+    if path.stat().st_size > _MOST:
+        raise DDQError(f"{path} has more than {_MOST:,} bytes; no run writes so many: remove it.")
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     return [entry for line in lines if (entry := _parse(line)) is not None]
 
@@ -46,7 +54,7 @@ def truncate(path: Path, step: int, owner: str) -> None:
 def _parse(line: str) -> dict[str, Any] | None:
     """Return the object in a line; None if the line is damaged."""
     try:
-        entry: dict[str, Any] = json.loads(line)
+        entry: dict[str, Any] = parse_json(line)
         return entry if isinstance(entry["step"], int) else None
     except (ValueError, LookupError, TypeError):
         return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from ddqcli.runs.record import Record
 
 if TYPE_CHECKING:
     from ddqcli.artifact.read import Artifact
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]  # bytes or values
 
 REPORT_VERSION = 1
 SWEEP_VERSION = 1
@@ -29,8 +31,8 @@ class TensorRow(Record):
     shape: tuple[int, ...]
     bits: int | float  # the mean if the groups differ
     levels: int  # distinct levels; the most of any group
-    bytes: int  # in the exported file
-    float_bytes: int
+    bytes: Count  # in the exported file
+    float_bytes: Count
     error: float  # squared error of quantization over the sum of squares
 
     @classmethod
@@ -65,14 +67,16 @@ class TensorRow(Record):
 class Totals(Record):
     """Sizes of the exported file."""
 
-    bytes: int  # of the whole file
-    float_bytes: int
-    budget_bytes: int | None
+    bytes: Count  # of the whole file
+    float_bytes: Count
+    budget_bytes: Count | None
     average_bits: float  # stored bits a quantized weight, level tables included
-    quantized_bytes: int
-    kept_bytes: int  # of unquantized tensors and of inputs' level tables
-    manifest_bytes: int = 0  # of names, shapes, report and header; older reports do not count them
-    weights: int  # number of quantized values
+    quantized_bytes: Count
+    kept_bytes: Count  # of unquantized tensors and of inputs' level tables
+    manifest_bytes: Count = (
+        0  # of names, shapes, report and header; older reports do not count them
+    )
+    weights: Count  # number of quantized values
 
     @classmethod
     def of(
@@ -105,7 +109,7 @@ class ActivationRow(Record):
     name: str  # of the layer
     bits: int
     levels: Literal["learned", "uniform"]
-    bytes: int  # of its level table
+    bytes: Count  # of its level table
 
     @classmethod
     def of(cls, name: str, bits: int, *, learned: bool) -> ActivationRow:
@@ -131,6 +135,24 @@ class RunFacts(Record):
 
     steps: int
     seed: int
+
+
+class EmbeddedReport(Record):
+    """The part of a report that an exported file carries in its manifest."""
+
+    metric: Metric = Field(default_factory=Metric)
+    other_metrics: tuple[Measured, ...] = ()
+    order: tuple[int, ...] = ()  # see `order_runs`
+    accuracy: Accuracy | None
+    course: Course | None = None
+    run: RunFacts
+    warnings: tuple[str, ...]
+    source: Source
+    kind: tuple[str, ...]  # of each tensor, names ascending
+    error: tuple[float, ...]
+    learned: tuple[str, ...]  # layers whose inputs have learned levels
+    budget_bytes: Count | None
+    float_bytes: Count
 
 
 class Report(Record):
@@ -162,25 +184,24 @@ class Report(Record):
         """
         rows = sorted(self.layers, key=lambda row: row.name)
         paths = {key: Path(getattr(self.source, key)).name for key in ("path", "arch")}
-        metric = {} if self.metric == Metric() else {"metric": self.metric.data()}
-        runs = order_runs([row.name for row in self.layers])
-        order = {"order": runs} if runs else {}
-        others = [each.data() for each in self.other_metrics]
-        return {
-            **metric,
-            **order,
-            **({"other_metrics": others} if others else {}),
-            "accuracy": self.accuracy and self.accuracy.data(),
-            "course": self.course and self.course.model_dump(mode="json"),  # as the file has it
-            "run": self.run.data(),
-            "warnings": list(self.warnings),
-            "source": {**self.source.data(), **paths},
-            "kind": [row.kind for row in rows],
-            "error": [float(f"{row.error:.3g}") for row in rows],
-            "learned": [row.name for row in self.activations if row.levels == "learned"],
-            "budget_bytes": self.totals.budget_bytes,
-            "float_bytes": self.totals.float_bytes,
-        }
+        embedded = EmbeddedReport(
+            metric=self.metric,
+            other_metrics=self.other_metrics,
+            order=tuple(order_runs([row.name for row in self.layers])),
+            accuracy=self.accuracy,
+            course=self.course,
+            run=self.run,
+            warnings=self.warnings,
+            source=self.source.model_copy(update=paths),
+            kind=tuple(row.kind for row in rows),
+            error=tuple(float(f"{row.error:.3g}") for row in rows),
+            learned=tuple(row.name for row in self.activations if row.levels == "learned"),
+            budget_bytes=self.totals.budget_bytes,
+            float_bytes=self.totals.float_bytes,
+        )
+        data = embedded.model_dump(mode="json")
+        usual = {"metric": Metric().data(), "other_metrics": [], "order": []}
+        return {key: value for key, value in data.items() if value != usual.get(key, ...)}
 
     def with_manifest(self, nbytes: int) -> Report:
         """Return the report of a file whose manifest and header take `nbytes`."""
@@ -198,9 +219,10 @@ class Report(Record):
     def from_artifact(cls, artifact: Artifact) -> Report:
         """Return the report of an exported file.
 
-        Raises LookupError, TypeError or ValueError if the file carries none.
+        Raises LookupError if the file carries none, ValidationError if a key of it is not right,
+        and ValueError if it is another file's.
         """
-        embedded: Mapping[str, Any] = artifact.meta["report"]
+        embedded = EmbeddedReport.model_validate(artifact.meta["report"])
         tensors = sorted(artifact.quantized.values(), key=lambda tensor: tensor.name)
         by_name = {
             tensor.name: TensorRow.of(
@@ -211,22 +233,20 @@ class Report(Record):
                 [len(set(levels.tolist())) for levels in tensor.levels],
                 error,
             )
-            for tensor, kind, error in zip(
-                tensors, embedded["kind"], embedded["error"], strict=True
-            )
+            for tensor, kind, error in zip(tensors, embedded.kind, embedded.error, strict=True)
         }
-        rows = [by_name[name] for name in in_order(by_name, embedded.get("order", ()))]
+        rows = [by_name[name] for name in in_order(by_name, embedded.order)]
         totals = Totals.of(
             rows,
-            float_bytes=embedded["float_bytes"],
+            float_bytes=embedded.float_bytes,
             overhead_bytes=artifact.sizes.payload - sum(row.bytes for row in rows),
             manifest_bytes=artifact.sizes.file - artifact.sizes.payload,
-            budget_bytes=embedded["budget_bytes"],
+            budget_bytes=embedded.budget_bytes,
         )
         layers = [row.name.rpartition(".")[0] for row in rows]
         tables = {table.layer: table for table in artifact.activations.values()}
         activations = [
-            ActivationRow.of(layer, tables[layer].bits, learned=layer in embedded["learned"])
+            ActivationRow.of(layer, tables[layer].bits, learned=layer in embedded.learned)
             for layer in dict.fromkeys([*layers, *tables])
             if layer in tables
         ]
@@ -237,17 +257,20 @@ class Report(Record):
             activations=tuple(activations),
             kept_float={name: f"stored as {dtype}" for name, dtype in artifact.dtypes.items()}
             | dict.fromkeys(artifact.constants, "a constant: takes no bytes"),
-            metric=Metric(**embedded.get("metric", {})),
-            other_metrics=embedded.get("other_metrics", ()),
-            course=embedded.get("course"),
-            **{key: embedded[key] for key in ("accuracy", "source", "run", "warnings")},
+            metric=embedded.metric,
+            other_metrics=embedded.other_metrics,
+            accuracy=embedded.accuracy,
+            course=embedded.course,
+            source=embedded.source,
+            run=embedded.run,
+            warnings=embedded.warnings,
         )
 
 
 class FloatModel(Record):
     """The float model beside a sweep's targets."""
 
-    bytes: int
+    bytes: Count
     accuracy: float | None
 
 
@@ -255,8 +278,8 @@ class SweepRow(Record):
     """One target of a sweep."""
 
     target: str
-    bytes: int
-    budget_bytes: int | None
+    bytes: Count
+    budget_bytes: Count | None
     average_bits: float
     accuracy: float | None
     start: float | None  # of the last stage before training

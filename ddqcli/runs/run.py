@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ddqcli.errors import DDQError, UsageError
+from ddqcli.json_text import read_json
 from ddqcli.recipe.file import differences, dump_recipes, load_recipes, require_whole
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs import find, folder
@@ -27,10 +28,14 @@ from ddqcli.runs.names import (
     SWEEP,
     SWEEP_RECIPE,
 )
+from ddqcli.runs.record import Record
 from ddqcli.runs.report import Report, SweepTable
 from ddqcli.runs.state import check_resumable, load_torch, save_torch
 
 __all__ = ["FINAL", "LAST", "METRICS", "RECIPE", "REPORT", "ReadOnlyRun", "Run"]
+
+
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -204,35 +209,35 @@ class Run:
 
     # ---- results
 
-    def write_sweep(self, table: dict[str, Any]) -> None:
+    def write_sweep(self, table: SweepTable) -> None:
         """Write the table of a sweep, which marks it as finished."""
-        self._write(SWEEP, json.dumps(table, indent=1).encode())
+        self._write_record(SWEEP, table)
 
     def sweep_table(self) -> SweepTable:
         """Read sweep.json. Raises UsageError if it cannot be read, DDQError if it is damaged."""
-        path = self.path / SWEEP
-        try:
-            return SweepTable.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
-            raise DDQError(f"{path} is damaged; {self._remedy(SWEEP)}.") from error
+        return self._read_record(SWEEP, SweepTable)
 
     def write_report(self, report: Report) -> None:
-        data = report.data()
-        self._write(REPORT, json.dumps({**data, "checksum": _checksum(data)}, indent=1).encode())
+        self._write_record(REPORT, report)
 
     def report(self) -> Report:
         """Read report.json. Raises UsageError if it cannot be read, DDQError if it is damaged."""
+        return self._read_record(REPORT, Report)
+
+    def _write_record(self, name: str, record: Record) -> None:
+        data = record.data()
+        self._write(name, json.dumps({**data, "checksum": _checksum(data)}, indent=1).encode())
+
+    def _read_record(self, name: str, kind: type[R]) -> R:
         try:
-            data: dict[str, Any] = json.loads((self.path / REPORT).read_bytes())
+            data: dict[str, Any] = read_json(self.path / name)
             if data.pop("checksum") != _checksum(data):
                 raise ValueError("the checksum differs")
-            return Report.model_validate(data)
+            return kind.model_validate(data)
         except OSError as error:
-            raise UsageError(f"{self.path / REPORT} cannot be read: {error.strerror}.") from error
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise DDQError(f"{self.path / REPORT} is damaged; {self._remedy(REPORT)}.") from error
+            raise UsageError(f"{self.path / name} cannot be read: {error.strerror}.") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DDQError(f"{self.path / name} is damaged; {self._remedy(name)}.") from error
 
     def _remedy(self, name: str) -> str:
         """Return the advice for a damaged file."""
@@ -275,5 +280,5 @@ def _last_of_each_step(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     return list({entry["step"]: entry for entry in entries}.values())
 
 
-def _checksum(report: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

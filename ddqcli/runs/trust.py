@@ -21,9 +21,10 @@ from typing import Any
 
 from ddqcli.errors import DDQError
 from ddqcli.hashing import sha256_of_files
+from ddqcli.json_text import parse_json
 from ddqcli.recipe.consent import code_fields, code_file, code_rule, describe_code
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.files import write_atomic
+from ddqcli.runs.files import make_folder, write_atomic
 from ddqcli.runs.marker import token_of
 from ddqcli.runs.run import Run
 from ddqcli.runs.state_home import read_own, state_home
@@ -65,13 +66,18 @@ def remember(run: Run, recipe: Recipe) -> str | None:
     try:
         record = {"calls": _calls(recipe), "code": [_describe(code) for code in codes]}
         path = _record_path(run)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(path.parent, 0o700)
         text = json.dumps(record).encode()
-        write_atomic(path, lambda temporary: temporary.write_bytes(text))
-        path.chmod(0o600)
+        write_atomic(path, lambda temporary: temporary.write_bytes(text), mode=0o600)
     except (OSError, RuntimeError, DDQError) as error:
         return getattr(error, "strerror", None) or str(error).rstrip(".")
     return None
+
+
+def code_files(recipe: Recipe) -> dict[str, str]:
+    """Return a hash for each file of the code that a recipe names, once it is imported."""
+    found = [known for code in _codes(recipe) if (known := _describe(code))]
+    return {name: digest for known in found for name, digest in known["files"].items()}
 
 
 def _distrust(run: Run) -> str | None:
@@ -188,5 +194,5 @@ def _record_path(run: Run) -> Path:
 
 def _read_record(path: Path) -> dict[str, Any]:
     """Read a record that nobody but this user can have written."""
-    record: dict[str, Any] = json.loads(read_own(path, _MAX_RECORD))
+    record: dict[str, Any] = parse_json(read_own(path, _MAX_RECORD))
     return record

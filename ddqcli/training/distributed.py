@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ from ddqcli.errors import DDQError, UsageError
 
 _TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # which it sets beside WORLD_SIZE
 
+_PATIENCE = timedelta(minutes=30)  # a process that does not answer for so long is taken for dead
+
 # gloo and NCCL have no exception class for this.
-_LOST_PEER_MESSAGES = ("closed by peer", "reset by peer", "remote process exit")
+_LOST_PEER_MESSAGES = (
+    "closed by peer",
+    "reset by peer",
+    "remote process exit",
+    "Timed out waiting",
+    "collective operation timeout",
+)
 
 
 # ---- ranks and devices
@@ -64,13 +73,23 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Hold the default process group open: NCCL for CUDA, gloo otherwise. May be nested."""
+    """Hold the default process group open: NCCL for CUDA, gloo otherwise. May be nested.
+
+    Raises DDQError if the other processes do not come. None waits for another for ever.
+    """
     if shard().count == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise DDQError(
+            f"The {shard().count} processes of this run did not meet at {place}: {error} Start all "
+            "of them with torchrun, or unset WORLD_SIZE."
+        ) from error
     try:
         yield
     finally:
@@ -132,7 +151,7 @@ def mean_ranks(value: Tensor) -> Tensor:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """True if `error` is gloo's or NCCL's report that another rank has died."""
+    """True if `error` is gloo's or NCCL's report that another rank has died or is silent."""
     return (
         shard().count > 1
         and isinstance(error, RuntimeError)
@@ -140,17 +159,19 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
-def check_same(fingerprint: str, what: str) -> None:
-    """Raise UsageError, naming the ranks, if a fingerprint is not the same on all of them."""
+def check_same(facts: Mapping[str, str]) -> None:
+    """Raise UsageError, naming fact and ranks, if one that several ranks have is not the same."""
     if shard().count == 1:
         return
     found: list[Any] = [None] * shard().count
-    dist.all_gather_object(found, fingerprint)
-    if others := [str(rank) for rank, text in enumerate(found) if text != found[0]]:
-        raise UsageError(
-            f"The processes of this run have different {what}: rank {', '.join(others)} differs "
-            f"from rank 0; give all of them the same {what}."
-        )
+    dist.all_gather_object(found, dict(facts))
+    for what, fact in found[0].items():
+        others = [str(rank) for rank, theirs in enumerate(found) if theirs.get(what, fact) != fact]
+        if others:
+            raise UsageError(
+                f"The processes of this run have different {what}: rank {', '.join(others)} "
+                f"differs from rank 0; give all of them the same {what}."
+            )
 
 
 def check_identical(tensors: Iterable[Tensor], what: str) -> None:

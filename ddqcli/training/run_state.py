@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddqcli.training.detect_augmentation import DetectedAugmentation
 
-_STATE_FORMAT = 5  # raised when the contents of last.pt change
+_STATE_FORMAT = 6  # raised when the contents of last.pt change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,9 @@ class FloatBaseline:
 
     accuracy: float  # the metric on held-out data, in its unit
     augmentation: DetectedAugmentation
-    outputs: list[Tensor] | None = None  # of the float model for the first held-out samples
+    surroundings: Mapping[str, str]  # in which they were measured: see `same_run`
+    inputs: str = ""  # hash of the first held-out samples
+    outputs: list[Tensor] | None = None  # of the float model for these
     others: tuple[float, ...] = ()  # metrics that decide nothing, in their units
 
     @classmethod
@@ -63,6 +65,8 @@ class FloatBaseline:
         return cls(
             state["float_accuracy"],
             augmentation,
+            state["surroundings"],
+            state["float_inputs"],
             state["float_outputs"],
             tuple(state["float_others"]),
         )
@@ -73,6 +77,8 @@ class FloatBaseline:
         return {
             "float_accuracy": self.accuracy,
             "augmentation": detected,
+            "surroundings": dict(self.surroundings),
+            "float_inputs": self.inputs,
             "float_outputs": self.outputs,
             "float_others": self.others,
         }

@@ -83,7 +83,7 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         self.reads_each_step = self.device.type == "cpu"  # elsewhere, reading waits for the device
         self.results = StepResults(self.device, judge_loss=distributed.shard().count == 1)
-        self.means = StepMeans()
+        self.means = StepMeans()  # since the last report
         self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0, steps}
         self.model.train()
         held = recipe.train.batch_norm == "held"
@@ -106,7 +106,7 @@ class Trainer:
         is called at each checkpoint, when all parameters are finite. SIGINT and SIGTERM take effect
         at the end of a step, after a checkpoint. Raises Interrupted and Diverged.
         """
-        began, first_step, self.means = time.monotonic(), self.step, StepMeans()
+        began, first_step = time.monotonic(), self.step
         self.results.clear()
         self._set_train_mode()
         with hold_signals() as signals:
@@ -228,7 +228,7 @@ class Trainer:
         if not self.restore_best() or self.best is None:
             return False
         self._load_best()  # even at its step: a forward pass that diverged moved BatchNorm
-        self.step, self.lr_scale = self.best.step, lr_scale
+        self.step, self.lr_scale, self.means = self.best.step, lr_scale, StepMeans()
         self.looks = [look for look in self.looks if look.step <= self.step]
         self.model.zero_grad(set_to_none=True)
         self._make_optimizers()
@@ -466,6 +466,7 @@ class Trainer:
             "best": self.best and asdict(self.best),
             "best_state": self._best_state,
             "stages": self.stages,
+            "means": asdict(self.means),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -483,6 +484,7 @@ class Trainer:
             self.start = state["start"] and Look(**state["start"])
             self.best = state["best"] and Look(**state["best"])
             self._best_state, self.stages = state["best_state"], state["stages"]
+            self.means = StepMeans(**state["means"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DDQError(
                 "The saved state does not fit this model: another version of ddq wrote it."

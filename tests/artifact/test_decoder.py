@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from artifact_example import Contents, quantized
+from mutations import with_manifest
 
 from ddqcli.artifact import decoder
 from ddqcli.artifact.encode import encode_artifact
@@ -376,6 +377,30 @@ def test_a_header_that_contradicts_itself_is_refused(
     assert header != raw[8 : 8 + length]
     file.write_bytes(signed(struct.pack("<Q", len(header)) + header + raw[8 + length :]))
     with pytest.raises(VerificationError, match="contradicts itself"):
+        read_artifact(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(more=[]),
+        lambda manifest: manifest.update(meta="report"),
+        lambda manifest: manifest.update(tensors=[]),
+        lambda manifest: manifest.pop("meta"),
+    ],
+)
+def test_a_manifest_of_other_keys_is_refused(
+    file: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    file.write_bytes(with_manifest(file.read_bytes(), change))
+    with pytest.raises(VerificationError, match="other keys than meta and tensors"):
+        read_artifact(file)
+
+
+def test_the_tensor_at_fault_is_named(file: Path) -> None:
+    raw = remade(file.read_bytes(), lambda tensors, _: tensors.update(x=["complex", 0]))
+    file.write_bytes(raw)
+    with pytest.raises(VerificationError, match=r"x is \['complex', 0\] in its manifest"):
         read_artifact(file)
 
 

@@ -2,88 +2,23 @@
 
 from __future__ import annotations
 
-import bz2
-import hashlib
-import io
 import os
-import pickle
 import resource
 import signal
-import struct
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from bombs import manifest, memo, npz_claim, overlapping, strided, strided_in_final
 from tiny_project import RECIPE, ddq, exit_code, folder_of_images
 
-from ddqcli.artifact.decoder import HEAD
 from ddqcli.checkpoint.torch_zip import load_structure
 from ddqcli.data.image_folder import open_folder
 from ddqcli.errors import RecipeError
 from ddqcli.recipe.yaml_text import parse_sections
 
 GIGABYTE = 1 << 30
-
-
-def repacked(path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
-    """Change the record of a `torch.save` file that is called `name`, with right checksums."""
-    with zipfile.ZipFile(path) as archive:
-        records = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for record, content in records.items():
-            is_it = record.rpartition("/")[2] == name
-            archive.writestr(record, change(content) if is_it else content)
-
-
-def strided(path: Path) -> None:
-    torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, path)
-
-
-def strided_in_final(path: Path) -> None:
-    final = torch.load(path, weights_only=True)
-    final["floats"]["1.weight"] = torch.zeros(1).expand(10**6, 10**6)
-    torch.save(final, path)
-
-
-def memo(path: Path) -> None:
-    """Insert five bytes that store a value at index 2^28 of the pickle's memo."""
-    torch.save({"w": torch.ones(4, 4)}, path)
-    bomb = pickle.NONE + pickle.LONG_BINPUT + struct.pack("<I", 1 << 28) + pickle.POP
-    repacked(path, "data.pkl", lambda raw: raw[:2] + bomb + raw[2:])
-
-
-def manifest(path: Path) -> None:
-    """Write a ddq file whose manifest unpacks to 4 GB, under a right digest."""
-    packed = bz2.compress(bytes(1 << 26)) * 64
-    header = HEAD + b"0" * 64 + b'","version":"1"},"manifest":{"data_offsets":[0,%d],' % len(packed)
-    header += b'"dtype":"U8","shape":[%d]}}' % len(packed)
-    raw = bytearray(len(header).to_bytes(8, "little") + header + packed)
-    raw[50:114] = hashlib.sha256(raw).hexdigest().encode()
-    path.write_bytes(raw)
-
-
-def overlapping(path: Path) -> None:
-    """Write a zip file with a thousand names for the same megabyte."""
-    torch.save({"w": torch.zeros(1 << 18)}, path)
-    with zipfile.ZipFile(path, "a") as archive:
-        (data,) = [info for info in archive.infolist() if info.filename.endswith("data/0")]
-        archive.filelist += [data] * 1000
-        archive._didModify = True
-
-
-def npz_claim(path: Path) -> None:
-    """Write an array that claims a million million values in its header."""
-    header = io.BytesIO()
-    claim = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**3, 10**3)}
-    np.lib.format.write_array_header_1_0(header, claim)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in ("x_train", "y_train", "x_test", "y_test"):
-            archive.writestr(f"{name}.npy", header.getvalue())
-
 
 BOMBS: dict[str, tuple[Callable[[Path], None], str, str, int]] = {
     "strides, inspected": (strided, "bomb.pt", "inspect bomb.pt", 2),
@@ -150,6 +85,35 @@ def test_a_recipe_of_megabytes_is_refused_before_it_is_parsed(project: Path) -> 
     answer = ddq("finetune", "model.pt")
     assert answer.code == 2
     assert "is it a recipe?" in answer.err
+
+
+# ---- files of a run
+
+GIANTS = {
+    "report": "runs/done/report.json",
+    "export": "runs/done/report.json",
+    "inspect runs/done -o out": "runs/done/metrics.jsonl",
+    "export runs/done": "runs/done/recipe.yaml",
+}
+
+
+@pytest.mark.parametrize(("command", "name"), GIANTS.items(), ids=GIANTS)
+def test_a_file_of_a_run_that_claims_terabytes_is_one_sentence(
+    finished: Path, command: str, name: str
+) -> None:
+    os.truncate(name, 1 << 40)  # it takes no place on the disk
+    answer = ddq(*command.split())
+    assert answer.code in (1, 2)
+    assert name in answer.err
+    assert "--debug" not in answer.err
+
+
+@pytest.mark.parametrize("name", ["report.json", "metrics.jsonl", "recipe.yaml"])
+def test_deep_nesting_in_a_file_of_a_run_is_one_sentence(finished: Path, name: str) -> None:
+    Path("runs/done", name).write_text("[" * 100_000)
+    answer = ddq("report", "--html", "out.html")
+    assert answer.code in (0, 1, 2)
+    assert "--debug" not in answer.err
 
 
 # ---- pipes and links

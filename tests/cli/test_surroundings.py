@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,6 +110,24 @@ def test_an_output_may_have_a_name_as_long_as_there_are(
     name = "n" * (255 - len(end)) + end
     assert ddq(*command.split(), name).code == 0
     assert Path(name).is_file()
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """What torch writes to number 2 would go into it."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {REPOSITORY!r})
+import ddqcli.cli.app as app
+def work():
+    with open("numbers", "w") as file:
+        file.write(f"{{[os.fstat(n).st_rdev == os.stat(os.devnull).st_rdev for n in range(3)]}}")
+        file.write(f" {{file.fileno() > 2}}")
+app.app = work
+app.main()
+"""
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=120).returncode == 0
+    assert (tmp_path / "numbers").read_text() == "[True, True, True] True"
 
 
 # ---- signals

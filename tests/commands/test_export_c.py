@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,26 @@ def test_a_run_is_written_compiled_and_confirmed(finished: Path) -> None:
     totals = ddq("report", "--json").data["totals"]
     assert data["sizes"]["flash"] == totals["quantized_bytes"] + totals["kept_bytes"]
     assert ddq("export", "--check", FILE, "--json").data == data
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wrong"),
+    [
+        (r"(uint8_t \w+\[\d+\] = \{\s*)\d+", r"\g<1>81161"),
+        (r"(uint8_t \w+\[\d+\] = \{\s*)\d+", r"\g<1>x"),
+        (r"(float \w+\[\d+\] = \{\s*-?)0x", r"\g<1>0z"),
+        (r"const uint8_t (\w+\[)", r"const uint9_t \1"),
+    ],
+)
+def test_a_header_of_no_numbers_is_exit_code_4(finished: Path, pattern: str, wrong: str) -> None:
+    assert ddq("export", "--format", "c", "-q").code == 0
+    text = FILE.read_text()
+    damaged = re.sub(pattern, wrong, text, count=1)
+    assert damaged != text
+    FILE.write_text(damaged)
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert "model.h is damaged" in answer.err
 
 
 def test_a_changed_header_is_exit_code_4(finished: Path) -> None:

@@ -6,11 +6,14 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from mutations import with_manifest
 from tiny_project import RECIPE, ddq
 
 from ddqcli.artifact.encode import encode_artifact
@@ -75,6 +78,25 @@ def test_a_flipped_bit_is_exit_code_4(exported: Path) -> None:
         assert answer.code == (2 if unknown else 4)
         assert ("is not a ddq file" if unknown else "is damaged or incomplete") in answer.err
         assert answer.envelope["errors"] == [answer.err.removeprefix("Error: ").rstrip()]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["meta"].update(more=1),
+        lambda manifest: manifest["meta"].pop("recipe"),
+        lambda manifest: manifest["meta"]["report"].pop("course"),
+        lambda manifest: None,  # other spaces
+    ],
+    ids=["note", "no recipe", "no course", "spaces"],
+)
+def test_other_content_beside_the_right_tensors_is_exit_code_4(
+    exported: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    FILE.write_bytes(with_manifest(FILE.read_bytes(), change))
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert "differs from what this version of ddq exports" in answer.err
 
 
 def test_a_changed_weight_under_a_right_digest_is_exit_code_4(exported: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +45,7 @@ def test_a_sweep_reports_its_table_and_curve(sweep: Run) -> None:
 
 def test_the_newest_run_may_be_a_sweep(sweep: Run) -> None:
     data = ddq("report", "--json").data
-    assert data == {"target": "runs/s", **json.loads((sweep.path / SWEEP).read_text())}
+    assert data == {"target": "runs/s", **sweep.sweep_table().model_dump(mode="json")}
     make_run(Path("runs/newer"))
     assert ddq("report", "--json").data["target"] == "runs/newer"
 
@@ -130,8 +130,19 @@ def test_of_an_unfinished_sweep_the_finished_runs_can_be_picked(sweep: Run) -> N
     )
 
 
-def test_a_damaged_table_is_named(sweep: Run) -> None:
-    (sweep.path / SWEEP).write_text("{")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "{",
+        lambda text: text.replace('"bytes": 4000', '"bytes": 4001'),
+        lambda text: text.replace('"bytes": 4000', f'"bytes": -{10**40}'),
+        lambda text: "[" * 100_000,
+    ],
+)
+def test_a_damaged_table_is_named(sweep: Run, damage: Callable[[str], str]) -> None:
+    text = (sweep.path / SWEEP).read_text()
+    assert damage(text) != text
+    (sweep.path / SWEEP).write_text(damage(text))
     answer = ddq("report")
     assert answer.code == 1
     assert answer.err.startswith("Error: runs/s/sweep.json is damaged; `ddq finetune --resume ")

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tiny_project import NET, RECIPE, ddq, exit_code, folder_of_images, in_child, inside
+from tiny_project import NET, RECIPE, exit_code, folder_of_images, in_child, inside
 
 from ddqcli.data import source_files
 from ddqcli.data.source_files import fingerprint_of_files
 
 RUN = "finetune model.pt --run-dir run -q"
-RESUME = ["finetune", "--resume", "--run-dir", "run"]
+RESUME = "finetune --resume --run-dir run"
 IMAGE = Path("images/train/class1/5.png")
 
 
@@ -35,11 +36,12 @@ def dying() -> None:
 
 
 @pytest.fixture(scope="module")
-def begun(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with an image folder, and a run in it that was killed at its fifth step."""
-    folder = tmp_path_factory.mktemp("begun") / "project"
+def killed_once(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an image folder, a run in it that was killed at its fifth step, and state/."""
+    folder = tmp_path_factory.mktemp("killed") / "project"
     shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
-    with inside(folder):
+    with inside(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
         folder_of_images(Path("images"))
         recipe = RECIPE.replace("images.npz", "images/").replace("batch_size: 16", "batch_size: 4")
         Path("ddq.yaml").write_text(recipe)
@@ -49,13 +51,17 @@ def begun(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def killed(begun: Path, state_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, and of its record on this machine, which a changed run may change."""
-    shutil.copytree(state_home, tmp_path / "state")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    shutil.copytree(begun, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    return tmp_path / "project"
+def killed(killed_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as working folder."""
+    folder = shutil.copytree(killed_once, tmp_path / "project")
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def resumed() -> tuple[int, str]:
+    """Return exit code and messages of --resume, on one thread as the run."""
+    return exit_code(in_child(RESUME)), Path("child.txt").read_text()
 
 
 def change_pixel() -> None:
@@ -74,6 +80,10 @@ CHANGES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Path("net.py").write_text(NET.replace("ReLU", "SiLU")),
         "The model is not the one that this run was begun with: its outputs differ",
     ),
+    "the last bits of a network": (
+        lambda: Path("net.py").write_text(NET.replace("2d(16)", "2d(16, eps=1.01e-5)")),
+        "The model is not the one that this run was begun with: its outputs differ",
+    ),
 }
 
 
@@ -83,15 +93,31 @@ def test_a_changed_run_is_refused(
 ) -> None:
     monkeypatch.setenv("DDQ_TRUST", "1")
     change()
-    answer = ddq(*RESUME)
-    assert answer.code == 2
-    assert message in answer.err
-    assert "begin a new run" in answer.err
+    code, messages = resumed()
+    assert code == 2
+    assert message in messages
+    assert "begin a new run" in messages
 
 
-def test_an_unchanged_run_goes_on_also_after_a_copy(killed: Path, tmp_path: Path) -> None:
-    shutil.copytree(killed, tmp_path / "copy")
-    assert ddq(*RESUME).code == 0
+def test_an_unchanged_run_goes_on_also_after_a_copy(killed: Path) -> None:
+    code, messages = resumed()
+    assert code == 0
+    assert "since the run was begun" not in messages
+
+
+def test_other_versions_devices_and_comments_are_named_and_the_run_goes_on(
+    killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDQ_TRUST", "1")
+    state = torch.load("run/last.pt", weights_only=True)
+    state["surroundings"] |= {"torch": "2.0.0", "device": "an old one"}
+    torch.save(state, "run/last.pt")
+    Path("net.py").write_text(f"{NET}# a comment\n")
+    code, messages = resumed()
+    assert code == 0, messages
+    (line,) = [line for line in messages.splitlines() if "since the run was begun" in line]
+    assert f"torch {torch.__version__} (then 2.0.0), device " in line
+    assert "(then an old one), net.py has changed: its last bits may differ" in line
 
 
 # ---- the fingerprint of files

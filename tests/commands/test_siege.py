@@ -12,9 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import siege
+from attacks import FILE, KINDS
 
 
-@pytest.mark.parametrize("kind", siege.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_slice_of_the_siege_finds_no_fault(
     finished: Path, exported_file: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -22,9 +23,9 @@ def test_a_slice_of_the_siege_finds_no_fault(
     from safetensors.torch import save_file
 
     save_file(torch.load("model.pt", weights_only=True), "model.safetensors")
-    shutil.copy(exported_file, siege.FILE)
+    shutil.copy(exported_file, FILE)
     target = shutil.copytree(finished, tmp_path / "target")
-    trials = {"damaged": 12, "forged": 12}.get(kind, 3)
+    trials = {"damaged": 12, "forged": 12, "odd": 6, "crash": 1, "together": 1}.get(kind, 3)
     results = siege.siege(target, [kind], trials, seed=1, finished=Counter())
     assert len(results) == trials
     assert not [result for result in results if result[2]]

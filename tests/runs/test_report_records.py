@@ -11,6 +11,8 @@ from made_run import export_made, make_course, make_report, make_run
 from pydantic import ValidationError
 
 from ddqcli.artifact.read import read_artifact
+from ddqcli.errors import VerificationError
+from ddqcli.inspection.report import read_report
 from ddqcli.runs.report import Accuracy, ActivationRow, Report, SweepRow, SweepTable, TensorRow
 
 KEYS = (
@@ -73,6 +75,27 @@ def test_a_file_of_a_version_without_courses_is_read(tmp_path: Path) -> None:
     artifact = read_artifact(export_made(run, tmp_path / "model.safetensors"))
     del artifact.meta["report"]["course"]
     assert Report.from_artifact(artifact).course is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("kind", [3, "Linear"], "report.kind.0: input should be a valid string"),
+        ("run", {"steps": 1}, "report.run.seed: field required"),
+        ("budget_bytes", "x", "report.budget_bytes: input should be a valid integer"),
+        ("more", 1, "report.more: extra inputs are not permitted"),
+        ("error", [], "carries the report of another file"),
+    ],
+)
+def test_a_forged_report_is_refused_and_its_key_named(
+    tmp_path: Path, key: str, value: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, path = make_run(tmp_path / "run", 1), tmp_path / "model.safetensors"
+    embedded = run.report().embedded() | {key: value}
+    monkeypatch.setattr(Report, "embedded", lambda self: embedded)
+    export_made(run, path)
+    with pytest.raises(VerificationError, match=fault):
+        read_report(path)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crashes import crashes, recording
 from made_run import make_report
 from run_files import Metrics
 from tiny_project import exit_code, in_child
 
 from ddqcli.errors import UsageError
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.files import write_atomic
+from ddqcli.runs.files import write_atomic, write_folder
 from ddqcli.runs.run import LAST, METRICS, Run
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
@@ -73,6 +74,29 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_file(tmp_path: Path) -> No
     else:
         raise AssertionError("no call was the last")
     assert {OLD, NEW} <= set(seen[:-1]), "killed before and after the file was there"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, folders cannot be exchanged")
+def test_a_crash_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
+    root, seen = tmp_path / "root", []
+    (root / "package").mkdir(parents=True)
+    (root / "package/file").write_bytes(OLD)
+
+    def write(temporary: Path) -> None:
+        (temporary / "below").mkdir(parents=True)
+        for name in ("file", "below/other"):
+            (temporary / name).write_bytes(NEW)
+
+    child = os.fork()
+    if not child:
+        recording(root, tmp_path / "recorded")()
+        write_folder(root / "package", write, is_own=lambda _: True)
+        os._exit(0)
+    assert exit_code(child) == 0
+    for tree in crashes(tmp_path / "recorded"):
+        seen.append(tree["package/file"])
+        assert seen[-1] == OLD or seen[-1] == tree["package/below/other"] == NEW
+    assert {OLD, NEW} <= set(seen)
 
 
 def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_the_end(

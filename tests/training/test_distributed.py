@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_project import ddq, exit_code
+from tiny_project import ddq, exit_code, in_child
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ddqcli.cli.app import main
+from ddqcli.commands import finetune
 from ddqcli.data.batches import BatchOrder, Shard
 from ddqcli.training import distributed
 
@@ -123,6 +126,23 @@ def test_if_one_process_dies_the_other_stops_and_one_process_resumes_the_run(
     assert "resumed run at step 6 of 12" in answer.err
 
 
+def test_a_process_whose_partners_do_not_come_ends_with_a_sentence(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(distributed, "_PATIENCE", timedelta(seconds=1))
+    assert exit_code(in_child("finetune model.pt --run-dir run")) == 1
+    assert f"Error: The 2 processes of this run did not meet at 127.0.0.1:{port}: " in (
+        Path("child.txt").read_text()
+    )
+    assert not Path("run").exists()
+
+
 DATA = """
 import os, torch
 from torch.utils.data import TensorDataset
@@ -135,6 +155,15 @@ def data(count):
         x, y = x[:count], (y[:count] + (count == 64)) % 4
     return {"train": TensorDataset(x, y), "val": TensorDataset(x, y)}
 """
+
+
+def test_processes_with_other_code_are_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "code_files", lambda recipe: {"net.py": os.environ["RANK"]})
+    assert not torchrun("finetune", "--run-dir", "run")
+    assert "different code net.py: rank 1 differs from rank 0" in errors()
+    assert not (project / "run").exists()
 
 
 @pytest.mark.parametrize("count", [48, 64])
@@ -152,6 +181,7 @@ def test_processes_with_other_samples_or_labels_are_refused(project: Path, count
         ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29011", True),
         ("Read error [127.0.0.1]:46010: Connection reset by peer", True),
         ("NCCL error: remote process exited or there was a network error", True),
+        ("unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete", True),
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
