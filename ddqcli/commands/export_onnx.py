@@ -26,7 +26,7 @@ from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.training.evaluate import OnProgress
-from ddqcli.training.network_checks import written_buffers
+from ddqcli.training.network_checks import draws_numbers, written_buffers
 from ddqcli.training.verify import attempt, load_held_out, rebuild_model
 
 if TYPE_CHECKING:
@@ -303,9 +303,18 @@ def _require_same_answers(
 
 
 def _why_different(reference: _Reference) -> str:
-    """Return a remedy if a forward pass in eval mode changes buffers, which a graph cannot."""
+    """Return a remedy if a forward pass in eval mode does what a graph cannot repeat.
+
+    It may change buffers, or draw random numbers.
+    """
     device = next(reference.model.parameters()).device
-    written = written_buffers(reference.model, tree_to_device(reference.example, device))
+    inputs = tree_to_device(reference.example, device)
+    written = written_buffers(reference.model, inputs)
+    if not written and draws_numbers(reference.model, inputs):
+        return (
+            "; the network's forward draws random numbers, and onnxruntime draws others: draw "
+            "them only if self.training, or take them as an input"
+        )
     if not written:
         return ""
     return (

@@ -169,8 +169,19 @@ def _node(
     return output
 
 
+def _refuse_projections(model: nn.Module) -> None:
+    """Raise UsageError for a layer that torch's exporter writes as another one, without a word."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise UsageError(
+                f"The model of the layer {name} cannot be exported to ONNX: ONNX's LSTM has no "
+                "proj_size; use an LSTM without it and a linear layer."
+            )
+
+
 def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
     """Export with float weights by torch's exporter. Raises UsageError if it fails."""
+    _refuse_projections(model)
     with _silenced(), torch.no_grad(), active_layers(model) as active:
         try:
             positional, named = arguments(example)

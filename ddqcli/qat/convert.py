@@ -83,6 +83,11 @@ def attach(quantized: QuantizedModel, recipe: Recipe) -> None:
     """Make the model read its parameters and inputs through the quantizers of `prepare`."""
     for layer, config in layer_configs(quantized.model, recipe).items():
         attach_config(quantized.model.get_submodule(layer), config)
+    for module in quantized.model.modules():
+        if isinstance(module, EMBEDDINGS):
+            module.sparse = (
+                False  # no gradient passes a quantizer, or reaches Adam, as a sparse one
+            )
     for tensor in quantized.tensors:
         for module, local in _distinct(tensor.places):
             own_class(module)

@@ -69,6 +69,4 @@ def _reason_at(place: Place, parameter: nn.Parameter, config: LayerConfig | None
         return BIASES_KEPT if config.bias_bits is None else None
     if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
         return "max_norm changes it in place"
-    if isinstance(module, EMBEDDINGS) and module.sparse:
-        return "its gradients are sparse"
     return None

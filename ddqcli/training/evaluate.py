@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ddqcli.data.batches import batch_size, take_samples, tree_to_device
 from ddqcli.data.classification import Score
 from ddqcli.data.load import Data
+from ddqcli.data.seeding import seeded
 from ddqcli.data.trees import Tree, call, copied, is_plain, tensors
 from ddqcli.errors import DataError
 from ddqcli.runs.evaluation import Metric
@@ -46,7 +47,8 @@ def evaluate_all(
                 continue  # the last batch may have fewer samples than there are ranks
             inputs, targets = batch
             require_finite_batch(inputs, done, "evaluation")
-            output = call(model, inputs)
+            with seeded("evaluate", done):  # some networks draw numbers in eval mode, too
+                output = call(model, inputs)
             for total in totals:
                 total.add(output, targets)
             if on_progress:
@@ -82,6 +84,13 @@ class _Total:
 
 
 @torch.no_grad()
+def probe_outputs(model: nn.Module, inputs: Tree) -> list[Tensor]:
+    """Return the tensors of the model's output, the same each time if it draws random numbers."""
+    with seeded("probe"):
+        return tensors(call(model, copied(inputs)))
+
+
+@torch.no_grad()
 def probe(model: nn.Module, data: Data) -> dict[str, Any] | None:
     """Return the first held-out inputs and the model's outputs, as "input" and "output" on the CPU.
 
@@ -91,7 +100,7 @@ def probe(model: nn.Module, data: Data) -> dict[str, Any] | None:
     model.eval()
     batch = take_samples(next(iter(data.val.epoch(0))), slice(_PROBE_SAMPLES))
     inputs, _ = batch
-    outputs = tensors(call(model, copied(inputs)))
+    outputs = probe_outputs(model, inputs)
     if not (outputs and is_plain(inputs)):
         return None
     cpu = torch.device("cpu")

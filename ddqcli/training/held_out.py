@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from ddqcli.data.batches import batch_size
 from ddqcli.data.load import Data
+from ddqcli.data.seeding import seeded
 from ddqcli.data.trees import Tree, as_float32, call, copied
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.evaluation import Metric
@@ -67,7 +68,8 @@ class HeldOut:
                 size, (x, y) = batch_size(batch), batch
                 if not size:
                     continue  # the last batch may have fewer samples than there are ranks
-                output = call(model, copied(x))
+                with seeded("look", number):
+                    output = call(model, copied(x))
                 loss = float(self._loss(output, y, number))
                 scores = self.data.metric(as_float32(output), y).double()
                 total += torch.tensor([loss * size, size, scores.sum(), len(scores)]).double()

@@ -11,6 +11,7 @@ from torch import nn
 
 from ddqcli.data.load import Data
 from ddqcli.data.ready_batches import ReadyBatches
+from ddqcli.data.seeding import seeded
 from ddqcli.data.trees import Tree, call, copied, shared_length, sliced, tensors
 from ddqcli.errors import DataError, UsageError
 from ddqcli.qat.model import QuantizedModel
@@ -69,6 +70,17 @@ def written_buffers(model: nn.Module, inputs: Tree) -> list[str]:
     call(trial, copied(inputs))
     after = dict(trial.named_buffers())
     return [n for n, b in before.items() if n in after and not torch.equal(after[n].to(b), b)]
+
+
+@torch.no_grad()
+def draws_numbers(model: nn.Module, inputs: Tree) -> bool:
+    """True if a forward pass in eval mode draws random numbers that its output depends on."""
+    trial = copy_network(model).eval()
+    outputs = []
+    for seed in (1, 2):
+        with seeded("draws", seed):
+            outputs.append(tensors(call(trial, copied(inputs))))
+    return not all(map(torch.equal, *outputs))
 
 
 def refuse_batch_of_one(model: nn.Module, data: Data) -> None:

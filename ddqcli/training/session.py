@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ddqcli.data.load import Data
+from ddqcli.data.seeding import seeded
 from ddqcli.errors import DDQError
 from ddqcli.qat.budget import ResolvedBudget
 from ddqcli.qat.model import QuantizedModel
@@ -65,7 +66,8 @@ def build_trainer(
     balanced = float_model and balance_channels(quantized, float_model, few_inputs(data))
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
     labeler = None if needs_labels else float_model
-    calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler, on_progress)
+    with seeded("calibrate", recipe.train.seed):  # some networks draw numbers in eval mode, too
+        calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler, on_progress)
     gates.recount()
     gates.start()
     _compile_if_worthwhile(quantized, steps, recipe.train.device)
@@ -84,7 +86,8 @@ def build_trainer(
         with quantized.folded():
             return evaluate(trainer.model, data, on_progress=on_progress)
 
-    choose_start(trainer, balanced, metric, on_progress)
+    with seeded("start", recipe.train.seed):
+        choose_start(trainer, balanced, metric, on_progress)
     return trainer
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddqcli.errors import DDQError
 from ddqcli.recipe.schema import Recipe
@@ -30,7 +31,7 @@ def explain_user_errors(what: str, kind: type[DDQError], recipe: Recipe) -> Iter
     except (Exception, SystemExit) as error:
         if distributed.is_lost_peer(error):
             raise
-        if isinstance(error, IndexError) and (fault := _embedding_fault(error)):
+        if fault := _embedding_fault(error) or _dtype_fault(error):
             raise kind(f"{what}: {fault}") from error
         message = " ".join(str(error).split())[:_MESSAGE_LIMIT]
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -44,18 +45,47 @@ def explain_user_errors(what: str, kind: type[DDQError], recipe: Recipe) -> Iter
         ) from error
 
 
-def _embedding_fault(error: IndexError) -> str | None:
+def _embedding_fault(error: BaseException) -> str | None:
     """Return a sentence if an index beyond an embedding raised the error, with the layer's name."""
+    if not isinstance(error, IndexError):
+        return None
+    for name, module, _ in _module_frames(error):
+        if isinstance(module, nn.Embedding):
+            count = module.num_embeddings
+            return (
+                f"an index in the inputs lies beyond the {count:,} embeddings of "
+                f"{name or 'the network'}; give indices from 0 to {count - 1}."
+            )
+    return None
+
+
+def _dtype_fault(error: BaseException) -> str | None:
+    """Return a sentence if a layer got an input of another type than its weights, as of NumPy."""
+    if "type" not in str(error):
+        return None
+    for name, module, values in reversed(list(_module_frames(error))):
+        weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+        inputs = [v for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)]
+        if isinstance(module, nn.Embedding) or not weights or not inputs:
+            continue
+        given, needed = (str(x.dtype).removeprefix("torch.") for x in (inputs[0], weights[0]))
+        if given != needed:
+            return (
+                f"the input of {name or 'the network'} is {given}, and its weights are {needed}; "
+                f"give the data as {needed}, by x.float()."
+            )
+    return None
+
+
+def _module_frames(error: BaseException) -> Iterator[tuple[str, nn.Module, list[Any]]]:
+    """Yield name, module and local values of each forward that the error passed, outermost first.
+
+    Names are those within the outermost module.
+    """
     outer: nn.Module | None = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module):
             outer = outer or module
-            if isinstance(module, nn.Embedding):
-                name = next((n for n, m in outer.named_modules() if m is module), "")
-                count = module.num_embeddings
-                return (
-                    f"an index in the inputs lies beyond the {count:,} embeddings of "
-                    f"{name or 'the network'}; give indices from 0 to {count - 1}."
-                )
-    return None
+            name = next((n for n, m in outer.named_modules() if m is module), "")
+            yield name, module, list(frame.f_locals.values())

@@ -18,14 +18,14 @@ from ddqcli.checkpoint.torchvision_models import build_torchvision
 from ddqcli.data.batches import tree_to_device
 from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
-from ddqcli.data.trees import Tree, call
+from ddqcli.data.trees import Tree
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.load import fill, to_torch
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.runs.trust import code_of
 from ddqcli.training.device import place_model, resolve_device
-from ddqcli.training.evaluate import OnProgress, evaluate
+from ddqcli.training.evaluate import OnProgress, evaluate, probe_outputs
 from ddqcli.training.unlabelled import is_labelled, with_float_targets
 
 T = TypeVar("T")
@@ -156,7 +156,8 @@ def output_difference(model: nn.Module, inputs: Tree, expected: Tree) -> float:
     Infinite if the outputs have not the expected shapes.
     """
     device = next(model.parameters()).device
-    outputs = tree_to_device(call(model, tree_to_device(inputs, device)), torch.device("cpu"))
+    outputs = probe_outputs(model, tree_to_device(inputs, device))
+    outputs = tree_to_device(outputs, torch.device("cpu"))
     return float(sample_differences(outputs, expected).median())
 
 

@@ -43,6 +43,14 @@ class Regressor(nn.Module):
     def forward(self, x):
         return self.body(x)[:, 0]
 
+class Drawing(nn.Module):  # draws its code as a variational autoencoder does, in eval mode too
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(12, 8), nn.Linear(4, 12)
+    def forward(self, x):
+        mean, log = self.down(x.flatten(1)).chunk(2, 1)
+        return self.up(mean + torch.randn_like(mean) * log.exp())
+
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
 
@@ -92,6 +100,12 @@ def signals():
 def unlabelled():
     return splits(lambda x, y: TensorDataset(x))
 
+def copies():
+    error = lambda out, y: (out - y).square().mean(1)
+    metric = {"name": "error", "better": "lower", "function": error}
+    made = lambda x, y: TensorDataset(x, x.flatten(1))
+    return splits(made) | {"loss": F.mse_loss, "metric": metric}
+
 def own_distillation():
     def distill(out, expected):
         return (out["out"] - expected["out"]).abs().mean()
@@ -113,6 +127,7 @@ TASKS = {  # data -> network and further arguments
     "numbers": "Regressor",
     "signals": "Regressor --set train.distill.weight=0.9",
     "unlabelled": "Segmenter --act-bits 8",
+    "copies": "Drawing",
     "own_distillation": "Segmenter --set train.distill.layers=['body']",
 }
 
@@ -125,6 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     scope: dict[str, Any] = {}
     exec(CODE, scope)
     with inside(path):
+        torch.save(scope["Drawing"]().state_dict(), "Drawing.pt")
         for name in ("Two", "Segmenter", "Regressor", "plain"):
             torch.manual_seed(0)
             net = scope[name]()
@@ -233,7 +249,7 @@ def test_a_run_is_the_same_each_time_and_after_it_was_stopped(
             raise Interrupted("stopped", 15)
         return step(self, x, y)
 
-    for name in ("mappings", "unlabelled", "loader"):
+    for name in ("mappings", "unlabelled", "loader", "copies"):
         trained(name)
         monkeypatch.setattr(Trainer, "_train_step", stopped)
         assert finetune(name, run=f"runs/{name}-part").code == 143

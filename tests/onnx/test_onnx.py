@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,12 +39,15 @@ def written(
     return folder / "model.onnx", loaded, made
 
 
+def outputs(path: Path, x: Tensor) -> list[list[Tensor]]:
+    """Return all outputs of onnxruntime, with its optimizations and without."""
+    runs = [session(path, optimized=on).run(None, {"input": x.numpy()}) for on in (True, False)]
+    return [[torch.from_numpy(output) for output in run] for run in runs]
+
+
 def both(path: Path, x: Tensor) -> list[Tensor]:
     """Return the answers of onnxruntime with its optimizations and without."""
-    feed = {"input": x.numpy()}
-    return [
-        torch.from_numpy(session(path, optimized=on).run(None, feed)[0]) for on in (True, False)
-    ]
+    return [first for first, *_ in outputs(path, x)]
 
 
 def torch_answer(model: nn.Module, x: Tensor) -> Tensor:
@@ -73,6 +77,17 @@ def uneven(model: nn.Module, seed: int = 0) -> nn.Module:
     return shake(model, seed)
 
 
+class Branches(nn.Module):
+    """Layers side by side, each with an output: one export shows them all."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
 # ---- one layer: exact
 
 
@@ -87,17 +102,6 @@ GEOMETRIES = {
     "depthwise": dict(kernel_size=3, padding=1, groups=16, out_channels=16),
     "reflected": dict(kernel_size=3, padding=1, padding_mode="reflect"),
 }
-
-
-class Branches(nn.Module):
-    """Layers side by side, each with an output: one export shows them all."""
-
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [layer(x) for layer in self.layers]
 
 
 def convolution(geometry: str, dead: bool) -> nn.Module:
@@ -117,7 +121,7 @@ def test_a_convolution_with_a_float_result_is_exact_but_for_its_rounded_shift(
     x = torch.randn(3, 16, 9, 11)
     path, loaded, made = written(model, x, tmp_path, granularity=granularity)
     expected = torch_answer(loaded, x)
-    outputs = [session(path, optimized=on).run(None, {"input": x.numpy()}) for on in (True, False)]
+    found = outputs(path, x)
     in_integers: Counter[str] = Counter()
     for number, (geometry, dead) in enumerate(cases):
         layer, norm = model.layers[number], loaded.layers[number]  # type: ignore[index,union-attr]
@@ -130,36 +134,34 @@ def test_a_convolution_with_a_float_result_is_exact_but_for_its_rounded_shift(
         unit = scale * factor * norm[0].input_quantizer.scale
         wanted = expected[number]
         slack = EXACT * wanted.abs().max() + (rounded * 0.5001 * unit.detach().abs())[:, None, None]
-        for found in outputs:
-            away = (torch.from_numpy(found[number]) - wanted).abs()
+        for answers in found:
+            away = (answers[number] - wanted).abs()
             assert bool((away <= slack).all()), (geometry, dead)
     runs = kernels(path)
     assert in_integers == {name: runs[name] for name in in_integers}
 
 
-@pytest.mark.parametrize(
-    ("act_bits", "signed"),
-    [
-        *((bits, True) for bits in (None, 1, 3, 4, 5, 8)),
-        (1, False),
-        (5, False),
-    ],
-)
+@pytest.mark.parametrize(("widths", "signed"), [(range(9), True), ((1, 4, 5, 8), False)])
 def test_inputs_of_every_width_are_exact(
-    act_bits: int | None, signed: bool, tmp_path: Path
+    widths: Sequence[int], signed: bool, tmp_path: Path
 ) -> None:
-    model = uneven(nn.Sequential(nn.Linear(20, 30)))
+    """A width of 0 keeps the input in float."""
+    model = uneven(Branches(nn.Linear(20, 30) for _ in widths))
     x = torch.randn(7, 20)
     x = x if signed else x.relu()
-    path, loaded, made = written(model, x, tmp_path, act_bits=act_bits)
-    scale = loaded[0].input_quantizer.scale if act_bits else torch.tensor(0.1)  # type: ignore[index]
-    x = torch.cat(
-        [x, 50 * x, torch.arange(-280, 280).reshape(28, 20) / 2 * scale]
-    )  # beyond the range, and all ties
+    overrides = [{"match": f"layers.{k}", "act_bits": bits} for k, bits in enumerate(widths)]
+    path, loaded, made = written(model, x, tmp_path, overrides=overrides)
+    ties = torch.arange(-280, 280).reshape(28, 20) / 2
+    layers = zip(loaded.layers, widths, strict=True)  # type: ignore[arg-type]
+    scales = [layer.input_quantizer.scale for layer, bits in layers if bits]
+    # Beyond the range, and all ties.
+    x = torch.cat([x, 50 * x, 0.1 * ties, *(ties * scale for scale in scales)])
     expected = torch_answer(loaded, x)
-    assert torch.equal(expected, torch_answer(made.model, x))
-    for found in both(path, x):
-        assert distance(found, expected) < EXACT
+    for bits, one, other in zip(widths, expected, torch_answer(made.model, x), strict=True):
+        assert torch.equal(one, other), bits
+    for answers in outputs(path, x):
+        for bits, found, wanted in zip(widths, answers, expected, strict=True):
+            assert distance(found, wanted) < EXACT, bits
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (2, 5, 20), (2, 3, 4, 20)])
@@ -168,10 +170,9 @@ def test_linear_layers_run_in_integers(shape: tuple[int, ...], tmp_path: Path) -
     x = torch.randn(shape)
     path, loaded, _ = written(model, x, tmp_path)
     assert kernels(path)["MatMulIntegerToFloat"] == 2
-    for optimized in (True, False):
-        outputs = session(path, optimized=optimized).run(None, {"input": x.numpy()})
-        for found, expected in zip(outputs, torch_answer(loaded, x), strict=True):
-            assert distance(torch.from_numpy(found), expected) < EXACT
+    for answers in outputs(path, x):
+        for found, expected in zip(answers, torch_answer(loaded, x), strict=True):
+            assert distance(found, expected) < EXACT
 
 
 # ---- from integers to integers
@@ -180,39 +181,40 @@ def test_linear_layers_run_in_integers(shape: tuple[int, ...], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("between", "most"),
     [
-        (nn.ReLU(), 1e9),
-        (nn.ReLU6(), 1e9),
-        (nn.Hardtanh(-0.3, 0.4), 1e9),
-        (nn.Identity(), 1e9),
-        (nn.ReLU6(), 3.0),
+        ([nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.3, 0.4), nn.Identity()], 1e9),
+        ([nn.ReLU6()], 3.0),
     ],
-    ids=["relu", "relu6", "hardtanh", "nothing", "relu6 above the range"],
+    ids=["within the range", "relu6 above the range"],
 )
 def test_activations_become_part_of_the_quantizer(
-    between: nn.Module, most: float, tmp_path: Path
+    between: list[nn.Module], most: float, tmp_path: Path
 ) -> None:
     model = uneven(
-        nn.Sequential(
-            nn.Conv2d(16, 16, 3, bias=False),
-            nn.BatchNorm2d(16),
-            between,
-            nn.Conv2d(16, 20, 1),
-            nn.Flatten(),
+        Branches(
+            nn.Sequential(
+                nn.Conv2d(16, 16, 3, bias=False),
+                nn.BatchNorm2d(16),
+                activation,
+                nn.Conv2d(16, 20, 1),
+                nn.Flatten(),
+            )
+            for activation in between
         )
     )
     x = 4 * torch.randn(2, 16, 8, 8)
     calibration = x if most > 100 else x / 8  # then the second layer's range ends below 6
     path, loaded, _ = written(model, calibration, tmp_path)
     runs = kernels(path)
-    assert runs["QLinearConv"] == 1
+    assert runs["QLinearConv"] == len(between)
     assert not runs.keys() & {"Conv", "Relu", "BatchNormalization", "FusedConv"}
-    expected = torch_answer(loaded, x)
-    step = float(loaded[3].input_quantizer.scale * loaded[3].weight.detach().abs().max())  # type: ignore[index]
-    for found in both(path, x):
-        assert float((found - expected).abs().max()) <= 3.1 * step, (
-            "a rounded shift may move a value to the next level"
-        )
-        assert float(((found - expected).abs() < 0.02 * step).float().mean()) > 0.9
+    branches: Any = loaded.layers
+    for answers in outputs(path, x):
+        for branch, found, expected in zip(branches, answers, torch_answer(loaded, x), strict=True):
+            step = float(branch[3].input_quantizer.scale * branch[3].weight.detach().abs().max())
+            assert float((found - expected).abs().max()) <= 3.1 * step, (
+                "a rounded shift may move a value to the next level"
+            )
+            assert float(((found - expected).abs() < 0.02 * step).float().mean()) > 0.9
 
 
 def test_three_channels_and_depthwise_run_in_integers(tmp_path: Path) -> None:
@@ -476,6 +478,12 @@ class Unknown(nn.Module):
 class Foreign(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.from_numpy(x.numpy()) + 0
+
+
+def test_a_recurrent_layer_with_a_projection_is_refused(tmp_path: Path) -> None:
+    model = uneven(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 6, proj_size=2)))
+    with pytest.raises(UsageError, match=r"the layer 1 cannot .* ONNX's LSTM has no proj_size"):
+        written(model, torch.randn(2, 4), tmp_path)
 
 
 class Counting(nn.Module):

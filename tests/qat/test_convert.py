@@ -362,7 +362,6 @@ KEPT: dict[str, tuple[Any, str, str]] = {
         "1.weight",
         "max_norm changes it in place",
     ),
-    "sparse": (lambda: nn.EmbeddingBag(4, 4, sparse=True), "1.weight", "gradients are sparse"),
     "no values": (lambda: nn.Linear(4, 0), "1.weight", "holds no values"),
     "float64": (lambda: nn.Linear(4, 4).double(), "1.weight", "holds torch.float64; only float32"),
     "bfloat16": (
@@ -485,6 +484,18 @@ def test_a_model_is_not_converted_twice() -> None:
     convert(model, recipe())
     with pytest.raises(UsageError, match="already quantized; pass the float model"):
         convert(model, recipe())
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_of_sparse_gradients_is_quantized_and_gets_dense_ones(kind: Any) -> None:
+    model = nn.Sequential(kind(6, 4, sparse=True), nn.Linear(4, 2))
+    quantized = convert(model, recipe(max_bits=3))
+    assert "0.weight" in {tensor.name for tensor in quantized.tensors}
+    model(torch.tensor([[1, 2], [2, 5]])).square().sum().backward()
+    gradient = next(t.parameter.grad for t in quantized.tensors if t.name == "0.weight")
+    assert gradient is not None
+    assert gradient.layout is torch.strided
+    assert gradient.abs().sum(1).nonzero()[:, 0].tolist() == [1, 2, 5]
 
 
 def test_frozen_parameters_stay_frozen() -> None:

@@ -26,8 +26,7 @@ def compiler() -> None:
 @pytest.mark.parametrize(
     ("bits", "correction", "gated"),
     [
-        ((4,), 0.0, False),  # thresholds
-        ((1,), 0.1, False),
+        ((4,), 0.1, False),  # thresholds
         ((4,), 0.1, True),  # tables, because the gates are learned
         ((6, 5, 6), 0.0, False),  # tables, because there are several groups and many levels
     ],

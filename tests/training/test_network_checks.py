@@ -20,6 +20,7 @@ from ddqcli.errors import DataError, UsageError
 from ddqcli.qat.convert import convert
 from ddqcli.recipe.assignments import with_assignments
 from ddqcli.training.network_checks import (
+    draws_numbers,
     is_reentrant,
     refuse_batch_of_one,
     refuse_scripted_parts,
@@ -127,6 +128,16 @@ def test_a_part_that_torch_jit_has_compiled_is_refused_by_name() -> None:
     net[0] = torch.jit.script(nn.Conv2d(3, 8, 3))
     with pytest.raises(UsageError, match=r"^0 is compiled by torch.jit, .* as a plain module"):
         refuse_scripted_parts(net)
+
+
+def test_a_network_that_draws_numbers_in_eval_mode_is_known() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.randn(2)
+
+    x = torch.randn(4, 3)
+    assert draws_numbers(Noisy(3, 2), x)
+    assert not draws_numbers(nn.Sequential(nn.Linear(3, 2), nn.Dropout()), x)
 
 
 def test_buffers_that_a_forward_in_eval_mode_changes_are_named() -> None:
