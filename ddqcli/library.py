@@ -81,6 +81,8 @@ def quantize(
     _require_network("quantize", model)
     if (bits is None) == (budget is None):
         raise UsageError("Give quantize() either bits or a budget.")
+    if budget is not None and budget.target_format != "safetensors":
+        raise UsageError("quantize() knows the size of its safetensors file alone.")
     recipe = _recipe(
         budget={"target_bits": bits} if budget is None else budget,
         weights={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -38,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_finish() -> None:
+    """Leave modules and collected tests out of garbage collections, and of what forks copy."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none, or where it is hidden."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
@@ -54,6 +61,18 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """Let fsync return at once: it guards against power cuts, which no test makes."""
+
+    def fsync(descriptor: int) -> None:
+        os.fstat(descriptor)  # a closed one is still an error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with one finished run, runs/done; tests must not change it."""
@@ -62,6 +81,15 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         answer = ddq("finetune", "model.pt", "--run-dir", "runs/done", "--quiet")
     assert answer.code == 0, answer.err
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported_file(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file exported from that run; tests copy it."""
+    path = tmp_path_factory.mktemp("exported") / "model.safetensors"
+    answer = ddq("export", pristine / "runs/done", "-o", path)
+    assert answer.code == 0, answer.err
+    return path
 
 
 @pytest.fixture

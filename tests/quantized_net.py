@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def quantize(
     *,
     bits: int = 4,
     act_bits: int | None = 8,
+    overrides: Sequence[dict[str, Any]] = (),
     **weights: Any,
 ) -> Quantized:
     """Quantize a copy of `model`, its input quantizers fitted to x, and write the file.
@@ -41,7 +43,8 @@ def quantize(
     `weights`: fields of the recipe's section of that name.
     """
     sections = {"weights": {"max_bits": bits, **weights}, "activations": {"bits": act_bits}}
-    quantized = convert(_folded(copy.deepcopy(model).eval()), Recipe.model_validate(sections))
+    recipe = Recipe.model_validate({**sections, "overrides": list(overrides)})
+    quantized = convert(_folded(copy.deepcopy(model).eval()), recipe)
     for quantizer in quantized.activations.values():
         quantizer.observing = True
     with torch.no_grad():

@@ -84,7 +84,10 @@ def export(
         ),
     ] = False,
     openvino: Annotated[
-        bool, typer.Option("--openvino", help="Verify an ONNX file in OpenVINO, too.")
+        bool,
+        typer.Option(
+            "--openvino", help="Make an ONNX file that is fast in OpenVINO; verify it there, too."
+        ),
     ] = False,
     trust: Trust = False,
     as_json: Json = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -61,6 +61,13 @@ def finetune(
         typer.Option(
             metavar="SIZE[,SIZE...]",
             help="Budget: size of the exported file, e.g. 150kB, 1.8MB or 12%; one run per value.",
+        ),
+    ] = None,
+    target_format: Annotated[
+        Literal["safetensors", "onnx"] | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="The file that --target-size is for: safetensors or onnx.  [default: safetensors]",
         ),
     ] = None,
     max_bits: Annotated[
@@ -132,6 +139,7 @@ def finetune(
         "data.source": data,
         "budget.target_bits": target_bits and [_number(text) for text in target_bits.split(",")],
         "budget.target_size": target_size and [text.strip() for text in target_size.split(",")],
+        "budget.target_format": target_format,
         "weights.max_bits": max_bits,
         "weights.min_bits": min_bits,
         "activations.bits": act_bits,

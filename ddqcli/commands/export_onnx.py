@@ -15,12 +15,13 @@ from ddqcli.data.batches import Batch, tree_to_device
 from ddqcli.data.load import Data
 from ddqcli.data.source import list_names
 from ddqcli.data.trees import Tree, shared_length, sliced, tensor_names, tensors
-from ddqcli.errors import UsageError, VerificationError
-from ddqcli.onnx.export import OnnxModel, make_float_onnx, make_onnx, require_onnx
+from ddqcli.errors import LimitExceeded, UsageError, VerificationError
+from ddqcli.onnx.export import OnnxModel, Runtime, make_float_onnx, make_onnx, require_onnx
 from ddqcli.onnx.openvino import openvino_answers, require_openvino
 from ddqcli.onnx.runtime import Answers, Comparison, compare, onnxruntime_answers
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
+from ddqcli.recipe.size import parse_size
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, Run
@@ -106,7 +107,8 @@ def export_onnx(
     """Write the run's model to `out` (default: model.onnx in the run folder) and run it.
 
     The network's code runs under the rule of `ddqcli.runs.trust`, which `trust` overrides. `timed`
-    compares the file's latency with the float model's, `openvino` runs it there too. Raises
+    compares the file's latency with the float model's. `openvino` writes the file so that it is
+    fast there, and runs it there, too. Raises
     UsageError for what ONNX cannot express, and VerificationError if onnxruntime unpacks other
     weights or, with or without its optimizations, does not answer as torch does. The file is then
     not written.
@@ -116,10 +118,11 @@ def export_onnx(
         require_openvino()
     run = Run.open(run_dir, trust=trust)
     path = out or run.path / ONNX
-    expected = _expected(run)
+    expected = _expected(run, "openvino" if openvino else "onnxruntime")
     results: list[OnnxResult] = []
 
     def write(temporary: Path) -> None:
+        _require_target(run, len(expected.model.raw), path)
         temporary.write_bytes(expected.model.raw)
         results.append(_verified(run, temporary, path, expected, timed, openvino, on_progress))
 
@@ -145,12 +148,27 @@ def check_onnx(
     require_onnx()
     if openvino:
         require_openvino()
-    from ddqcli.onnx.seal import opened
+    from ddqcli.onnx.seal import opened, properties
 
     require_file(file)
-    opened(file.read_bytes(), str(file))  # before the work of exporting again
+    # Damage is found before the work of exporting again.
+    about = properties(opened(file.read_bytes(), str(file)))
+    runtime: Runtime = "openvino" if about.get("runtime") == "openvino" else "onnxruntime"
     run = run_of(file, run_dir, trust=trust)
-    return _verified(run, file, file, _expected(run), timed, openvino, on_progress)
+    return _verified(run, file, file, _expected(run, runtime), timed, openvino, on_progress)
+
+
+def _require_target(run: Run, size: int, path: Path) -> None:
+    """Raise LimitExceeded if the run promised a smaller ONNX file."""
+    budget = run.recipe().budget
+    if budget.target_format != "onnx" or budget.target_size is None:
+        return
+    limit = parse_size(budget.target_size, run.report().totals.float_bytes)
+    if size > limit:
+        raise LimitExceeded(
+            f"{path} would have {size:,} bytes, and the budget of the run is {limit:,} "
+            f"({budget.target_size}); finetune with a smaller --target-size."
+        )
 
 
 @dataclass(frozen=True)
@@ -161,11 +179,11 @@ class _Expected:
     reference: _Reference
 
 
-def _expected(run: Run) -> _Expected:
+def _expected(run: Run, runtime: Runtime) -> _Expected:
     frozen, source = FrozenModel.from_state(run.load(FINAL)), run.report().source
     reference = _reference(run, frozen)
     about = {"ddq": source.ddq, "source": source.sha256}
-    model = make_onnx(reference.model, frozen.weights(), reference.example, about)
+    model = make_onnx(reference.model, frozen.weights(), reference.example, about, runtime)
     return _Expected(model, reference)
 
 
@@ -206,19 +224,19 @@ def _verified(
         optimized=optimized,
         unoptimized=unoptimized,
         openvino=in_openvino,
-        bench=_bench(raw, reference) if timed else None,
+        bench=_bench(raw, reference, openvino) if timed else None,
         unchecked=reference.unchecked + unchecked,
     )
 
 
-def _bench(raw: bytes, reference: _Reference) -> Bench:
-    from ddqcli.onnx.bench import bench
+def _bench(raw: bytes, reference: _Reference, openvino: bool) -> Bench:
+    from ddqcli.onnx.bench import bench, bench_openvino
 
     float_file = make_float_onnx(reference.model, reference.example)
     sample = sliced(reference.example, slice(1))
     arrays = [value.cpu().contiguous().numpy() for value in tensors(sample)]
     feed = dict(zip(tensor_names(sample, "input"), arrays, strict=True))
-    return bench(float_file, raw, feed)
+    return (bench_openvino if openvino else bench)(float_file, raw, feed)
 
 
 def _reference(run: Run, frozen: FrozenModel) -> _Reference:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from ddqcli import __version__
 from ddqcli.checkpoint.architecture import build_model
 from ddqcli.checkpoint.read import load_checkpoint
 from ddqcli.commands.run_folder import record_code, run_folder
+from ddqcli.data.batches import tree_to_device
 from ddqcli.data.distance import sample_differences
 from ddqcli.data.load import Data, load_data
 from ddqcli.data.source import list_names
 from ddqcli.data.source_files import fingerprint_of_files
-from ddqcli.data.trees import call, copied
+from ddqcli.data.trees import call, copied, sliced
 from ddqcli.errors import DDQError, UsageError
 from ddqcli.qat.budget import ResolvedBudget, make_budget
 from ddqcli.qat.convert import convert
@@ -116,12 +117,13 @@ def finetune(
             "maximum; give --target-bits 4 or --target-size 150kB"
         )
     if dry_run:
-        warnings = _try_data(models, recipe, introduce)
+        models, warnings = _try_data(models, recipe, introduce)
         report = _first_report(models, recipe, warnings)
         return FinetuneResult(None, report, time.monotonic() - began)
     in_folder = run_folder(run, run_dir, recipe, introduce)
     with distributed.process_group(models.device), in_folder as run:
         data = _load_data(recipe, models, introduce)
+        models = _for_format(models, recipe, data, introduce)
         record_code(run, recipe, introduce)
         listener.judged_by(data.judged_by)
         identity = RunIdentity(
@@ -240,7 +242,7 @@ def _load_and_convert(
     trainable = copy_network(model)
     if start and start.report().is_trained:
         _load_trained_weights(trainable, start)
-    quantized = convert(trainable, recipe)
+    quantized = convert(trainable, _without_seven_bits(recipe))
     source = Source(
         path=str(checkpoint_path), sha256=checkpoint.sha256, arch=built.arch, ddq=__version__
     )
@@ -248,6 +250,15 @@ def _load_and_convert(
     model.requires_grad_(False)
     teacher = _load_teacher(model, recipe, device, introduce)
     return _Models(model, teacher, quantized, budget, device, source)
+
+
+def _without_seven_bits(recipe: Recipe) -> Recipe:
+    """Offer no 7 bits for an ONNX file, which stores them as 8."""
+    if recipe.budget.target_format != "onnx" or recipe.rule == "paper":
+        return recipe
+    offered = [bits for bits in recipe.weights.bits_offered if bits != 7]
+    weights = recipe.weights.model_copy(update={"bits_offered": offered})
+    return recipe.model_copy(update={"weights": weights})
 
 
 def _load_teacher(
@@ -352,9 +363,38 @@ def _load_data(recipe: Recipe, models: _Models, introduce: _Note) -> Data:
     return with_float_targets(data, models.float_model)
 
 
-def _try_data(models: _Models, recipe: Recipe, introduce: _Note) -> list[str]:
-    """Raise what a run would raise at its first batches; return a warning of the inputs, if any."""
+def _for_format(models: _Models, recipe: Recipe, data: Data, introduce: _Note) -> _Models:
+    """Return the models with a budget for the file that the target is for.
+
+    Raises BudgetError if it cannot be met.
+    """
+    if recipe.budget.target_format != "onnx":
+        return models
+    from ddqcli.onnx.reserve import onnx_reserve
+
+    about = {"ddq": __version__, "source": models.source.sha256}
+    inputs, _ = next(iter(data.val.epoch(0)))
+    example = tree_to_device(sliced(inputs, slice(2)), torch.device("cpu"))
+    reserve: int = distributed.broadcast(
+        onnx_reserve(models.quantized, models.float_model, example, about)
+        if distributed.is_main()
+        else None
+    )
+    budget = make_budget(models.quantized, recipe, meta=models.budget.meta, reserve=reserve)
+    introduce(
+        f"target: an ONNX file of {recipe.budget.target_size}; its nodes and floats take up to "
+        f"{reserve:,} bytes, indices and levels may take {budget.limit:,}"
+    )
+    return replace(models, budget=budget)
+
+
+def _try_data(models: _Models, recipe: Recipe, introduce: _Note) -> tuple[_Models, list[str]]:
+    """Raise what a run would raise at its first batches.
+
+    Returns the models with their budget, and a warning of the inputs, if any.
+    """
     data = _load_data(recipe, models, introduce)
+    models = _for_format(models, recipe, data, introduce)
     with explain_user_errors(_CANNOT_RUN, UsageError, recipe):
         accuracy = try_data(models.float_model, data, recipe.train.distill)
         value = data.judged_by.text(accuracy, " ")
@@ -362,7 +402,7 @@ def _try_data(models: _Models, recipe: Recipe, introduce: _Note) -> list[str]:
         warning = _input_warning(models, data, math.nan, recipe)  # a batch may be of one class
         _check_distillation(models, data, recipe, introduce)
         refuse_written_weights(models.quantized, models.float_model, data)
-    return [warning] if warning else []
+    return models, [warning] if warning else []
 
 
 def _saved_baseline(start: Run | None, identity: RunIdentity) -> FloatBaseline | None:

@@ -1,4 +1,4 @@
-"""Latency of two ONNX files in onnxruntime, paired in one process, and the time of each layer."""
+"""Latency of two ONNX files, paired in one process, and the time of each layer in onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import torch
 from numpy.typing import NDArray
 
-from ddqcli.onnx.runtime import session
-
-if TYPE_CHECKING:
-    import onnxruntime
+from ddqcli.onnx.export import Runtime
+from ddqcli.onnx.openvino import openvino_answers
+from ddqcli.onnx.runtime import Answers, onnxruntime_answers, session
 
 Sample = Mapping[str, NDArray[Any]]  # inputs by name, each [1, ...]
 RUNS = 30  # timed, after a few to warm up
@@ -40,24 +39,19 @@ class LayerTime:
 class Bench:
     """Milliseconds a sample, float beside quantized, each the median of alternating runs."""
 
+    runtime: Runtime
     threads: int
     runs: int
     float_ms: float
     quantized_ms: float
     speedup: float  # median of float / quantized over the pairs of runs
-    layers: tuple[LayerTime, ...]  # those slower than in float, the slowest first
+    layers: tuple[LayerTime, ...]  # of onnxruntime: slower than in float, the slowest first
 
 
 def bench(float_file: bytes, quantized_file: bytes, sample: Sample) -> Bench:
-    """Time both files on one sample, with torch's number of threads."""
+    """Time both files on one sample in onnxruntime, with torch's number of threads."""
     files = float_file, quantized_file
-    sessions = [session(raw, optimized=True) for raw in files]
-    pairs = []
-    for number in range(_WARM_UP + RUNS):
-        pair = [_milliseconds(each, sample) for each in sessions]
-        if number >= _WARM_UP:
-            pairs.append(pair)
-    medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
+    answers = tuple(onnxruntime_answers(raw, optimized=True) for raw in files)
     before, after = (layer_times(raw, sample) for raw in files)
     slower = [
         LayerTime(layer, before.get(layer, 0.0), after[layer])
@@ -65,13 +59,34 @@ def bench(float_file: bytes, quantized_file: bytes, sample: Sample) -> Bench:
         if layer and after[layer] > before.get(layer, 0.0)
     ]
     slower.sort(key=lambda layer: layer.float_ms - layer.quantized_ms)
+    return _timed("onnxruntime", answers, sample, tuple(slower))
+
+
+def bench_openvino(float_file: bytes, quantized_file: bytes, sample: Sample) -> Bench:
+    """Time both files on one sample in OpenVINO, as it runs them by default."""
+    files = float_file, quantized_file
+    answers = tuple(openvino_answers(raw, exact=False) for raw in files)
+    return _timed("openvino", answers, sample, ())
+
+
+def _timed(
+    runtime: Runtime, both: tuple[Answers, ...], sample: Sample, layers: tuple[LayerTime, ...]
+) -> Bench:
+    """Alternate between the float and the quantized network."""
+    pairs = []
+    for number in range(_WARM_UP + RUNS):
+        pair = [_milliseconds(answers, sample) for answers in both]
+        if number >= _WARM_UP:
+            pairs.append(pair)
+    medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
     return Bench(
+        runtime=runtime,
         threads=torch.get_num_threads(),
         runs=RUNS,
         float_ms=medians[0],
         quantized_ms=medians[1],
         speedup=statistics.median(a / b for a, b in pairs),
-        layers=tuple(slower),
+        layers=layers,
     )
 
 
@@ -87,7 +102,7 @@ def layer_times(raw: bytes, sample: Sample) -> dict[str, float]:
         raw = proto.SerializeToString()
         profiled = session(raw, optimized=True, profile=Path(folder) / "profile")
         for _ in range(_WARM_UP + RUNS // 3):
-            _milliseconds(profiled, sample)
+            profiled.run(None, {value.name: sample[value.name] for value in profiled.get_inputs()})
         events = json.loads(Path(profiled.end_profiling()).read_text())
     kernels: dict[str, list[float]] = {}  # in the order of running
     for event in events:
@@ -143,8 +158,7 @@ def _layers(graph: onnx.GraphProto) -> Mapping[str, str]:
     return layers
 
 
-def _milliseconds(runtime: onnxruntime.InferenceSession, sample: Sample) -> float:
-    feed = {value.name: sample[value.name] for value in runtime.get_inputs()}
+def _milliseconds(answers: Answers, sample: Sample) -> float:
     start = time.perf_counter()
-    runtime.run(None, feed)
+    answers(sample)
     return 1e3 * (time.perf_counter() - start)

@@ -8,21 +8,22 @@ arithmetic.
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.data.trees import Tree, arguments, map_tensors, sliced, tensor_names
 from ddqcli.errors import UsageError
+from ddqcli.onnx.refusal import active_layers, refusal
 from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
 from ddqcli.qat.network_copy import copy_network
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 21
+Runtime = Literal["onnxruntime", "openvino"]
 _REQUIRED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -56,6 +58,7 @@ def make_onnx(
     weights: Mapping[str, QuantizedTensor],
     example: Tree,
     about: Mapping[str, str],
+    runtime: Runtime = "onnxruntime",
 ) -> OnnxModel:
     """Return a model as an ONNX file with an open batch size.
 
@@ -64,6 +67,7 @@ def make_onnx(
         weights: its quantized tensors under all of their names.
         example: inputs of some samples, a tree of tensors [B, ...].
         about: metadata of the file.
+        runtime: the one that shall be fast. Others run the file, too, with the same answers.
 
     Raises UsageError, which names the layer, for what ONNX cannot express.
     """
@@ -80,9 +84,9 @@ def make_onnx(
         if isinstance(quantizer, FrozenInputQuantizer):
             module.input_quantizer = _OnnxInputQuantizer(quantizer)
     proto = _export_float(model, _two_samples(example))
-    unpacked = rewrite(proto, weights)
+    unpacked = rewrite(proto, weights, for_openvino=runtime == "openvino")
     exporter = f"torch {torch.__version__}, onnxscript {onnxscript.__version__}"
-    raw = sealed(proto, {**about, "exporter": exporter})
+    raw = sealed(proto, {**about, "runtime": runtime, "exporter": exporter})
     onnx.checker.check_model(proto)
     return OnnxModel(raw, proto, unpacked)
 
@@ -178,7 +182,7 @@ def _refuse_projections(model: nn.Module) -> None:
 def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
     """Export with float weights by torch's exporter. Raises UsageError if it fails."""
     _refuse_projections(model)
-    with _silenced(), torch.no_grad(), _active_layers(model) as active:
+    with _silenced(), torch.no_grad(), active_layers(model) as active:
         try:
             positional, named = arguments(example)
             batch = {0: torch.export.Dim("batch")}
@@ -195,13 +199,21 @@ def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
                 verbose=False,
             )
             assert exported is not None  # with dynamo=True
+            _fold_sizes(exported.model)
             return exported.model_proto
         except Exception as error:
-            layer = active[-1] if active else _layer_of(error)
-            where = f"of the layer {layer} " if layer else ""
-            raise UsageError(
-                f"The model {where}cannot be exported to ONNX: {_first_cause(error)}"
-            ) from error
+            raise UsageError(refusal(error, active)) from error
+
+
+def _fold_sizes(model: Any) -> None:
+    """Compute shapes, indices and pads that no weight or input has a part in."""
+    from onnxscript.optimizer import fold_constants
+
+    def computes_sizes(node: Any) -> bool | None:
+        weights = [value for value in node.inputs if value is not None and value.is_initializer()]
+        return False if weights and node.op_type != "Shape" else None
+
+    fold_constants(model, should_fold=computes_sizes)
 
 
 def _two_samples(example: Tree) -> Tree:
@@ -210,66 +222,12 @@ def _two_samples(example: Tree) -> Tree:
 
 
 @contextmanager
-def _active_layers(model: nn.Module) -> Iterator[list[str]]:
-    """Provide the names of the layers whose forward is running, innermost last."""
-    active: list[str] = []
-    hooks = []
-
-    def leave(*_: Any) -> None:
-        active.pop()
-
-    for name, module in model.named_modules():
-        hooks.append(
-            module.register_forward_pre_hook(
-                lambda *_, name=name: active.append(name), prepend=True
-            )
-        )
-        hooks.append(module.register_forward_hook(leave))
-    try:
-        yield active
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _layer_of(error: BaseException | None) -> str:
-    """Return the layer of the graph node in the exporter's local variables, or ""."""
-    while error is not None:
-        trace = error.__traceback__
-        while trace is not None:
-            node = trace.tb_frame.f_locals.get("node")
-            if isinstance(node, torch.fx.Node) and node.meta.get("nn_module_stack"):
-                return str(list(node.meta["nn_module_stack"].values())[-1][0])
-            trace = trace.tb_next
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    cause = f"{type(error).__name__}{': ' + lines[0][:300] if lines else ''}"
-    if isinstance(error, GuardOnDataDependentSymNode):
-        return (
-            "its forward goes different ways for different values, as torchvision's detectors do, "
-            f"and a graph has one way for all; keep such code outside of the network ({cause})"
-        )
-    if "Constraints violated (batch)" in cause:
-        return (
-            "its forward works for this number of samples alone; write x.shape[0] in place of "
-            f"len(x) or of a number ({cause})"
-        )
-    return cause
-
-
-@contextmanager
 def _silenced() -> Iterator[None]:
-    """Hide the exporter's warnings and logs, which are about its own code."""
+    """Hide the exporter's warnings, logs and graphs, which are about its own code."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

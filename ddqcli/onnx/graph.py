@@ -87,8 +87,9 @@ class Graph:
         return name
 
     def shared_constant(self, name: str, value: Array) -> str:
-        """Store a constant unless one of this name is stored, and return its name."""
-        return name if name in self._constants else self.add_constant(name, value)
+        """Store a constant unless an equal one is stored here, and return its name."""
+        key = f"{value.dtype} {value.shape} {value.tobytes()!r}"
+        return self.shared(key, lambda: self.add_constant(f"{name} {len(self._shared)}", value))
 
     def shared(self, key: str, add: Callable[[], str]) -> str:
         """Return what `add` returned when it was first called for this key."""
@@ -100,18 +101,18 @@ class Graph:
         """Return a value of equal elements: a node of a few bytes, shared by all that need it."""
 
         def add() -> str:
-            size = self.shared_constant(f"shape {list(value.shape)}", np.array(value.shape))
+            size = self.shared_constant("shape", np.array(value.shape))
             element = numpy_helper.from_array(value.reshape(-1)[:1])
             return self.add_node("ConstantOfShape", [size], self.new_name("filled"), value=element)
 
-        return self.shared(f"{value.dtype} {value.shape} {value.reshape(-1)[0]}", add)
+        return self.shared(f"filled {value.dtype} {value.shape} {value.reshape(-1)[0]}", add)
 
     def int32(self, number: int) -> str:
         """Return a scalar constant."""
-        return self.shared_constant(f"{number}", np.array(number, np.int32))
+        return self.shared_constant("number", np.array(number, np.int32))
 
     def add_reshape(self, x: str, shape: Sequence[int]) -> str:
-        target = self.shared_constant(f"shape {list(shape)}", np.array(shape, np.int64))
+        target = self.shared_constant("shape", np.array(shape, np.int64))
         return self.add_node("Reshape", [x, target], self.new_name(f"{x}.reshaped"))
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ int32 in units of the integer sums. It is the only value that is rounded.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import onnx
@@ -29,12 +30,20 @@ from ddqcli.onnx.weights import add_dequantized, add_floats, add_shift
 from ddqcli.onnx.windows import Windows
 
 
-def rewrite(model: onnx.ModelProto, weights: Mapping[str, QuantizedTensor]) -> dict[str, Array]:
+def rewrite(
+    model: onnx.ModelProto,
+    weights: Mapping[str, QuantizedTensor],
+    *,
+    for_openvino: bool = False,
+) -> dict[str, Array]:
     """Put `weights` in place of the float initializers of these names.
+
+    `for_openvino` leaves convolutions with a float result as they are, since OpenVINO has integer
+    kernels for them, and transposes weights of linear layers where it still sees their integers.
 
     Returns the int8 or float32 tensors that the file holds, by the value to which they unpack.
     """
-    rewriter = _Rewriter(model.graph, weights)
+    rewriter = _Rewriter(model.graph, weights, for_openvino)
     rewriter.run()
     return rewriter.graph.unpacked
 
@@ -42,17 +51,40 @@ def rewrite(model: onnx.ModelProto, weights: Mapping[str, QuantizedTensor]) -> d
 class _Rewriter:
     """One pass over the nodes in order; each is kept, or replaced by nodes with its outputs."""
 
-    def __init__(self, proto: onnx.GraphProto, weights: Mapping[str, QuantizedTensor]) -> None:
+    def __init__(
+        self,
+        proto: onnx.GraphProto,
+        weights: Mapping[str, QuantizedTensor],
+        for_openvino: bool,
+    ) -> None:
         self.graph, self.weights = Graph(proto), weights
+        self.for_openvino = for_openvino
         self.absorbed: set[str] = set()  # outputs of nodes whose work another node now does
         self.clip_ranges: dict[str, tuple[int, int]] = {}  # by output of a QuantizeLinear
         self.dequantized: dict[str, str] = {}  # weight -> its value in its own shape
 
     def run(self) -> None:
         for node in self.graph.old_nodes:
+            self._shorten_constants(node)
+        for node in self.graph.old_nodes:
             if node.output and node.output[0] not in self.absorbed:
                 self._replace(node)
         self.graph.finish()
+
+    def _shorten_constants(self, node: NodeProto) -> None:
+        """Let a node refer to constants that are stored once, under short names."""
+        graph = self.graph
+        for k, name in enumerate(node.input):
+            value = graph.value(name)
+            if value is None:
+                continue
+            if graph.producer(name, "Constant") or value.dtype == np.int64:
+                node.input[k] = graph.shared_constant("constant", value)
+            elif name.endswith("input_quantizer.zero_point"):
+                node.input[k] = graph.shared_constant("zero_point", value)
+            elif name.endswith("input_quantizer.scale"):
+                short = name.replace("input_quantizer.", "input_")
+                node.input[k] = graph.shared(short, partial(graph.add_constant, short, value))
 
     def _replace(self, node: NodeProto) -> None:
         if node.op_type == "Conv" and node.input[1] in self.weights:
@@ -86,11 +118,11 @@ class _Rewriter:
             return
         shift = kernel.integer_shift(self.graph.constant(dequantize.input[1]))
         quantize = self._quantize_after(output)
-        windows = self._windows(conv)
-        if (
-            shift is not None and quantize is not None and kernel.has_one_zero_point
-        ):  # as QLinearConv requires
-            self._absorb_activation(output, quantize)
+        windows = None if self.for_openvino else self._windows(conv)
+        is_integer = shift is not None and kernel.has_one_zero_point  # as QLinearConv requires
+        if shift is not None and is_integer and (quantize or self.for_openvino):
+            if quantize:
+                self._absorb_activation(output, quantize)
             self._add_integer_conv(conv, name, kernel, dequantize, shift, output)
         elif windows and not kernel.is_small:
             self._add_window_product(conv, windows, name, kernel, dequantize, shift, output)
@@ -155,8 +187,8 @@ class _Rewriter:
         quantize.output[0] = self.graph.new_name(f"{output}.wide")
         self.graph.nodes.append(quantize)
         bounds = [
-            self.graph.add_constant(f"{output}.{k}", np.array(bound, np.uint8))
-            for k, bound in enumerate(self.clip_ranges[output])
+            self.graph.shared_constant("bound", np.array(bound, np.uint8))
+            for bound in self.clip_ranges[output]
         ]
         self.graph.add_node("Clip", [quantize.output[0], *bounds], output)
 
@@ -171,14 +203,14 @@ class _Rewriter:
     ) -> None:
         """Add a convolution between dequantized integers.
 
-        Three input channels are padded to four, which halves its time.
+        For onnxruntime, three input channels are padded to four, which halves its time.
         """
         graph, x, integers = self.graph, conv.input[0], kernel.integers
         missing = -integers.shape[1] % 4
         is_plain = integers.ndim == 4 and attributes(conv).get("group", 1) == 1
-        if missing and is_plain and not kernel.zero_point.any():
+        if missing and is_plain and not kernel.zero_point.any() and not self.for_openvino:
             pads = np.array([0] * 5 + [missing, 0, 0], np.int64)
-            pads_name = graph.add_constant(f"{name}.pads", pads)
+            pads_name = graph.shared_constant("pads", pads)
             codes, scale, zero_point = dequantize.input[:3]
             padded = graph.add_node(
                 "Pad", [codes, pads_name, zero_point], graph.new_name(f"{x}.padded")
@@ -250,8 +282,8 @@ class _Rewriter:
         )
         if any(windows.pads):
             top, left, bottom, right = windows.pads
-            pads = graph.add_constant(
-                f"{base}.pads", np.array([0, top, left, 0, 0, bottom, right, 0], np.int64)
+            pads = graph.shared_constant(
+                "pads", np.array([0, top, left, 0, 0, bottom, right, 0], np.int64)
             )
             x = graph.add_node("Pad", [x, pads, zero_point], graph.new_name(f"{base}.padded"))
         if not windows.are_pixels:
@@ -287,9 +319,12 @@ class _Rewriter:
     def _replace_linear(self, node: NodeProto, weight: str) -> None:
         kernel = Kernel.of(self.weights[weight], self._bias(node))
         name = self.graph.new_name(weight)
-        stored = add_integers(self.graph, name, kernel.integers, 0)
-        matrix = self.graph.add_node("Transpose", [stored], f"{name}.matrix", perm=[1, 0])
-        value, _ = add_dequantized(self.graph, name, matrix, kernel, 1)
+        value = add_integers(self.graph, name, kernel.integers, 0)
+        if self.for_openvino:
+            value, _ = add_dequantized(self.graph, name, value, kernel, 0)
+        value = self.graph.add_node("Transpose", [value], f"{name}.matrix", perm=[1, 0])
+        if not self.for_openvino:
+            value, _ = add_dequantized(self.graph, name, value, kernel, 1)
         self._add_float_product(node.input[0], value, name, kernel.shift, node.output[0])
 
     def _linear_weight(self, node: NodeProto) -> str | None:

@@ -164,7 +164,7 @@ def _cut(graph: Graph, rows: str, code: Code, shape: tuple[int, ...]) -> str:
     """Reshape unpacked indices or values to `shape`, without those that pad."""
     numel = math.prod(shape)
     if numel % code.block:
-        ends = [graph.shared_constant(f"[{k}]", np.array([k], np.int64)) for k in (0, numel)]
+        ends = [graph.shared_constant("end", np.array([k], np.int64)) for k in (0, numel)]
         flat = graph.add_reshape(rows, [-1])
         rows = graph.add_node("Slice", [flat, *ends], graph.new_name(f"{flat}.cut"))
     return graph.add_reshape(rows, shape)

@@ -79,9 +79,9 @@ def _saturates_sums() -> bool:
         return True
 
 
-def onnxruntime_answers(path: Path, *, optimized: bool) -> Answers:
+def onnxruntime_answers(file: Path | bytes, *, optimized: bool) -> Answers:
     """Return onnxruntime's answers of a file."""
-    runtime = session(path, optimized=optimized)
+    runtime = session(file, optimized=optimized)
     wanted = [value.name for value in runtime.get_inputs()]
     return lambda feed: runtime.run(None, {name: feed[name] for name in wanted})
 

@@ -52,5 +52,6 @@ def add_floats(
 
 
 def _add_zero_point(graph: Graph, name: str, zero_point: Array) -> str:
-    """Add a zero point a channel. Zeros take a node of a few bytes; QGemm cannot do without."""
-    return graph.add_constant(name, zero_point) if zero_point.any() else graph.filled(zero_point)
+    """Add a zero point a channel; QGemm cannot do without. Equal ones take a few bytes."""
+    is_one = np.all(zero_point == zero_point[:1])
+    return graph.filled(zero_point) if is_one else graph.add_constant(name, zero_point)

@@ -29,6 +29,7 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.recipe.size import parse_size
 
 DESCRIPTION = "names, shapes and the report"  # as refusals call header and manifest
+IN_ONNX = "nodes and floats of the ONNX file"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class ResolvedBudget:
         weights: number of quantized values.
         eqn6: costs are counted as in Eqn (6), the sum of N * 2^s, and not in bytes.
         meta: what the manifest says about the model.
+        reserve: bytes of a target for another format that quantized tensors cannot have; None for
+            the safetensors file.
     """
 
     limit: int | None
@@ -52,6 +55,7 @@ class ResolvedBudget:
     eqn6: bool = False
     description_bytes: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
+    reserve: int | None = None
 
     @property
     def file_limit(self) -> int | None:
@@ -66,12 +70,14 @@ def make_budget(
     recipe: Recipe,
     float_bytes: int | None = None,
     meta: Mapping[str, Any] | None = None,
+    reserve: int | None = None,
 ) -> ResolvedBudget:
     """Return the recipe's budget for a model. Raises BudgetError if it cannot be met.
 
     Without `float_bytes` (the float model's bytes before any forward pass) no forward pass was made
     yet. Layers may then turn out to be never called, so the levels of their inputs not stored.
-    `meta` is what the file's manifest will say about the model, or something as long.
+    `meta` is what the file's manifest will say about the model, or something as long. `reserve` is
+    as in ResolvedBudget.
     """
     overhead = kept_bytes(model)
     overhead_bytes, uncertain = sum(overhead.values()), 0
@@ -96,6 +102,8 @@ def make_budget(
             size = parse_size(target.target_size, float_bytes)
             limit = size - overhead_bytes - described
             overhead[DESCRIPTION] = described
+            if reserve is not None:
+                limit, overhead, uncertain = size - reserve, {IN_ONNX: reserve}, 0
             in_words = f"{target.target_size} ({size:,} bytes of the whole file)"
         except ValueError as error:
             raise BudgetError(f"{error}, of a float model of {float_bytes:,} bytes.") from error
@@ -109,7 +117,9 @@ def make_budget(
             in_unit=in_unit,
             remedies=_remedies(model, recipe),
         )
-    return ResolvedBudget(limit, overhead_bytes, float_bytes, weights, eqn6, described, meta)
+    return ResolvedBudget(
+        limit, overhead_bytes, float_bytes, weights, eqn6, described, meta, reserve
+    )
 
 
 def _in_bits(cost: int, *, weights: int, eqn6: bool) -> str:

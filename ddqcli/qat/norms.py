@@ -81,11 +81,12 @@ def _norms(model: nn.Module, floats: Mapping[str, Tensor]) -> dict[str, nn.Modul
     )
     found = {}
     for layer, module in modules.items():
+        if not isinstance(getattr(module, "eps", None), float):
+            continue  # before its weight is read, which a parametrization would compute
         own = [getattr(module, local, None) for local in _VECTORS]
         names = {f"{layer}.{local}" if layer else local for local in _VECTORS}
         if (
-            isinstance(getattr(module, "eps", None), float)
-            and all(isinstance(t, Tensor) and t.ndim == 1 and uses[id(t)] == 1 for t in own)
+            all(isinstance(t, Tensor) and t.ndim == 1 and uses[id(t)] == 1 for t in own)
             and names <= floats.keys()
             and {t.dtype for t in own if t is not None} <= {torch.float32, torch.float64}
             and len({t.shape for t in own if t is not None}) == 1

@@ -211,6 +211,8 @@ class Budget(_Section):
     """Average stored bits of a quantized weight, levels and gates included."""
     target_size: str | None = None
     """Bytes of the exported file: 150kB, 1.8MB, or 12% of the float model's tensors."""
+    target_format: Literal["safetensors", "onnx"] = "safetensors"
+    """The exported file that target_size is for."""
     count: Literal["bytes", "eqn6"] = "bytes"
     """Unit of target_bits. bytes: as in the file. eqn6: the paper's sum of N * 2^s, as printed."""
 
@@ -229,6 +231,8 @@ class Budget(_Section):
             raise ValueError("target_bits and target_size are both given; give one")
         if self.target_size is not None and self.count == "eqn6":
             raise ValueError("count eqn6 knows no sizes; give target_bits with it")
+        if self.target_format != "safetensors" and self.target_size is None:
+            raise ValueError("target_format says which file target_size is for; give target_size")
         return self
 
     @property

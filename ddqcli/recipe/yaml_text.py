@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -33,6 +35,11 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml comes without stub
 
 def load_yaml(text: str) -> Any:
     """Return the value of a YAML text. Raises one of YAML_ERRORS."""
+    return copy.deepcopy(_parsed(text))
+
+
+@lru_cache(maxsize=4)  # a command reads the recipe of its run several times
+def _parsed(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 

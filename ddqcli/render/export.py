@@ -138,7 +138,8 @@ def _onnx_lines(result: OnnxResult) -> list[str]:
 
 
 def _bench_lines(bench: Bench) -> list[str]:
-    threads = f"{bench.threads} thread{'s' * (bench.threads > 1)}"
+    runtime = "OpenVINO, " if bench.runtime == "openvino" else ""
+    threads = f"{runtime}{bench.threads} thread{'s' * (bench.threads > 1)}"
     lines = [
         f"bench      float {bench.float_ms:.3g} -> {bench.quantized_ms:.3g} ms a sample, "
         f"{bench.speedup:.2f} times as fast ({threads}, median of {bench.runs} paired runs)"

@@ -114,7 +114,9 @@ def _describe(code: str) -> dict[str, Any] | None:
     files = {folder / file.name}  # it may be a link to a file elsewhere
     if ":" in code:
         loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-        paths = [Path(name) for name in loaded if name and os.path.isabs(name)]
+        # A Path of each of thousands of modules would take most of a run's start.
+        near = [name for name in loaded if name and _may_be_below(name, str(folder))]
+        paths = [Path(name) for name in near if os.path.isabs(name)]
         files |= {path for path in paths if path.is_relative_to(folder) and path.is_file()}
     names = sorted(str(path.relative_to(folder)) for path in files if not _is_installed(path))
     return {
@@ -122,6 +124,11 @@ def _describe(code: str) -> dict[str, Any] | None:
         "files": {name: sha256_of_files(folder / name) for name in names},
         "importable": _importable(folder, names) if ":" in code else [],
     }
+
+
+def _may_be_below(name: str, folder: str) -> bool:
+    """True for each path below the folder, also if it is not in normal form."""
+    return name.startswith(folder) or "//" in name or "/./" in name
 
 
 def _change(code: str, known: dict[str, Any] | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ddqcli.data.batches import Batch
 from ddqcli.data.trees import call
@@ -49,8 +50,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> None:
     for norm in norms:
         norm.momentum = None  # cumulative mean
         norm.num_batches_tracked.zero_()
-    for x, _ in batches if norms else ():
-        call(model, x)
+    with parametrize.cached():  # each weight is quantized once for all batches
+        for x, _ in batches if norms else ():
+            call(model, x)
     for hook in hooks:
         hook.remove()
     for norm, momentum in zip(norms, momenta, strict=True):

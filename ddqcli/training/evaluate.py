@@ -41,18 +41,18 @@ def evaluate_all(
     """
     model.eval()
     totals = [_Total(*each) for each in ((data.metric, data.judged_by), *data.others)]
-    for done, batch in enumerate(data.val.epoch(0)):
-        if not batch_size(batch):
-            continue  # the last batch may have fewer samples than there are ranks
-        inputs, targets = batch
-        require_finite_batch(inputs, done, "evaluation")
-        with parametrize.cached():
+    with parametrize.cached():  # each weight is quantized once for all batches
+        for done, batch in enumerate(data.val.epoch(0)):
+            if not batch_size(batch):
+                continue  # the last batch may have fewer samples than there are ranks
+            inputs, targets = batch
+            require_finite_batch(inputs, done, "evaluation")
             with seeded("evaluate", done):  # some networks draw numbers in eval mode, too
                 output = call(model, inputs)
             for total in totals:
                 total.add(output, targets)
-        if on_progress:
-            on_progress("evaluate", done + 1, len(data.val))
+            if on_progress:
+                on_progress("evaluate", done + 1, len(data.val))
     return [total.mean() for total in totals]
 
 

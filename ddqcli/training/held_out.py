@@ -46,6 +46,14 @@ class HeldOut:
         """
         return 1 / math.sqrt(self.samples)
 
+    @property
+    def chance_points(self) -> float:
+        """The change of an accuracy, in points, that is no more than chance.
+
+        It is the largest standard error that an accuracy over n samples can have, 50 / sqrt(n).
+        """
+        return 50 / math.sqrt(self.samples)
+
     @torch.no_grad()
     def look(self, model: nn.Module, step: int) -> Look:
         """Return the model's mean loss and score over the samples of all ranks.
@@ -55,15 +63,16 @@ class HeldOut:
         model.eval()
         metric = self.data.judged_by
         total = torch.zeros(4, dtype=torch.float64)  # loss, samples, score, scores
-        for number, batch in enumerate(self.data.held_out.epoch(0)):
-            size, (x, y) = batch_size(batch), batch
-            if not size:
-                continue  # the last batch may have fewer samples than there are ranks
-            with seeded("look", number), parametrize.cached():
-                output = call(model, copied(x))
-            loss = float(self._loss(output, y, number))
-            scores = self.data.metric(as_float32(output), y).double()
-            total += torch.tensor([loss * size, size, scores.sum(), len(scores)]).double()
+        with parametrize.cached():  # each weight is quantized once for all batches
+            for number, batch in enumerate(self.data.held_out.epoch(0)):
+                size, (x, y) = batch_size(batch), batch
+                if not size:
+                    continue  # the last batch may have fewer samples than there are ranks
+                with seeded("look", number):
+                    output = call(model, copied(x))
+                loss = float(self._loss(output, y, number))
+                scores = self.data.metric(as_float32(output), y).double()
+                total += torch.tensor([loss * size, size, scores.sum(), len(scores)]).double()
         loss, samples, score, count = distributed.sum_ranks(total).tolist()
         self.samples = int(samples)
         mean_loss = math.inf if math.isnan(loss) else loss / samples
@@ -85,17 +94,25 @@ class HeldOut:
 
 
 def is_better(
-    look: Look, best: Look, start: Look, metric: Metric | None = None, least_gain: float = 0.0
+    look: Look,
+    best: Look,
+    start: Look,
+    metric: Metric | None = None,
+    least_gain: float = 0.0,
+    most_points: float = 0.0,
 ) -> bool:
     """True if `look` has the lowest loss so far, and `metric` is not worse than at the start.
 
-    `least_gain` is the share of the start's loss by which the loss must be below it.
+    Args:
+        least_gain: share of the start's loss by which the loss must be below it.
+        most_points: by which `metric` may be worse; percent in another unit than percent.
     """
     gain = start.held_out_loss - look.held_out_loss
     return (
         look.held_out_loss < best.held_out_loss
         and not gain < least_gain * abs(start.held_out_loss)  # an infinite loss has no share
-        and _fall(look, start, metric) <= 0
+        and _fall(look, start, metric)
+        <= (metric or Metric()).tolerance(most_points, start.held_out_accuracy)
     )
 
 

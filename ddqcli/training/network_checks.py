@@ -48,7 +48,7 @@ def refuse_written_weights(quantized: QuantizedModel, teacher: nn.Module, data: 
             parameters[tensor.name].mul_(_LARGER)
             before[tensor.name] = parameters[tensor.name].clone()
     with suppress(Exception), torch.no_grad():  # so large weights may be too much for it
-        call(trial, _few_inputs(data))
+        call(trial, few_inputs(data))
     after = dict(trial.named_parameters(remove_duplicate=False))
     for tensor in quantized.tensors:
         name = tensor.name
@@ -91,7 +91,7 @@ def refuse_batch_of_one(model: nn.Module, data: Data) -> None:
     trial = copy_network(model).train()
     try:
         with torch.no_grad():
-            call(trial, sliced(_few_inputs(data), slice(1)))
+            call(trial, sliced(few_inputs(data), slice(1)))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -108,12 +108,13 @@ def is_reentrant(model: nn.Module, data: Data) -> bool:
     """
     trial = copy_network(model).train()
     with suppress(Exception):
-        output = call(trial, _few_inputs(data))
+        output = call(trial, few_inputs(data))
         return any(type(node).__name__ == _REENTRANT for node in _graph(output))
     return False
 
 
-def _few_inputs(data: Data) -> Tree:
+def few_inputs(data: Data) -> Tree:
+    """Return the inputs of a few training samples, for a forward pass on trial."""
     inputs, _ = next(iter(data.train.epoch(0)))
     return copied(inputs if shared_length(inputs) is None else sliced(inputs, slice(_SAMPLES)))
 

@@ -17,6 +17,7 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.evaluation import Course, Metric
 from ddqcli.runs.run import LAST, Run
 from ddqcli.training import distributed
+from ddqcli.training.balance import balance_channels
 from ddqcli.training.calibrate import calibrate
 from ddqcli.training.defaults import with_defaults
 from ddqcli.training.device import resolve_device
@@ -25,7 +26,7 @@ from ddqcli.training.divergence import Diverged
 from ddqcli.training.evaluate import OnProgress, evaluate
 from ddqcli.training.listener import Listener
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMetrics
-from ddqcli.training.network_checks import refuse_batch_of_one
+from ddqcli.training.network_checks import few_inputs, refuse_batch_of_one
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.snapshot import is_snapshot_step, snapshot
 from ddqcli.training.start import choose_start
@@ -62,6 +63,7 @@ def build_trainer(
     batch_size = round(data.train.samples / len(data.train))  # data from a factory have their own
     recipe = with_defaults(recipe, steps, batch_size)
     gates = make_rule(recipe.rule, quantized, recipe, budget, steps, batch_size)
+    balanced = float_model and balance_channels(quantized, float_model, few_inputs(data))
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
     labeler = None if needs_labels else float_model
     with seeded("calibrate", recipe.train.seed):  # some networks draw numbers in eval mode, too
@@ -85,7 +87,7 @@ def build_trainer(
             return evaluate(trainer.model, data, on_progress=on_progress)
 
     with seeded("start", recipe.train.seed):
-        choose_start(trainer, float_model, metric, on_progress)
+        choose_start(trainer, balanced, metric, on_progress)
     return trainer
 
 

@@ -11,10 +11,12 @@ from torch import nn
 
 from ddqcli.data.load import Data
 from ddqcli.data.trees import Tree, concatenated, copied, shared_length, sliced, tensors
+from ddqcli.runs.evaluation import Metric
 from ddqcli.training import distributed
 from ddqcli.training.compensate import SAMPLES, Compensation
 from ddqcli.training.evaluate import OnProgress
-from ddqcli.training.held_out import is_better
+from ddqcli.training.held_out import HeldOut, is_better
+from ddqcli.training.metrics import Look
 from ddqcli.training.trainer import Trainer
 
 _BATCHES = 12  # one pass without gradients takes no more memory for so many than a training step
@@ -31,8 +33,9 @@ def choose_start(
     """Set the trainer's model to the best start, and add the first of the trainer's looks.
 
     The quantized model as it is gives way to a compensated one if that has a lower loss on held-out
-    training samples, and no worse metric. Bits are then allocated by the error that compensation
-    leaves. If correcting the channels' statistics does not help, the weights alone are tried.
+    training samples and no worse metric, or a clearly lower loss and a metric that is worse by
+    chance. Bits are then allocated by the error that compensation leaves. If correcting the
+    channels' statistics does not help, the weights alone are tried.
 
     Args:
         trainer: at its first step; `trainer.stages` gets the metric of the starts.
@@ -57,13 +60,22 @@ def choose_start(
             if distributed.shard().count > 1:
                 trainer.load_model(distributed.broadcast(model.state_dict()))
             look = trainer.held_out.look(model, 0)
-            if is_better(look, plain, plain, trainer.data.judged_by):
+            if _is_preferred(look, plain, trainer.held_out, trainer.data.judged_by):
                 trainer.stages["compensated"] = evaluate()
                 break
         else:
             trainer.load_model(plain_model)
             gates.load_state(plain_gates)
     trainer.look()
+
+
+def _is_preferred(look: Look, plain: Look, held_out: HeldOut, metric: Metric) -> bool:
+    """True if a start is better than the plain one.
+
+    Where its loss is lower by more than chance, its metric may be worse by chance.
+    """
+    clearly = held_out.least_gain, held_out.chance_points
+    return any(is_better(look, plain, plain, metric, *limits) for limits in ((0.0, 0.0), clearly))
 
 
 def _samples(data: Data) -> Tree:

@@ -3,9 +3,9 @@
     python tests/benchmarks/deployment.py [--network mobilenet_v2] [--bits 4] [--runs 30]
 
 Weights are random and quantized to W4/A8; batch 1, one thread. Latency stands beside the float
-network's in the same runtime: the best of runs that alternate. C is compiled by the system's
-compiler with -O3 and runs the convolutions and linear layers one after another, on random codes.
-Runtimes that are not installed are left out. Takes a minute.
+network's in the same runtime: the best of runs that alternate, and the median ratio of pairs. C is
+compiled by the system's compiler with -O3 and runs the convolutions and linear layers one after
+another, on random codes. Runtimes that are not installed are left out. Takes a minute.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,7 +42,7 @@ Row = tuple[str, str, str, str]  # runtime, bytes, latency, check
 
 
 def alternating(first: Callable[[], object], second: Callable[[], object], runs: int) -> str:
-    """Return the best milliseconds of both, as "first -> second"."""
+    """Return the best milliseconds of both, and the median of their ratios."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(runs + 3):
         for work, of_work in zip((first, second), times, strict=True):
@@ -49,7 +50,14 @@ def alternating(first: Callable[[], object], second: Callable[[], object], runs:
             work()
             if number >= 3:  # the first runs warm up
                 of_work.append(1e3 * (time.perf_counter() - start))
-    return " -> ".join(f"{min(of_work):.2f} ms" for of_work in times)
+    return in_words(times)
+
+
+def in_words(times: Sequence[Sequence[float]]) -> str:
+    """Return the best milliseconds of float and quantized, and the median of their ratios."""
+    best = " -> ".join(f"{min(of_work):.2f} ms" for of_work in times)
+    ratio = statistics.median(after / before for before, after in zip(*times, strict=True))
+    return f"{best}, {ratio:.2f} times"
 
 
 def torch_row(made: Quantized, model: nn.Module, x: torch.Tensor, runs: int) -> Row:
@@ -81,10 +89,12 @@ def onnx_rows(made: Quantized, model: nn.Module, x: torch.Tensor, runs: int) -> 
     loaded = ddqcli.load(made.path, network(model_name(model))[0])
     float_onnx(model, x[:2], folder / "float.onnx")
     (folder / "ddq.onnx").write_bytes(make_onnx(loaded, made.weights, x, {}).raw)
+    for_openvino = make_onnx(loaded, made.weights, x, {}, "openvino").raw
+    (folder / "openvino.onnx").write_bytes(for_openvino)
     sample, size = x[:1].numpy(), f"{(folder / 'ddq.onnx').stat().st_size:,}"
     sessions = [session(folder / name, 1) for name in ("float.onnx", "ddq.onnx")]
     pairs = [[wall for wall, _ in times] for times in time_alternating(sessions, sample, runs)]
-    latency = " -> ".join(f"{min(times):.2f} ms" for times in pairs)
+    latency = in_words(pairs)
     with torch.no_grad():
         expected = loaded(x[:1]).numpy()
     scale = abs(expected).max()
@@ -102,8 +112,10 @@ def onnx_rows(made: Quantized, model: nn.Module, x: torch.Tensor, runs: int) -> 
         core = openvino.Core()
         options = {"INFERENCE_NUM_THREADS": 1}
         compiled = [
-            core.compile_model(str(folder / n), "CPU", options) for n in ("float.onnx", "ddq.onnx")
+            core.compile_model(str(folder / n), "CPU", options)
+            for n in ("float.onnx", "openvino.onnx")
         ]
+        size = f"{len(for_openvino):,}"
         latency = alternating(lambda: compiled[0](sample), lambda: compiled[1](sample), runs)
         rows.append(("OpenVINO", size, latency, check(compiled[1](sample)[0])))
     return rows

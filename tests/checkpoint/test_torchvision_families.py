@@ -17,6 +17,7 @@ from small_models import recipe
 from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.googlenet import BasicConv2d, Inception
 from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import Bottleneck
 
@@ -64,6 +65,19 @@ def small_efficientnet() -> nn.Module:
     return models.EfficientNet(blocks, 0.2, num_classes=10, last_channel=channels)
 
 
+def small_googlenet() -> nn.Module:
+    """The stem's kind and two of nine blocks."""
+    return nn.Sequential(
+        BasicConv2d(3, 8, kernel_size=7, stride=2, padding=3),
+        nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        Inception(8, 8, 8, 16, 4, 8, 8),
+        Inception(40, 8, 8, 16, 4, 8, 8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(40, 10),
+    )
+
+
 def small_inception() -> nn.Module:
     """One block of each resolution; the whole network has 22 million weights."""
     blocks = models.inception
@@ -103,7 +117,7 @@ FAMILIES: dict[str, tuple[Any, int]] = {
     ),
     "densenet": (partial(models.DenseNet, 8, (2, 2, 2, 2), 16, num_classes=10), 32),
     "efficientnet": (small_efficientnet, 32),
-    "googlenet": sweep.registry("googlenet"),
+    "googlenet": (small_googlenet, 32),
     "inception": (small_inception, 32),
     "maxvit": (
         partial(models.MaxVit, (64, 64), 8, 2, [8, 8], [1, 1], 4, 0.0, num_classes=10),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_project import RECIPE, ddq, images, inside, make_project
+from tiny_project import RECIPE, ddq, images, make_project
 
 Change = Callable[[], Any]
 
@@ -714,15 +714,6 @@ RUNS: dict[str, tuple[Change, str, str, int]] = {
         2,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def exported_file(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Export the finished run once; each export starts a process that reads the file back."""
-    path = tmp_path_factory.mktemp("exported") / FILE
-    with inside(pristine):
-        assert ddq("export", RUN, "-o", path).code == 0
-    return path
 
 
 @pytest.fixture

@@ -73,10 +73,10 @@ def test_the_help_of_each_command_explains_every_option(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["init", "finetune", "report", "export", "runs"])
-def test_the_examples_in_the_help_run(command: str, finished: Path) -> None:
+def test_the_examples_in_the_help_run(command: str, finished: Path, exported_file: Path) -> None:
     shutil.copytree("runs/done", "runs/20260131-142310-model")
     if command == "report":
-        assert ddq("export", "-o", "model.safetensors").code == 0
+        shutil.copy(exported_file, "model.safetensors")
         sweep = make_sweep(Path("runs/20260131-150210-model"), 8, 4)
         (sweep.path / MARKER).write_text(f"{'0' * 32} 1\n")  # older than the run
     if command == "init":

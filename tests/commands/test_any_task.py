@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,19 +165,29 @@ def finetune(data: str, *more: str, run: str | None = None) -> Answer:
     return ddq(
         *("finetune", f"{arch}.pt", "--arch", f"tasks.py:{arch}", "--data", f"tasks.py:{data}"),
         *("--target-bits", 4, "--max-steps", 6, "--set", "data.batch_size=16"),
-        *("--set", "data.workers=0", "--run-dir", run or f"runs/{data}", *others, *more),
+        *("--set", "data.workers=0", "--set", "train.save_every=2"),
+        *("--run-dir", run or f"runs/{data}", *others, *more),
     )
 
 
-@pytest.fixture(scope="module", params=TASKS)
-def trained(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Answer]:
-    answer = finetune(request.param)
-    assert answer.code == 0, answer.err
-    return request.param, answer
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Callable[[str], Answer]:
+    """Return the answer of the run of a task, trained once in runs/NAME; not to be changed."""
+
+    @cache
+    def train(name: str) -> Answer:
+        answer = finetune(name)
+        assert answer.code == 0, answer.err
+        return answer
+
+    return train
 
 
-def test_a_task_is_trained_reported_exported_and_verified(trained: tuple[str, Answer]) -> None:
-    name, answer = trained
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_trained_reported_exported_and_verified(
+    trained: Callable[[str], Answer], name: str
+) -> None:
+    answer = trained(name)
     report = ddq("report", f"runs/{name}", "--json").data
     metric, values = report["metric"], report["accuracy"]
     worse = values["float"] - values["quantized"]
@@ -197,16 +208,16 @@ def test_a_task_is_trained_reported_exported_and_verified(trained: tuple[str, An
 
 
 @pytest.mark.parametrize("name", ["mappings", "unlabelled"])
-def test_a_task_is_exported_to_onnx(folder: Path, name: str) -> None:
+def test_a_task_is_exported_to_onnx(trained: Callable[[str], Answer], name: str) -> None:
     """onnxruntime itself gets the inputs by name, and gives the outputs in the network's order."""
     onnxruntime = pytest.importorskip("onnxruntime")
     import ddqcli
 
-    assert finetune(name, run=f"runs/{name}-onnx").code == 0
-    answer = ddq("export", f"runs/{name}-onnx", "--format", "onnx", "-o", f"{name}.onnx", "--json")
+    trained(name)
+    answer = ddq("export", f"runs/{name}", "--format", "onnx", "-o", f"{name}.onnx", "--json")
     assert answer.code == 0, answer.out
     assert answer.data["unchecked"] == []
-    assert ddq("export", f"runs/{name}-onnx", "-o", f"{name}.safetensors").code == 0
+    assert ddq("export", f"runs/{name}", "-o", f"{name}.safetensors").code == 0
     scope: dict[str, Any] = {}
     exec(CODE, scope)
     net = ddqcli.load(f"{name}.safetensors", scope[TASKS[name].split()[0]]()).eval()
@@ -226,7 +237,7 @@ def test_a_task_is_exported_to_onnx(folder: Path, name: str) -> None:
 
 
 def test_a_run_is_the_same_each_time_and_after_it_was_stopped(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[[str], Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ddqcli.errors import Interrupted
     from ddqcli.training.trainer import Trainer
@@ -238,30 +249,31 @@ def test_a_run_is_the_same_each_time_and_after_it_was_stopped(
             raise Interrupted("stopped", 15)
         return step(self, x, y)
 
-    every = ("--set", "train.save_every=2")
     for name in ("mappings", "unlabelled", "loader", "copies"):
-        assert finetune(name, *every, run=f"runs/{name}-whole").code == 0
+        trained(name)
         monkeypatch.setattr(Trainer, "_train_step", stopped)
-        assert finetune(name, *every, run=f"runs/{name}-part").code == 143
+        assert finetune(name, run=f"runs/{name}-part").code == 143
         monkeypatch.setattr(Trainer, "_train_step", step)
         assert ddq("finetune", "--resume", "--run-dir", f"runs/{name}-part").code == 0
-        for part in ("whole", "part"):
-            assert ddq("export", f"runs/{name}-{part}", "-o", f"{part}.safetensors").code == 0
-        assert Path("whole.safetensors").read_bytes() == Path("part.safetensors").read_bytes()
+        for file in ("final.pt", "report.json"):  # of which an export is a function
+            whole, part = (
+                Path(run, file).read_bytes() for run in (f"runs/{name}", f"runs/{name}-part")
+            )
+            assert whole == part, (name, file)
 
 
 def test_without_labels_the_report_gives_the_distance_from_the_float_outputs(
-    folder: Path,
+    trained: Callable[[str], Answer],
 ) -> None:
     """Against the outputs of the file's network, in float64."""
     import ddqcli
 
-    assert finetune("unlabelled", run="runs/distance").code == 0
-    report = ddq("report", "runs/distance", "--json").data
+    trained("unlabelled")
+    report = ddq("report", "runs/unlabelled", "--json").data
     assert report["metric"]["name"] == "distance from the float outputs"
     assert report["metric"]["better"] == "lower"
     assert report["accuracy"]["float"] == 0
-    assert ddq("export", "runs/distance", "-o", "distance.safetensors").code == 0
+    assert ddq("export", "runs/unlabelled", "-o", "distance.safetensors").code == 0
     scope: dict[str, Any] = {}
     exec(CODE, scope)
     net = scope["Segmenter"]()
@@ -280,24 +292,24 @@ def test_without_labels_the_report_gives_the_distance_from_the_float_outputs(
     assert report["accuracy"]["quantized"] == pytest.approx(float(distance), rel=1e-3)
 
 
-def test_reports_speak_of_the_metric_alone(folder: Path) -> None:
-    assert finetune("signals", run="runs/psnr").code == 0
-    page = ddq("report", "runs/psnr", "--html", "page")
+def test_reports_speak_of_the_metric_alone(trained: Callable[[str], Answer]) -> None:
+    trained("signals")
+    page = ddq("report", "runs/signals", "--html", "page")
     assert page.code == 0
-    value = ddq("report", "runs/psnr", "--json").data["accuracy"]["quantized"]
+    value = ddq("report", "runs/signals", "--json").data["accuracy"]["quantized"]
     text = Path("page/index.html").read_text()
-    for shown in (page.out, ddq("report", "runs/psnr", "--md").out, text):
+    for shown in (page.out, ddq("report", "runs/signals", "--md").out, text):
         assert f"{value:.5g} dB" in shown
         assert "PSNR" in shown
         assert "ccuracy" not in shown
         assert "points" not in shown
-    diff = ddq("report", "--diff", "runs/psnr", "runs/psnr").out
+    diff = ddq("report", "--diff", "runs/signals", "runs/signals").out
     assert re.search(rf"^PSNR +{value:.5g} +{value:.5g}", diff, re.M)
 
 
-def test_limits_speak_of_the_metric(folder: Path) -> None:
-    assert finetune("numbers", run="runs/errors").code == 0
-    values = ddq("report", "runs/errors", "--json").data["accuracy"]
+def test_limits_speak_of_the_metric(trained: Callable[[str], Answer]) -> None:
+    trained("numbers")
+    values = ddq("report", "runs/numbers", "--json").data["accuracy"]
     error, drop = values["quantized"], values["drop"]
     met = (
         f"--max error={error + 0.01}",
@@ -305,7 +317,7 @@ def test_limits_speak_of_the_metric(folder: Path) -> None:
         f"--max-drop={drop + 0.01}",
     )
     for limit in met:
-        assert ddq("report", "runs/errors", *limit.split()).code == 0
+        assert ddq("report", "runs/numbers", *limit.split()).code == 0
     unmet = {
         f"--max error={error - 0.01}": f"--max error is unmet: {error:,} error are 0.01 above",
         f"--min error={error + 0.01}": f"--min error is unmet: {error:,} error are 0.01 below",
@@ -314,20 +326,22 @@ def test_limits_speak_of_the_metric(folder: Path) -> None:
         "--min mAP=0.31": "this run is judged by error, not by mAP",
     }
     for limit, message in unmet.items():
-        answer = ddq("report", "runs/errors", *limit.split())
+        answer = ddq("report", "runs/numbers", *limit.split())
         assert answer.code == 3
         assert message in answer.err
-    assert ddq("report", "runs/errors", "--min", "0.31").code == 2
+    assert ddq("report", "runs/numbers", "--min", "0.31").code == 2
 
 
-def test_a_metric_beside_the_first_is_reported_and_has_limits(folder: Path) -> None:
+def test_a_metric_beside_the_first_is_reported_and_has_limits(
+    folder: Path, trained: Callable[[str], Answer]
+) -> None:
     """Against the mean of the scores of the file's network, in float64."""
     import ddqcli
 
-    assert finetune("mappings", run="runs/several").code == 0
-    (other,) = ddq("report", "runs/several", "--json").data["other_metrics"]
+    trained("mappings")
+    (other,) = ddq("report", "runs/mappings", "--json").data["other_metrics"]
     assert other["metric"] == {"name": "log loss", "unit": "nats", "better": "lower"}
-    assert ddq("export", "runs/several", "-o", "several.safetensors").code == 0
+    assert ddq("export", "runs/mappings", "-o", "several.safetensors").code == 0
     scope: dict[str, Any] = {}
     exec(CODE, scope)
     x, y = scope["images"](40, 1)
@@ -340,15 +354,15 @@ def test_a_metric_beside_the_first_is_reported_and_has_limits(folder: Path) -> N
         assert other["accuracy"][stage] == pytest.approx(float(mean), rel=1e-4)
     value = other["accuracy"]["quantized"]
     assert ddq("report", "several.safetensors", "--json").data["other_metrics"] == [other]
-    for shown in (ddq("report", "runs/several").out, ddq("report", "runs/several", "--md").out):
+    for shown in (ddq("report", "runs/mappings").out, ddq("report", "runs/mappings", "--md").out):
         assert f"{value:.5g} nats quantized" in shown
-    assert ddq("report", "runs/several", "--html", "several").code == 0
+    assert ddq("report", "runs/mappings", "--html", "several").code == 0
     assert f"{value:.5g}\N{NO-BREAK SPACE}nats" in Path("several/index.html").read_text()
-    assert ddq("report", "runs/several", "--max", f"log loss={value + 0.01}").code == 0
-    answer = ddq("report", "runs/several", "--max", f"log loss={value - 0.01}")
+    assert ddq("report", "runs/mappings", "--max", f"log loss={value + 0.01}").code == 0
+    answer = ddq("report", "runs/mappings", "--max", f"log loss={value - 0.01}")
     assert answer.code == 3
     assert "--max log loss is unmet" in answer.err
-    unknown = ddq("report", "runs/several", "--max", "mAP=1")
+    unknown = ddq("report", "runs/mappings", "--max", "mAP=1")
     assert "judged by accuracy and log loss, not by mAP" in unknown.err
 
 

@@ -37,9 +37,13 @@ def test_the_file_holds_bit_for_bit_what_was_trained(finished: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("form", ["safetensors", "c"])
 @pytest.mark.parametrize(
-    ("warnings", "words"), [((), ""), (("a",), "1 warning;"), (("a", "b"), "2 warnings;")]
+    ("form", "warnings", "words"),
+    [
+        ("safetensors", (), ""),
+        ("safetensors", ("a",), "1 warning;"),
+        ("c", ("a", "b"), "2 warnings;"),
+    ],
 )
 def test_the_number_of_warnings_is_repeated(
     finished: Path, form: str, warnings: tuple[str, ...], words: str
@@ -53,8 +57,15 @@ def test_the_number_of_warnings_is_repeated(
     assert ddq("export", RUN, "--format", form, "--json").data["warnings"] == list(warnings)
 
 
-@pytest.mark.parametrize("levels", ["learned", "uniform", "power_of_two"])
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize(
+    ("levels", "granularity"),
+    [
+        ("learned", "layer"),
+        ("learned", "channel"),
+        ("uniform", "channel"),
+        ("power_of_two", "layer"),
+    ],
+)
 def test_every_kind_of_levels_can_be_exported_at_its_most_bits(
     project: Path, levels: str, granularity: str
 ) -> None:
@@ -72,20 +83,19 @@ def test_every_kind_of_levels_can_be_exported_at_its_most_bits(
     assert ddq("export", "--json").data["sizes"]["file"] == report["totals"]["bytes"]
 
 
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_weights_that_are_zero_are_exported(project: Path, granularity: str) -> None:
+@pytest.mark.parametrize(("granularity", "bits"), [("layer", 3), ("channel", 3), ("layer", 8)])
+def test_weights_that_are_zero_are_exported(project: Path, granularity: str, bits: int) -> None:
     state = torch.load("model.pt")
     for value in state.values():
         if value.ndim > 1:
             value[: len(value) // 2] = 0
     torch.save(state, "model.pt")
     chosen = ["--set", f"weights.granularity={granularity}", "--max-steps", "2", "-q"]
-    for bits in ("3", "8"):
-        assert ddq("finetune", "model.pt", "--set", f"budget.target_bits={bits}", *chosen).code == 0
-        assert ddq("export").code == 0
+    assert ddq("finetune", "model.pt", "--target-bits", bits, *chosen).code == 0
+    assert ddq("export").code == 0
 
 
-@pytest.mark.parametrize("target", ["2.3kB", "2500", "2600B", "50%"])
+@pytest.mark.parametrize("target", ["2.3kB", "2500", "50%"])
 def test_a_target_in_bytes_is_the_size_of_the_file(project: Path, target: str) -> None:
     chosen = ["--target-size", target, "--epochs", "0", "--set", "weights.max_bits=8"]
     totals = ddq("finetune", "model.pt", *chosen, "--json", "-q").data["totals"]

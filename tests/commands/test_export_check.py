@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,9 @@ RUN, FILE = Path("runs/done"), Path("runs/done/model.safetensors")
 
 
 @pytest.fixture
-def exported(finished: Path) -> Path:
+def exported(finished: Path, exported_file: Path) -> Path:
     """The folder with a finished run and the file exported from it."""
-    assert ddq("export", "-q").code == 0
+    shutil.copy(exported_file, FILE)
     return finished
 
 

@@ -65,25 +65,37 @@ def trained(run: str, device: str, *flags: str) -> bytes:
     return Path(run, "model.safetensors").read_bytes()
 
 
-@on_each_device
-def test_the_same_seed_gives_the_same_bytes_also_after_a_kill(project: Path, device: str) -> None:
-    first = trained("a", device)
-    assert trained("b", device) == first
-    assert trained("c", device, "--seed", "1") != first
-    command = ["finetune", "model.pt", "--run-dir", "d", "--device", device, *SETTINGS]
+# On a CPU, test_finetune.py and test_export.py hold these three.
+
+
+@pytest.mark.cuda
+def test_the_same_seed_gives_the_same_bytes_also_after_a_kill(project: Path) -> None:
+    first = trained("a", "cuda")
+    assert trained("b", "cuda") == first
+    assert trained("c", "cuda", "--seed", "1") != first
+    command = ["finetune", "model.pt", "--run-dir", "d", "--device", "cuda", *SETTINGS]
     killed = python("-c", DYING, *command)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert trained("d", device, "--resume") == first
+    assert trained("d", "cuda", "--resume") == first
 
 
-@on_each_device
-def test_what_was_trained_on_a_device_is_checked_on_a_cpu(project: Path, device: str) -> None:
-    expected = trained("a", device)
+@pytest.mark.cuda
+def test_what_was_trained_on_a_device_is_checked_on_a_cpu(project: Path) -> None:
+    expected = trained("a", "cuda")
     Path("a/model.safetensors").unlink()
     arguments = ["-m", "ddqcli", "export", "a"]
     exported = python(*arguments, CUDA_VISIBLE_DEVICES="")
     assert exported.returncode == 0, exported.stderr
     assert Path("a/model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.cuda
+def test_training_that_diverges_is_told_with_its_step(project: Path) -> None:
+    flags = ["--set", "train.lr=1e30", "--epochs", "12", "--device", "cuda"]
+    answer = ddq("finetune", "model.pt", *flags)
+    assert answer.code == 0, answer.err
+    assert re.search(r"warning: .* at step [123] of 48", answer.err)
+    assert "training ends, and the best state, of step 0, is delivered" in answer.err
 
 
 @on_each_device
@@ -94,15 +106,6 @@ def test_bfloat16_trains_within_the_budget(project: Path, device: str) -> None:
     losses = re.findall(r'"loss": ([\d.e-]+)', Path("a/metrics.jsonl").read_text())
     assert losses
     assert all(0 < float(loss) < 10 for loss in losses)
-
-
-@on_each_device
-def test_training_that_diverges_is_told_with_its_step(project: Path, device: str) -> None:
-    flags = ["--set", "train.lr=1e30", "--epochs", "12", "--device", device]
-    answer = ddq("finetune", "model.pt", *flags)
-    assert answer.code == 0, answer.err
-    assert re.search(r"warning: .* at step [123] of 48", answer.err)
-    assert "training ends, and the best state, of step 0, is delivered" in answer.err
 
 
 @on_each_device

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from tiny_project import ddq
+from tiny_project import ddq, exit_code, in_child
 
 RUN = Path("runs/done")
 INPUTS = ["model.pt", "net.py", "images.npz", "hard.pt", "./runs/../model.pt"]
@@ -79,9 +77,7 @@ def test_a_linked_run_folder_works(finished: Path) -> None:
 
 
 def test_exports_at_once_leave_one_whole_file(finished: Path) -> None:
-    command = [sys.executable, "-m", "ddqcli", "export", "runs/done", "-o", "out.safetensors"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    started = [subprocess.Popen(command, env=environment) for _ in range(2)]
-    assert [process.wait(120) for process in started] == [0, 0]
+    started = [in_child("export runs/done -o out.safetensors") for _ in range(2)]
+    assert [exit_code(child) for child in started] == [0, 0], Path("child.txt").read_text()
     assert ddq("export", "--check", "out.safetensors").code == 0
     assert not list(Path().glob(".ddq-*"))

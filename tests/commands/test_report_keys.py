@@ -9,11 +9,9 @@ from tiny_project import ddq, inside
 
 
 @pytest.fixture(scope="module")
-def reports(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    file = tmp_path_factory.mktemp("report") / "model.safetensors"
+def reports(pristine: Path, exported_file: Path) -> list[dict]:
     with inside(pristine):
-        assert ddq("export", "runs/done", "-o", file).code == 0
-        return [ddq("report", target, "--json").data for target in ("runs/done", file)]
+        return [ddq("report", target, "--json").data for target in ("runs/done", exported_file)]
 
 
 def test_json_keys_are_these(reports: list[dict]) -> None:

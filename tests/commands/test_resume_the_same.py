@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_project import NET, RECIPE, ddq, exit_code, folder_of_images, in_child
+from tiny_project import NET, RECIPE, ddq, exit_code, folder_of_images, in_child, inside
 
 from ddqcli.data import source_files
 from ddqcli.data.source_files import fingerprint_of_files
@@ -34,15 +34,28 @@ def dying() -> None:
     Trainer._train_step = counting
 
 
-@pytest.fixture
-def killed(project: Path) -> Path:
+@pytest.fixture(scope="module")
+def begun(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with an image folder, and a run in it that was killed at its fifth step."""
-    folder_of_images(Path("images"))
-    recipe = RECIPE.replace("images.npz", "images/").replace("batch_size: 16", "batch_size: 4")
-    Path("ddq.yaml").write_text(recipe)
-    code = exit_code(in_child(RUN, before=dying))
-    assert code == -signal.SIGKILL, Path("child.txt").read_text()
-    return project
+    folder = tmp_path_factory.mktemp("begun") / "project"
+    shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    with inside(folder):
+        folder_of_images(Path("images"))
+        recipe = RECIPE.replace("images.npz", "images/").replace("batch_size: 16", "batch_size: 4")
+        Path("ddq.yaml").write_text(recipe)
+        code = exit_code(in_child(RUN, before=dying))
+        assert code == -signal.SIGKILL, Path("child.txt").read_text()
+    return folder
+
+
+@pytest.fixture
+def killed(begun: Path, state_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, and of its record on this machine, which a changed run may change."""
+    shutil.copytree(state_home, tmp_path / "state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    shutil.copytree(begun, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
 
 
 def change_pixel() -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_project import ddq, exit_code, in_child
+from tiny_project import ddq, exit_code, in_child, inside
 
 from ddqcli.render.progress import ProgressReporter
 from ddqcli.training.evaluate import evaluate
@@ -22,25 +20,39 @@ from ddqcli.training.trainer import Trainer
 
 SWEEP = "runs/s"
 BEGIN = f"finetune model.pt --target-bits 3,6,4 --run-dir {SWEEP} -q"
+MOMENTS = (12, 17, 35)  # before the second target, within it, at the last step
 FOLDERS = ["6-bits", "4-bits", "3-bits"]  # as they are trained
 
 
 @pytest.fixture(scope="module")
 def unharmed(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with a finished sweep, made on one thread; not to be changed."""
+    """The folder with a finished sweep, made on one thread; not to be changed.
+
+    In kills/STEP/ is the sweep as a kill before that step would leave it; a target has 12.
+    """
+
+    def keep_moments() -> None:
+        step, seen = Trainer._train_step, itertools.count()
+
+        def watched(*args: Any) -> Any:
+            if (number := next(seen)) in MOMENTS:
+                shutil.copytree(SWEEP, f"kills/{number}")
+            return step(*args)
+
+        Trainer._train_step = watched
+
     folder = tmp_path_factory.mktemp("sweep") / "project"
     shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
-    before = Path.cwd()
-    os.chdir(folder)
-    assert exit_code(in_child(BEGIN)) == 0, Path("child.txt").read_text()
-    os.chdir(before)
+    with inside(folder):
+        child = in_child(BEGIN, before=keep_moments)
+        assert exit_code(child) == 0, Path("child.txt").read_text()
     return folder
 
 
 @pytest.fixture
 def swept(unharmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it; the test runs there."""
-    shutil.copytree(unharmed, tmp_path / "project")
+    shutil.copytree(unharmed, tmp_path / "project", ignore=shutil.ignore_patterns("kills"))
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project" / SWEEP
 
@@ -151,7 +163,7 @@ def test_accuracy_is_held_against_the_checkpoint_and_so_is_distillation(
 
 def test_sizes_are_ordered_by_what_they_come_to(project: Path) -> None:
     data = ddq(
-        "finetune", "--target-size", "2000,45%, 2.3kB", "--max-steps", "2", "--json", "-q"
+        "finetune", "--target-size", "2000,45%, 2.3kB", "--max-steps", "0", "--json", "-q"
     ).data
     assert [row["target"] for row in data["targets"]] == ["45%", "2.3kB", "2000"]
     assert {path.name for path in Path(data["run_dir"]).iterdir() if path.is_dir()} == {
@@ -163,13 +175,12 @@ def test_sizes_are_ordered_by_what_they_come_to(project: Path) -> None:
 
 
 def test_one_target_is_an_ordinary_run_however_it_is_given(project: Path) -> None:
+    short = ("finetune", "--max-steps", "2")
     assert (
         "targets"
-        not in ddq(
-            "finetune", "--set", "budget.target_bits=[4]", "--run-dir", "a", "--json", "-q"
-        ).data
+        not in ddq(*short, "--set", "budget.target_bits=[4]", "--run-dir", "a", "--json", "-q").data
     )
-    assert ddq("finetune", "--target-bits", "4", "--run-dir", "b", "-q").code == 0
+    assert ddq(*short, "--target-bits", "4", "--run-dir", "b", "-q").code == 0
     assert (Path("a") / "recipe.yaml").read_text() == (Path("b") / "recipe.yaml").read_text()
     assert (Path("a") / "final.pt").read_bytes() == (Path("b") / "final.pt").read_bytes()
 
@@ -241,8 +252,10 @@ def test_what_all_targets_share_is_looked_at_and_said_once(
             assert sum(line.startswith(what) for line in text.splitlines()) == 1, text
 
 
-def test_a_recipe_that_was_changed_between_targets_is_refused(project: Path) -> None:
-    assert exit_code(in_child(BEGIN, before=dying_at(12))) == -signal.SIGKILL
+def test_a_recipe_that_was_changed_between_targets_is_refused(
+    project: Path, unharmed: Path
+) -> None:
+    restore(unharmed, 12)
     recipe = Path(SWEEP) / "sweep.yaml"
     recipe.write_text(re.sub(r"momentum: .*", "momentum: 0.5", recipe.read_text()))
     answer = ddq("finetune", "--resume")
@@ -341,35 +354,24 @@ def test_a_folder_with_a_sweep_is_not_written_over(swept: Path) -> None:
 # ---- kills
 
 
-def dying_at(moment: int) -> Callable[[], None]:
-    """Let the process kill itself at its `moment`-th step; a target has 12."""
-
-    def before() -> None:
-        step, seen = Trainer._train_step, itertools.count()
-
-        def watched(*args: Any) -> Any:
-            if next(seen) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*args)
-
-        Trainer._train_step = watched
-
-    return before
+def restore(unharmed: Path, moment: int) -> None:
+    """Put the sweep into the working folder as a kill before this step left it."""
+    shutil.copytree(unharmed / f"kills/{moment}", SWEEP)
 
 
 @pytest.mark.parametrize(
     ("moment", "flags"),
     [
-        (5, ""),
-        (12, f"--run-dir {SWEEP}"),
-        (17, f"--run-dir {SWEEP}/4-bits"),
-        (35, "model.pt --target-bits 6,3,4"),
+        (MOMENTS[0], f"--run-dir {SWEEP}"),
+        (MOMENTS[1], f"--run-dir {SWEEP}/4-bits"),
+        (MOMENTS[2], ""),
+        (MOMENTS[2], "model.pt --target-bits 6,3,4"),
     ],
 )
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     project: Path, unharmed: Path, moment: int, flags: str
 ) -> None:
-    assert exit_code(in_child(BEGIN, before=dying_at(moment))) == -signal.SIGKILL
+    restore(unharmed, moment)
     finished = {path: path.stat().st_mtime_ns for path in Path(SWEEP).glob("*/report.json")}
     assert len(finished) == moment // 12
     assert exit_code(in_child(f"finetune --resume {flags}")) == 0, Path("child.txt").read_text()
@@ -392,8 +394,8 @@ def test_a_target_that_was_damaged_is_made_again(swept: Path, unharmed: Path) ->
     assert (swept / "3-bits" / "report.json").stat().st_mtime_ns == kept
 
 
-def test_other_targets_or_data_are_refused_on_resuming(project: Path) -> None:
-    assert exit_code(in_child(BEGIN, before=dying_at(12))) == -signal.SIGKILL
+def test_other_targets_or_data_are_refused_on_resuming(project: Path, unharmed: Path) -> None:
+    restore(unharmed, 12)
     answer = ddq("finetune", "model.pt", "--target-bits", "6,4", "--resume")
     assert answer.code == 2
     change = "targets: 3 bits, 4 bits, 6 bits, now 4 bits, 6 bits"

@@ -153,7 +153,7 @@ def test_the_page_of_a_sweep_has_the_curve_and_every_target(sweep: Run, tmp_path
     assert "this run" not in page.text
 
 
-@pytest.mark.parametrize("table", ["", "{}", "[]", '{"targets": 1}'])
+@pytest.mark.parametrize("table", ["", '{"targets": 1}'])
 def test_a_damaged_table_of_a_sweep_leaves_the_page_of_its_run(
     sweep: Run, tmp_path: Path, table: str
 ) -> None:

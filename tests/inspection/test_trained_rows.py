@@ -282,10 +282,9 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence(
         inspect(tmp_path / "changed.safetensors")
 
 
-def test_a_real_run_and_its_file_agree(pristine: Path, tmp_path: Path) -> None:
+def test_a_real_run_and_its_file_agree(pristine: Path, exported_file: Path, tmp_path: Path) -> None:
     with inside(pristine):
-        assert ddq("export", "runs/done", "-o", tmp_path / "model.safetensors").code == 0
-        of_run, of_file = inspect(Path("runs/done")), inspect(tmp_path / "model.safetensors")
+        of_run, of_file = inspect(Path("runs/done")), inspect(exported_file)
         shown = ddq("inspect", "runs/done", "-o", tmp_path / "out", "-q")
     assert [row.name for row in of_run.layers] == ["0.weight", "3.weight", "8.weight"]
     for one, other in zip(of_run.layers, of_file.layers, strict=True):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from small_models import random_data, trainer
+from small_models import RandomBatches, random_data, trainer
 from torch import nn
 
 from ddqcli.artifact.encode import encode_artifact
+from ddqcli.data.load import Data
 from ddqcli.qat.budget import make_budget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
@@ -58,11 +60,17 @@ def rule_of(
     return make_rule(recipe.rule, model, recipe, budget, steps, batch_size)
 
 
+def few_looks() -> Data:
+    """Random data of which looks see one batch: what they see is no matter to a rule."""
+    few = RandomBatches(count=1)
+    return replace(random_data(), held_out=few, val=few)
+
+
 def finished_run(
     recipe: Recipe, steps: int, model: nn.Module | None = None
 ) -> tuple[Trainer, list[tuple[int, ...]]]:
     """A run at its last state, and the bits of all groups after each step."""
-    running = trainer(model or network(), recipe, steps, random_data())
+    running = trainer(model or network(), recipe, steps, few_looks())
     history: list[tuple[int, ...]] = []
     after_backward = running.gates.after_backward
 

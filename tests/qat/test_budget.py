@@ -186,7 +186,7 @@ def test_the_smallest_possible_budget_is_accepted() -> None:
 def test_files_keep_targets_in_bytes_to_the_byte_and_come_near(granularity: str) -> None:
     sections = {"weights": {"granularity": granularity}, "activations": {"bits": 8}}
     largest = file_bytes(convert(network(), rule_recipe("fixed", None, **sections)))
-    for target in range(largest // 2, largest + 200, 211):
+    for target in range(largest // 2, largest + 200, 797):
         rule = rule_of(rule_recipe("fixed", {"target_size": f"{target}"}, **sections), steps=0)
         rule.start()
         nbytes = file_bytes(rule.model)

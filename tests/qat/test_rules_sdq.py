@@ -13,11 +13,12 @@ from rule_runs import (
     assert_budget_kept,
     bits_in_force,
     expected_cost,
+    few_looks,
     network,
     rule_of,
     rule_recipe,
 )
-from small_models import random_data, trainer
+from small_models import trainer
 from torch import nn
 
 from ddqcli.qat.rules.sdq import SDQRule
@@ -29,7 +30,7 @@ STEPS = 60
 def begin(steps: int = STEPS, model: nn.Module | None = None, **sections: Any) -> Trainer:
     sections = {"budget": {"target_bits": 3}, **sections}
     recipe = rule_recipe("sdq", sections.pop("budget"), **sections)
-    return trainer(model or network(), recipe, steps, random_data())
+    return trainer(model or network(), recipe, steps, few_looks())
 
 
 def rule_in(running: Trainer) -> SDQRule:

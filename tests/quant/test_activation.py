@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ddqcli.errors import DDQError
 from ddqcli.quant.activation import ActivationQuantizer
-from ddqcli.quant.compiled import can_compile
 from ddqcli.quant.grid import representable_scale
 
 
@@ -42,12 +41,6 @@ def decisions(scale: float, low: int, high: int) -> Tensor:
     ties, inf = steps.float(), torch.tensor(math.inf)
     far = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1e20, -1e20])
     return torch.cat([ties, ties.nextafter(inf), ties.nextafter(-inf), far])
-
-
-@pytest.fixture(scope="session")
-def compiler() -> None:
-    if not can_compile(torch.device("cpu")):
-        pytest.skip("torch.compile finds no compiler here")
 
 
 # ---- uniform steps
@@ -104,28 +97,6 @@ def test_the_step_size_has_the_gradient_of_finite_differences_where_codes_are_cl
     (found,) = torch.autograd.grad(quantizer(x).sum(), quantizer.log2_scale)
     assert float(found) == pytest.approx((slopes[0] - slopes[1]) / 2e-2, rel=0.05)
     assert float(found) == pytest.approx((11 + 11 - 4 - 4) * math.log(2), rel=1e-5)
-
-
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("low", [0, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_is_eager_bit_for_bit(low, dtype):
-    eager, compiled = (uniform(8, -3.3, low) for _ in range(2))
-    compiled.use_compiled = True
-    x = torch.cat([decisions(float(eager.scale().detach()), -low, 255 - low), normal(500) * 20]).to(
-        dtype
-    )
-    bad = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
-    assert bool(compiled(bad).isnan().all())
-    grad = normal(len(x), seed=1).to(dtype)
-    results = []
-    for quantizer in (eager, compiled):
-        inputs = x.clone().requires_grad_()
-        out = quantizer(inputs)
-        results.append((out, *torch.autograd.grad(out, (inputs, quantizer.log2_scale), grad)))
-    assert oracle.same_bits(results[1][0], results[0][0])
-    assert torch.equal(results[1][1], results[0][1])
-    torch.testing.assert_close(results[1][2], results[0][2])  # a sum: its order may differ
 
 
 # ---- learned levels

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import oracle
 import pytest
 import torch
 from quant_cases import normal, quantize, seeded
+from test_activation import decisions, uniform
 
 from ddqcli.quant import fake_quantize, kernels, torch_kernels
 from ddqcli.quant.compiled import can_compile
@@ -13,11 +16,17 @@ from ddqcli.quant.grid import representable_scale
 from ddqcli.quant.lookup import make_lookup_tables
 
 
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    if not can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile finds no compiler here")
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("bits", "correction", "gated"),
     [
-        ((4,), 0.0, False),  # thresholds
-        ((1,), 0.1, False),
+        ((4,), 0.1, False),  # thresholds
         ((4,), 0.1, True),  # tables, because the gates are learned
         ((6, 5, 6), 0.0, False),  # tables, because there are several groups and many levels
     ],
@@ -25,8 +34,6 @@ from ddqcli.quant.lookup import make_lookup_tables
 )
 def test_compiled_kernels_agree_with_the_eager_ones(bits, correction, gated, monkeypatch):
     """Values and gradients of x bit for bit. Sums may be taken in another order."""
-    if not can_compile(torch.device("cpu")):
-        pytest.skip("torch.compile finds no compiler here")
     monkeypatch.setattr(fake_quantize, "COMPILE_FROM", 1)
     groups = len(bits)
     levels = (torch.rand(groups, 64, generator=seeded(0)) * 255).requires_grad_()
@@ -54,6 +61,27 @@ def test_compiled_kernels_agree_with_the_eager_ones(bits, correction, gated, mon
     bad[1, 7], bad[2, 9] = torch.nan, torch.inf
     out = quantize(bad, levels, scale, zero, gates, bits, use_compiled=True)
     assert out.isnan().nonzero().tolist() == [[1, 7], [2, 9]]
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("dtype", "low"), [(torch.float32, 0), (torch.bfloat16, 100)], ids=str)
+def test_a_compiled_uniform_step_is_the_eager_one_bit_for_bit(dtype, low):
+    eager, compiled = (uniform(8, -3.3, low) for _ in range(2))
+    compiled.use_compiled = True
+    x = torch.cat([decisions(float(eager.scale().detach()), -low, 255 - low), normal(500) * 20]).to(
+        dtype
+    )
+    bad = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
+    assert bool(compiled(bad).isnan().all())
+    grad = normal(len(x), seed=1).to(dtype)
+    results = []
+    for quantizer in (eager, compiled):
+        inputs = x.clone().requires_grad_()
+        out = quantizer(inputs)
+        results.append((out, *torch.autograd.grad(out, (inputs, quantizer.log2_scale), grad)))
+    assert oracle.same_bits(results[1][0], results[0][0])
+    assert torch.equal(results[1][1], results[0][1])
+    torch.testing.assert_close(results[1][2], results[0][2])  # a sum: its order may differ
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -46,7 +46,7 @@ def test_all_faults_come_at_once_each_with_path_value_and_what_is_allowed(tmp_pa
 def test_a_field_unlike_any_other_lists_what_is_known(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError,
-        match=r"budget\.xyz: unknown field; known here: count, target_bits, target_size",
+        match=r"budget\.xyz: unknown field; known here: count, target_bits, target_format, ",
     ):
         load_recipe(written(tmp_path, "budget: {xyz: 1}"))
 

@@ -169,6 +169,7 @@ def test_the_first_candidate_with_lower_loss_and_no_lower_accuracy_is_taken(
     marker: Any = running.model.get_submodule("4")
     running.looks, running.best, running.start = [], None, None
     running.recipe = recipe(compensate=True)
+    running.held_out.samples = 1_000_000  # so many leave little to chance
     marker.running_mean[0] = 0
 
     class MarksItsParts:
@@ -221,6 +222,32 @@ def test_bits_of_the_plain_start_come_back_with_it(monkeypatch: pytest.MonkeyPat
     assert [t.quantizer.bits for t in running.quantized.tensors] == [
         t.quantizer.bits for t in plain.quantized.tensors
     ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies", "compensated"),
+    [
+        ((1.0, 0.99), (50, 50), True),
+        ((1.0, 0.99), (50, 49), False),
+        ((1.0, 0.70), (50, 41), True),  # of 25 samples, 20 % and 10 points are chance
+        ((1.0, 0.70), (50, 39), False),
+        ((1.0, 0.85), (50, 49), False),
+    ],
+)
+def test_a_clearly_lower_loss_outweighs_a_sample_or_two(
+    monkeypatch: pytest.MonkeyPatch,
+    losses: tuple[float, float],
+    accuracies: tuple[float, float],
+    compensated: bool,
+) -> None:
+    running, teacher = begin(recipe(compensate=False))
+    plain, other = (Look(0, *each) for each in zip(losses, accuracies, strict=True))
+    looks = iter([plain, other, other, plain])
+    monkeypatch.setattr(running.held_out, "look", lambda *_: next(looks))
+    running.held_out.samples = 25
+    running.recipe = recipe(compensate=True)
+    start.choose_start(running, teacher, lambda: 0.0)
+    assert ("compensated" in running.stages) == compensated
 
 
 def _improving() -> Any:

@@ -75,7 +75,7 @@ class Rule(ABC):
         """
         self.model.explain_buffers()
         old = self.budget
-        self.budget = make_budget(self.model, self.recipe, old.float_bytes, old.meta)
+        self.budget = make_budget(self.model, self.recipe, old.float_bytes, old.meta, old.reserve)
 
     @abstractmethod
     def start(self) -> None:
