@@ -8,7 +8,6 @@ file.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -25,6 +24,7 @@ from ddqcli.qat.budget import stored_bytes
 from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.load import fill, to_torch
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
+from ddqcli.qat.network_copy import copy_network
 
 _MOST_BITS = CODES[-1].bits  # that are packed
 _UNPACK_BYTES = 600  # at most, of the nodes that unpack one tensor
@@ -63,7 +63,7 @@ def onnx_reserve(
 
 def _calibrated(quantized: QuantizedModel, example: Tree) -> FrozenModel:
     """Return a copy of the model whose inputs' levels fit the example."""
-    trial = QuantizedModel.of(copy.deepcopy(quantized.model).cpu().eval())
+    trial = QuantizedModel.of(copy_network(quantized.model).cpu().eval())
     for quantizer in trial.activations.values():
         quantizer.observing = True
     with torch.no_grad():
@@ -90,7 +90,7 @@ def _with_many_values(frozen: FrozenModel) -> FrozenModel:
 def _filled(float_model: nn.Module, frozen: FrozenModel) -> nn.Module:
     tables = {table.name: table for table in frozen.activations}
     tensors = {name: value for name, value in frozen.expected().items() if name not in tables}
-    model = copy.deepcopy(float_model).cpu()
+    model = copy_network(float_model).cpu()
     fill(model, to_torch(tensors), tables, "the model")
     return model
 
