@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddqcli.data.seeding import seeded
 from ddqcli.data.trees import Tree, call, copied, tensors
 from ddqcli.qat.layer_config import CONVOLUTIONS, TRANSPOSED
 from ddqcli.qat.layer_matrix import as_matrix, from_matrix
@@ -79,7 +80,7 @@ def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree)
 def _pairs(model: nn.Module, x: Tree) -> list[_Pair]:
     """Return the layers whose channels may have any scale, with their normalizations."""
     with suppress(Exception):  # a run can do without
-        before = tensors(call(model, copied(x)))
+        before = _outputs(model, x)
         candidates = _candidates(model, x)
 
         def unchanged(pairs: Sequence[_Pair]) -> bool:
@@ -90,8 +91,7 @@ def _pairs(model: nn.Module, x: Tree) -> list[_Pair]:
                 # Powers of two, which round nothing, as different as clipped values have to show.
                 exponents = torch.randint(-6, 7, (count,), generator=random)
                 _divide(state, pair, torch.exp2(exponents.double()))
-            after = tensors(call(trial, copied(x)))
-            return all(_is_same(a, b) for a, b in zip(before, after, strict=True))
+            return all(map(_is_same, _outputs(trial, x), before))
 
         if unchanged(candidates):
             return candidates
@@ -135,6 +135,11 @@ def _has_statistics(module: nn.Module) -> bool:
         and mean.shape == variance.shape
         and isinstance(getattr(module, "eps", None), float)
     )
+
+
+def _outputs(model: nn.Module, x: Tree) -> list[Tensor]:
+    with seeded("balance"):  # some networks draw numbers in eval mode, too
+        return tensors(call(model, copied(x)))
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
