@@ -332,14 +332,16 @@ def test_limits_speak_of_the_metric(trained: Callable[[str], Answer]) -> None:
     assert ddq("report", "runs/numbers", "--min", "0.31").code == 2
 
 
-def test_a_metric_beside_the_first_is_reported_and_has_limits(folder: Path) -> None:
+def test_a_metric_beside_the_first_is_reported_and_has_limits(
+    folder: Path, trained: Callable[[str], Answer]
+) -> None:
     """Against the mean of the scores of the file's network, in float64."""
     import ddqcli
 
-    assert finetune("mappings", run="runs/several").code == 0
-    (other,) = ddq("report", "runs/several", "--json").data["other_metrics"]
+    trained("mappings")
+    (other,) = ddq("report", "runs/mappings", "--json").data["other_metrics"]
     assert other["metric"] == {"name": "log loss", "unit": "nats", "better": "lower"}
-    assert ddq("export", "runs/several", "-o", "several.safetensors").code == 0
+    assert ddq("export", "runs/mappings", "-o", "several.safetensors").code == 0
     scope: dict[str, Any] = {}
     exec(CODE, scope)
     x, y = scope["images"](40, 1)
@@ -352,15 +354,15 @@ def test_a_metric_beside_the_first_is_reported_and_has_limits(folder: Path) -> N
         assert other["accuracy"][stage] == pytest.approx(float(mean), rel=1e-4)
     value = other["accuracy"]["quantized"]
     assert ddq("report", "several.safetensors", "--json").data["other_metrics"] == [other]
-    for shown in (ddq("report", "runs/several").out, ddq("report", "runs/several", "--md").out):
+    for shown in (ddq("report", "runs/mappings").out, ddq("report", "runs/mappings", "--md").out):
         assert f"{value:.5g} nats quantized" in shown
-    assert ddq("report", "runs/several", "--html", "several").code == 0
+    assert ddq("report", "runs/mappings", "--html", "several").code == 0
     assert f"{value:.5g}\N{NO-BREAK SPACE}nats" in Path("several/index.html").read_text()
-    assert ddq("report", "runs/several", "--max", f"log loss={value + 0.01}").code == 0
-    answer = ddq("report", "runs/several", "--max", f"log loss={value - 0.01}")
+    assert ddq("report", "runs/mappings", "--max", f"log loss={value + 0.01}").code == 0
+    answer = ddq("report", "runs/mappings", "--max", f"log loss={value - 0.01}")
     assert answer.code == 3
     assert "--max log loss is unmet" in answer.err
-    unknown = ddq("report", "runs/several", "--max", "mAP=1")
+    unknown = ddq("report", "runs/mappings", "--max", "mAP=1")
     assert "judged by accuracy and log loss, not by mAP" in unknown.err
 
 
