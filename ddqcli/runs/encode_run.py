@@ -43,14 +43,15 @@ def with_file_size(report: Report, frozen: FrozenModel, recipe: Recipe) -> Repor
     """Return the report with the size of its own file, in which it is written.
 
     A target in bits counts no text. Its budget in bytes grows if the file says more than was
-    reserved; in steps, since its digits are part of the text.
+    reserved; in steps, since its digits are part of the text, which is packed.
     """
     sized = _sized(report, frozen, recipe)
-    budget = sized.totals.budget_bytes
-    if recipe.budget.target_size is not None or budget is None or sized.totals.bytes <= budget:
+    if recipe.budget.target_size is not None:
         return sized
-    steps = (sized.totals.bytes - budget) // _TEXT_STEP + 1
-    return _sized(report.with_budget(budget + steps * _TEXT_STEP), frozen, recipe)
+    while (budget := sized.totals.budget_bytes) is not None and sized.totals.bytes > budget:
+        steps = (sized.totals.bytes - budget) // _TEXT_STEP + 1
+        sized = _sized(report.with_budget(budget + steps * _TEXT_STEP), frozen, recipe)
+    return sized
 
 
 def _sized(report: Report, frozen: FrozenModel, recipe: Recipe) -> Report:

@@ -12,11 +12,11 @@ computes what it did, and the file has the same bytes. Nagel et al. (2019, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from ddqcli.qat.parameters import float_state
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 _MOST_SCALE = 256.0  # of a channel beside its layer; what is smaller does nothing
-_TOLERANCE = 1e-4  # of the largest output
+_MOST_EPS = 0.05  # share of the variance by which the part of eps in it may change
+_PLACES = 1024  # values of an output that are compared
+_TOLERANCE = 1e-4  # of the largest of them
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,19 @@ class _Pair:
     eps: float  # of the normalization
 
 
+class _Call(NamedTuple):
+    """A call of a module. That of the network, whose name is empty, is the last."""
+
+    name: str
+    outputs: list[Tensor]  # some values of each
+
+
 @torch.no_grad()
 def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree) -> nn.Module:
     """Give the output channels of each layer one root mean square, where a BatchNorm allows it.
 
-    A normalization belongs to a layer if no output of the float model changes when other scales of
-    the layer's channels move into it.
+    A normalization belongs to a layer if no output of the float model, nor of a module that is not
+    between the two, changes when other scales of the layer's channels move into it.
 
     Args:
         quantized: changed in place; its quantizers are fitted anew. Layers that share a weight
@@ -80,10 +89,10 @@ def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree)
 def _pairs(model: nn.Module, x: Tree) -> list[_Pair]:
     """Return the layers whose channels may have any scale, with their normalizations."""
     with suppress(Exception):  # a run can do without
-        before = _outputs(model, x)
-        candidates = _candidates(model, x)
+        before = _calls(model, x)
+        candidates = _candidates(model, before)
 
-        def unchanged(pairs: Sequence[_Pair]) -> bool:
+        def unchanged(pairs: list[_Pair]) -> bool:
             trial = copy_network(model)
             state, random = float_state(trial, keep_vars=True), torch.Generator().manual_seed(0)
             for pair in pairs:
@@ -91,37 +100,38 @@ def _pairs(model: nn.Module, x: Tree) -> list[_Pair]:
                 # Powers of two, which round nothing, as different as clipped values have to show.
                 exponents = torch.randint(-6, 7, (count,), generator=random)
                 _divide(state, pair, torch.exp2(exponents.double()))
-            return all(map(_is_same, _outputs(trial, x), before))
+            between = {number for pair in pairs for number in candidates[pair]}
+            after = _calls(trial, x)
+            return len(after) == len(before) and all(
+                number in between or _is_same(*calls)
+                for number, calls in enumerate(zip(after, before, strict=True))
+            )
 
-        if unchanged(candidates):
-            return candidates
+        if unchanged(list(candidates)):
+            return list(candidates)
         return [pair for pair in candidates if unchanged([pair])]
     return []
 
 
-def _candidates(model: nn.Module, x: Tree) -> list[_Pair]:
-    """Return each normalization with the last layer called before it that has as many channels."""
-    modules = dict(model.named_modules())
-    names = [n for n, m in modules.items() if isinstance(m, _LAYERS) or _has_statistics(m)]
-    called: list[str] = []
+def _candidates(model: nn.Module, calls: list[_Call]) -> dict[_Pair, list[int]]:
+    """Return each normalization with the last layer called before it that has as many channels.
 
-    def remember(module: nn.Module, args: Any, output: Any, name: str) -> None:
-        called.append(name)
-
-    handles = [modules[n].register_forward_hook(partial(remember, name=n)) for n in names]
-    try:
-        call(model, copied(x))
-    finally:
-        for handle in handles:
-            handle.remove()
-    state = float_state(model, keep_vars=True)
-    pairs, latest = [], dict[int, str]()  # last layer by its number of channels
-    for name in called:
+    With each pair, the numbers of the calls between the layer's and the normalization's, the
+    layer's included: their outputs may have any scale.
+    """
+    modules, state = dict(model.named_modules()), float_state(model, keep_vars=True)
+    pairs: dict[_Pair, list[int]] = {}
+    latest: dict[int, int] = {}  # call of the last layer by its number of channels
+    for number, (name, _) in enumerate(calls):
         module = modules[name]
         if isinstance(module, _LAYERS):
-            latest[as_matrix(module, state[f"{name}.weight"]).shape[:2].numel()] = name
-        elif layer := latest.get(len(state[f"{name}.running_var"])):
-            pairs.append(_Pair(layer, name, modules[layer], float(module.eps)))  # type: ignore[arg-type]
+            latest[as_matrix(module, state[f"{name}.weight"]).shape[:2].numel()] = number
+        elif _has_statistics(module):
+            first = latest.get(len(state[f"{name}.running_var"]))
+            if first is not None:
+                layer, eps = calls[first].name, float(module.eps)  # type: ignore[arg-type]
+                pair = _Pair(layer, name, modules[layer], eps)
+                pairs.setdefault(pair, []).extend(range(first, number))
     return pairs
 
 
@@ -137,13 +147,46 @@ def _has_statistics(module: nn.Module) -> bool:
     )
 
 
-def _outputs(model: nn.Module, x: Tree) -> list[Tensor]:
-    with seeded("balance"):  # some networks draw numbers in eval mode, too
-        return tensors(call(model, copied(x)))
+def _calls(model: nn.Module, x: Tree) -> list[_Call]:
+    """Return the calls of all modules in the order of their ends.
+
+    A network's outputs alone do not tell: it may ignore a branch on some samples, as detectors do
+    that find nothing.
+    """
+    calls: list[_Call] = []
+
+    def remember(module: nn.Module, args: Any, output: Any, name: str) -> None:
+        calls.append(_Call(name, [_some(values) for values in tensors(output)]))
+
+    handles = [m.register_forward_hook(partial(remember, name=n)) for n, m in model.named_modules()]
+    try:
+        with seeded("balance"):  # some networks draw numbers in eval mode, too
+            call(model, copied(x))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
 
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=0, atol=_TOLERANCE * float(b.abs().max() if b.numel() else 0))
+def _some(x: Tensor) -> Tensor:
+    """Return a copy of x, or of values at places that are the same for tensors of the same size."""
+    values = x.flatten()
+    if len(values) > _PLACES:
+        random = torch.Generator().manual_seed(0)
+        values = values[torch.randint(len(values), (_PLACES,), generator=random).to(x.device)]
+    return values.to(torch.float64, copy=True)
+
+
+def _is_same(a: _Call, b: _Call) -> bool:
+    if a.name != b.name or [x.shape for x in a.outputs] != [x.shape for x in b.outputs]:
+        return False
+    return all(map(_is_close, a.outputs, b.outputs))
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    finite = b[b.isfinite()].abs()
+    limit = _TOLERANCE * float(finite.max()) if len(finite) else 0.0
+    return torch.allclose(a, b, rtol=0, atol=limit, equal_nan=True)
 
 
 def _sizes(state: Mapping[str, Tensor], pair: _Pair) -> Tensor:
@@ -157,15 +200,17 @@ def _sizes(state: Mapping[str, Tensor], pair: _Pair) -> Tensor:
 def _divide(state: Mapping[str, Tensor], pair: _Pair, scale: Tensor) -> None:
     """Divide a layer's output channels by `scale` [C], and make up for it.
 
-    A scale that would leave no variance above eps is smaller.
+    Where the variance of a channel is not far above eps, its scale is nearer to 1: training adds
+    eps to the variance of the divided channel, as if it were eps * scale^2 before.
     """
     weight, bias = state[f"{pair.layer}.weight"], state.get(f"{pair.layer}.bias")
     mean, var = (state[f"{pair.norm}.{name}"] for name in ("running_mean", "running_var"))
-    scale = scale.to(var.device).minimum((var.double() / pair.eps + 1).sqrt())
+    room = _MOST_EPS * (var.double() + pair.eps) / max(pair.eps, torch.finfo(torch.float64).tiny)
+    scale = scale.to(var.device).square().clamp((1 - room).clamp_min(0), 1 + room).sqrt()
     matrix = as_matrix(pair.module, weight).double()
     divided = matrix / scale.view(*matrix.shape[:2], 1)
     weight.copy_(from_matrix(pair.module, divided, weight.shape))
     for vector in (mean, bias):
         if vector is not None:
             vector.copy_(vector / scale)
-    var.copy_(((var.double() + pair.eps) / scale.square() - pair.eps).clamp_min(0))
+    var.copy_((var.double() + pair.eps) / scale.square() - pair.eps)

@@ -10,7 +10,7 @@ from made_run import make_run
 from ddqcli.artifact.read import read_artifact
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.recipe.schema import Recipe
-from ddqcli.runs.encode_run import encode_run
+from ddqcli.runs.encode_run import encode_run, with_file_size
 from ddqcli.runs.report import Report
 from ddqcli.runs.run import FINAL
 
@@ -53,3 +53,15 @@ def test_other_budgets_leave_nothing_out(budget: dict, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
     assert read_artifact(path).meta["recipe"]["name"] == "made"
+
+
+def test_a_target_in_bits_has_a_budget_in_bytes_that_its_own_digits_fit(tmp_path: Path) -> None:
+    """The file says how large it may be, and is longer for saying it."""
+    run = make_run(tmp_path / "run", 3)
+    frozen = FrozenModel.from_state(run.load(FINAL))
+    recipe = Recipe.model_validate({"name": "made", "budget": {"target_bits": 4}})
+    bytes_ = with_file_size(run.report().with_budget(10**6), frozen, recipe).totals.bytes
+    for budget in (1_000, *range(bytes_ - 80, bytes_ + 10)):
+        report = with_file_size(run.report().with_budget(budget), frozen, recipe)
+        raw, _ = encode_run(frozen, report, recipe, {})
+        assert len(raw) == report.totals.bytes <= report.totals.budget_bytes

@@ -27,6 +27,45 @@ class Residual(nn.Module):
         return self.second_norm(self.second(self.first_norm(y))) + y
 
 
+class Detector(nn.Module):
+    """Finds nothing in the samples, so that its output does not tell that `first` is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.second, self.second_norm = nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        scores = self.head(y + self.norm(y)).amax(1) + self.second_norm(self.second(y)).amax(1)
+        return scores[scores > 1e9]
+
+
+class CalledTwice(nn.Module):
+    """One layer and one normalization, each called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(self.norm(self.layer(x)).relu()))
+
+
+class OneOfTwo(nn.Module):
+    """A normalization behind two layers, and a layer with a normalization for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.shared = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        self.c, self.c_norms = nn.Conv2d(6, 6, 1), nn.ModuleList(nn.BatchNorm2d(6) for _ in "12")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(self.b(self.shared(self.a(x)).relu())).relu()
+        return self.c_norms[1](self.c(self.c_norms[0](self.c(y)).relu()))
+
+
 NETWORKS: dict[str, tuple[Any, tuple[int, ...], set[str]]] = {
     "images": (
         lambda: nn.Sequential(
@@ -45,7 +84,9 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...], set[str]]] = {
         {"0", "3", "7"},
     ),
     "features": (
-        lambda: nn.Sequential(nn.Linear(5, 8), nn.LeakyReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3)),
+        lambda: nn.Sequential(
+            nn.Linear(5, 8), nn.LeakyReLU(0.5), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        ),
         (5,),
         {"0"},
     ),
@@ -65,6 +106,9 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...], set[str]]] = {
         {"1"},
     ),
     "residual": (Residual, (3, 5, 5), {"second"}),
+    "finds nothing": (Detector, (3, 5, 5), {"second"}),
+    "called twice": (CalledTwice, (6, 5, 5), {"layer"}),
+    "one of two": (OneOfTwo, (3, 5, 5), set()),
     "no norm": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (3, 5, 5), set()),
 }
 
@@ -98,6 +142,7 @@ def sizes(module: nn.Module) -> Tensor:
 def test_only_layers_with_a_norm_of_their_own_are_balanced(name: str) -> None:
     model, x, expected = network(name)
     before, outputs = copy.deepcopy(model.state_dict()), model(x).detach()
+    largest = max(map(abs, outputs.flatten().tolist()), default=0.0)
     quantized = convert(copy.deepcopy(model), recipe())
     balanced = balance_channels(quantized, model, x)
     changed = {
@@ -107,9 +152,7 @@ def test_only_layers_with_a_norm_of_their_own_are_balanced(name: str) -> None:
     }
     assert changed == expected
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    torch.testing.assert_close(
-        balanced(x), outputs, rtol=1e-4, atol=1e-4 * float(outputs.abs().max())
-    )
+    torch.testing.assert_close(balanced(x), outputs, rtol=1e-4, atol=1e-4 * largest)
     for layer in expected:
         of_channels = sizes(balanced.get_submodule(layer))
         torch.testing.assert_close(of_channels, of_channels[:1].expand_as(of_channels))
@@ -140,6 +183,25 @@ def test_batch_statistics_make_up_for_the_scales_as_well() -> None:
     balanced = balance_channels(convert(copy.deepcopy(model), recipe()), model, x)
     plain, scaled = model.train()(x).detach(), balanced.train()(x).detach()
     torch.testing.assert_close(scaled, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 1e-1, 1e3])
+@pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4])
+def test_batch_statistics_make_up_for_the_scales_whatever_eps_is(eps: float, share: float) -> None:
+    """Also where eps is a large part of the variance, and for channels that hardly do anything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=eps or 1e-30, momentum=1.0))
+    model[0].weight.data *= torch.logspace(-1, 1, 8).view(-1, 1, 1, 1)
+    model[0].weight.data[:4] *= share
+    x = torch.randn(16, 3, 9, 9)
+    model(x)
+    model[1].eps = eps
+    outputs = model.eval()(x).detach()
+    balanced = balance_channels(convert(copy.deepcopy(model), recipe()), model, x)
+    torch.testing.assert_close(balanced(x), outputs, rtol=1e-4, atol=1e-4)
+    if eps:  # batch statistics need some
+        plain, scaled = model.train()(x).detach(), balanced.train()(x).detach()
+        torch.testing.assert_close(scaled, plain, rtol=0.03, atol=1e-3)
 
 
 def test_channels_that_do_nothing_stay_finite() -> None:
