@@ -311,7 +311,7 @@ def _typical_meta(quantized: QuantizedModel, recipe: Recipe, source: Source) -> 
         accuracy=(98.7654, 97.6543),
         course=typical,
         source=source,
-        run=RunFacts(steps=12_345, seed=recipe.train.seed),
+        run=RunFacts(steps=12_345, seed=recipe.train.seed, method=recipe.method),
     )
     margin = hashlib.sha256(source.sha256.encode()).hexdigest()  # some bytes more than typical
     return {**file_meta(report, recipe), "margin": margin}
@@ -342,7 +342,7 @@ def _first_report(models: _Models, recipe: Recipe, warnings: Sequence[str] = ())
             else "the budget can be met only if some layers are never called, so that their inputs "
             "need no levels"
         )
-    run = RunFacts(steps=0, seed=recipe.train.seed)
+    run = RunFacts(steps=0, seed=recipe.train.seed, method=recipe.method)
     return build_report(
         models.quantized,
         models.budget,
@@ -535,7 +535,9 @@ def _write_results(
         other_metrics=others,
         course=run_course,
         source=source,
-        run=RunFacts(steps=trainer.steps, seed=trainer.recipe.train.seed),
+        run=RunFacts(
+            steps=trainer.steps, seed=trainer.recipe.train.seed, method=trainer.recipe.method
+        ),
         warnings=warnings,
     )
     frozen = freeze(quantized)

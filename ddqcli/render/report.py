@@ -95,6 +95,8 @@ def total_lines(report: Report, *, parts: bool = True) -> list[str]:
             f"of it      {totals.quantized_bytes:,} bytes quantized, {totals.kept_bytes:,} not "
             f"quantized, {totals.manifest_bytes:,} manifest and header"
         )
+    if report.run.method != "ddq":
+        lines.append(f"method     {report.run.method}")
     if totals.budget_bytes is not None:
         used = 100 * totals.bytes / totals.budget_bytes
         lines.append(f"budget     {totals.budget_bytes:,} bytes, {used:.1f}% used")

@@ -135,6 +135,7 @@ class RunFacts(Record):
 
     steps: int
     seed: int
+    method: str = "ddq"  # or "sdq"
 
 
 class EmbeddedReport(Record):
@@ -200,6 +201,7 @@ class Report(Record):
             float_bytes=self.totals.float_bytes,
         )
         data = embedded.model_dump(mode="json")
+        data["run"] = self.run.model_dump(exclude_defaults=True)
         usual = {"metric": Metric().data(), "other_metrics": [], "order": []}
         return {key: value for key, value in data.items() if value != usual.get(key, ...)}
 

@@ -131,7 +131,7 @@ def test_completion_knows_commands_and_options() -> None:
 def test_completion_offers_recipe_keys_and_architectures() -> None:
     assert completions("ddq finetune --set train.le", 3) == ["train.levels_lr="]
     assert completions("ddq finetune --set train.distill.", 3) == [
-        *("train.distill.weight=", "train.distill.temperature=")
+        *("train.distill.weight=", "train.distill.temperature=", "train.distill.layers=")
     ]
     assert completions("ddq finetune --arch resnet1", 3) == ["resnet18", "resnet101", "resnet152"]
     assert "mobilenet_v2" in completions("ddq init --arch m", 3)

@@ -21,7 +21,10 @@ MEANT = {
     "finetune --momentum": "--set train.momentum=...",
     "finetune --weight-decay": "--set train.weight_decay=...",
     "finetune --batch-norm": "--set train.batch_norm=...",
-    "finetune --distill": "--set train.distill.weight=... or --set train.distill.temperature=...",
+    "finetune --distill": (
+        "--set train.distill.weight=..., --set train.distill.temperature=... or "
+        "--set train.distill.layers=..."
+    ),
     "export --output": "--out",
     "report --maxsize": "--max-size",
     "report --drop": "--max-drop",

@@ -560,6 +560,10 @@ def test_sdq_reports_its_dbps_and_draws_them(project: Path) -> None:
     assert all(0 < share < 1 for share in first["probabilities"].values())
     assert ddq("report", "a", "--html", "report.html").code == 0
     assert "DBPs over time" in Path("report.html").read_text()
+    assert ddq("export", "a", "-o", "a.safetensors").code == 0
+    for source in ("a", "a.safetensors"):
+        assert ddq("report", source, "--json").data["run"]["method"] == "sdq"
+        assert "\nmethod     sdq\n" in ddq("report", source).out
 
 
 def test_another_network_with_the_same_outputs_can_teach(project: Path) -> None:
