@@ -316,12 +316,12 @@ def test_a_signal_before_the_first_step_can_be_resumed_too(
     project: Path, undisturbed: list[bytes]
 ) -> None:
     def slow_start() -> None:
-        from ddqcli.commands import finetune
+        from ddqcli.commands import baseline
 
         def evaluate(*_: object, **__: object) -> None:
             time.sleep(30)
 
-        finetune.evaluate_all = evaluate
+        baseline.evaluate_all = evaluate
 
     child = in_child(BEGIN, before=slow_start)
     while not (Path(RUN) / "recipe.yaml").exists():

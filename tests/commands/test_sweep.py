@@ -131,7 +131,8 @@ def test_a_listener_is_told_each_target_before_its_work(
 
 def test_the_start_is_evaluated_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its accuracy is known when it is delivered."""
-    monkeypatch.setattr("ddqcli.commands.finetune.evaluate_all", lambda *_, **__: [12.5])
+    for module in ("baseline", "finetune"):
+        monkeypatch.setattr(f"ddqcli.commands.{module}.evaluate_all", lambda *_, **__: [12.5])
     data = ddq("finetune", "--target-bits", "4", "--epochs", "0", "--json", "-q").data
     assert data["accuracy"]["float"] == 12.5
     assert data["accuracy"]["quantized"] == data["course"]["stages"][-1]["accuracy"] != 12.5
@@ -241,7 +242,7 @@ def test_what_all_targets_share_is_looked_at_and_said_once(
             float_models.append(model)
         return evaluate_all(model, *args, **kwargs)
 
-    monkeypatch.setattr("ddqcli.commands.finetune.evaluate_all", counted)
+    monkeypatch.setattr("ddqcli.commands.baseline.evaluate_all", counted)
     said = ddq("finetune", "--target-bits", "6,4", "--max-steps", "2", "--run-dir", SWEEP).err
     assert len(float_models) == 1
     shutil.rmtree(Path(SWEEP) / "4-bits")
