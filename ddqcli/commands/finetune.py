@@ -53,6 +53,7 @@ class FinetuneResult:
     run_dir: Path | None
     report: Report
     seconds: float  # that the command took; of a resumed run, since it was resumed
+    file_format: str = "safetensors"  # of the file that the budget is for
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
@@ -177,7 +178,8 @@ def finetune(
         report = _write_results(
             run, trainer, models.source, accuracies, measured, run_course, warnings
         )
-    return FinetuneResult(run.path, report, time.monotonic() - began)
+    file_format = recipe.budget.target_format
+    return FinetuneResult(run.path, report, time.monotonic() - began, file_format)
 
 
 def plan(checkpoint_path: Path, recipe: Recipe) -> Report:

@@ -35,6 +35,7 @@ class SweepResult:
     run_dir: Path | None
     table: SweepTable
     seconds: float  # that the command took; of a resumed sweep, since it was resumed
+    file_format: str = "safetensors"  # of the files that the budgets are for
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
@@ -76,7 +77,8 @@ def sweep(
         if distributed.is_main():
             _write_picture(table, run.path)
             run.write_sweep(table)
-    return SweepResult(run.path, table, time.monotonic() - began)
+    file_format = recipes[0].budget.target_format
+    return SweepResult(run.path, table, time.monotonic() - began, file_format)
 
 
 def _check_targets(checkpoint_path: Path, recipes: Sequence[Recipe]) -> list[tuple[Recipe, Report]]:

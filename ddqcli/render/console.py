@@ -96,3 +96,9 @@ def print_lines(lines: Iterable[str], console: Console) -> None:
 def print_plain(text: str) -> None:
     """Print text to stdout unchanged: no wrapping, color or markup."""
     sys.stdout.write(text + "\n")
+
+
+def export_command(run: str, file_format: str) -> str:
+    """Return the command that writes the file of `run`, its words as a shell reads them."""
+    flag = "" if file_format == "safetensors" else f" --format {file_format}"
+    return f"ddq export {run}{flag}"

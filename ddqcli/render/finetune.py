@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ddqcli.commands.finetune import FinetuneResult
 from ddqcli.formatting import duration
-from ddqcli.render.console import print_lines
+from ddqcli.render.console import export_command, print_lines
 from ddqcli.render.report import total_lines
 
 
@@ -26,6 +26,6 @@ def show(result: FinetuneResult, console: Console) -> None:
             f"time       {duration(result.seconds)}",
             f"run        {result.run_dir}",
             f"next       ddq report {folder}",
-            f"           ddq export {folder}",
+            f"           {export_command(folder, result.file_format)}",
         ]
     print_lines(lines, console)

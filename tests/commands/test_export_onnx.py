@@ -117,6 +117,7 @@ def test_a_target_may_be_the_size_of_the_onnx_file(project: Path) -> None:
     answer = ddq(*start, "--target-size", "5800", "--run-dir", "runs/small")
     assert answer.code == 0, answer.err
     assert "target: an ONNX file of 5800; its nodes and floats take up to 4," in answer.err
+    assert "ddq export runs/small --format onnx" in answer.out
     data = ddq("export", "runs/small", "--format", "onnx", "--json").data
     assert data["sizes"]["file"] <= 5800
     bits = [layer["bits"] for layer in ddq("report", "runs/small", "--json").data["layers"]]
