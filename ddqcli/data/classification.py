@@ -49,7 +49,7 @@ def _check(output: Any, target: Any, count: int | None, exact: bool) -> Tensor:
         kind = f"of shape {list(output.shape)}" if is_tensor else f"a {type(output).__name__}"
         raise DataError(
             f"The model's output is {kind}, not scores [B,K]; give a data factory with its own "
-            "loss."
+            "loss and metric (with train.distill.weight=1, a metric is enough)."
         )
     if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
         is_tensor = isinstance(target, Tensor)

@@ -16,6 +16,7 @@ from ddqcli.data.classification import Score
 from ddqcli.data.held_out import split_held_out
 from ddqcli.data.loaded_batches import LoadedBatches
 from ddqcli.data.memory_batches import MemoryBatches
+from ddqcli.data.own_loss import ARGUMENTS
 from ddqcli.data.ready_batches import ReadyBatches
 from ddqcli.data.source import list_names
 from ddqcli.data.trees import has_numbers, shared_length
@@ -67,7 +68,7 @@ def call_factory(spec: str, kwargs: dict[str, Any]) -> FactoryData:
     for key in ("loss", "distill"):
         if parts[key] is not None and not callable(parts[key]):
             raise DataError(
-                f"The data factory {spec} returned a {key} that is no function of (output, target)."
+                f"The data factory {spec} returned a {key} that is no function of {ARGUMENTS[key]}."
             )
     return FactoryData(**parts)
 

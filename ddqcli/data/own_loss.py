@@ -12,6 +12,11 @@ from ddqcli.data.trees import tensors
 from ddqcli.errors import DataError, DDQError
 
 _NEEDED = "it must return the mean loss of the batch as a tensor of one value"
+ARGUMENTS = {  # of the functions of a factory
+    "loss": "(output, target)",
+    "metric": "(output, target)",
+    "distill": "(output, float_output)",
+}
 
 
 def own_loss(function: Score, spec: str, kind: str = "loss") -> Score:
@@ -51,6 +56,6 @@ def call_own(function: Score, kind: str, spec: str, output: Any, target: Any, ne
         if "allocate memory" in message:
             raise
         raise DataError(
-            f"The {kind} of {spec} failed on (output, target) of a batch: {type(error).__name__}: "
+            f"The {kind} of {spec} failed on {ARGUMENTS[kind]} of a batch: {type(error).__name__}: "
             f"{message.rstrip('.')}; {needed}; `ddq --debug ...` shows where."
         ) from error

@@ -12,7 +12,7 @@ computes what it did, and the file has the same bytes. Nagel et al. (2019, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +54,9 @@ class _Call(NamedTuple):
 
 
 @torch.no_grad()
-def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree) -> nn.Module:
+def balance_channels(
+    quantized: QuantizedModel, float_model: nn.Module, x: Tree, distilled: Collection[str] = ()
+) -> nn.Module:
     """Give the output channels of each layer one root mean square, where a BatchNorm allows it.
 
     A normalization belongs to a layer if no output of the float model, nor of a module that is not
@@ -66,6 +68,7 @@ def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree)
             float model's: a run for a larger target has balanced and trained them.
         float_model: the network that `quantized` was made from. It stays as it is.
         x: inputs of a few samples, a tree of tensors [N, ...].
+        distilled: modules whose outputs are compared with a teacher's, so that they stay the same.
 
     Returns:
         A balanced copy of the float model.
@@ -76,7 +79,7 @@ def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree)
         if t.places[0].local == "weight" and len(t.places) == len(t.quantizer.bits) == 1
     }
     balanced = copy_network(float_model).eval()
-    pairs = [pair for pair in _pairs(balanced, x) if pair.layer in weights]
+    pairs = [pair for pair in _pairs(balanced, x, distilled) if pair.layer in weights]
     floats, state = (float_state(m, keep_vars=True) for m in (balanced, quantized.model))
     for pair in pairs:
         scale, weight = _sizes(floats, pair), f"{pair.layer}.weight"
@@ -89,11 +92,15 @@ def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree)
     return balanced
 
 
-def _pairs(model: nn.Module, x: Tree) -> list[_Pair]:
+def _pairs(model: nn.Module, x: Tree, distilled: Collection[str]) -> list[_Pair]:
     """Return the layers whose channels may have any scale, with their normalizations."""
     with suppress(Exception):  # a run can do without
         before = _calls(model, x)
-        candidates = _candidates(model, before)
+        candidates = {
+            pair: between
+            for pair, between in _candidates(model, before).items()
+            if not any(before[number].name in distilled for number in between)
+        }
 
         def unchanged(pairs: list[_Pair]) -> bool:
             trial = copy_network(model)

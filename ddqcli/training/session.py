@@ -63,7 +63,8 @@ def build_trainer(
     batch_size = round(data.train.samples / len(data.train))  # data from a factory have their own
     recipe = with_defaults(recipe, steps, batch_size)
     gates = make_rule(recipe.rule, quantized, recipe, budget, steps, batch_size)
-    balanced = float_model and balance_channels(quantized, float_model, few_inputs(data))
+    distilled = recipe.train.distill.layers
+    balanced = float_model and balance_channels(quantized, float_model, few_inputs(data), distilled)
     needs_labels = distillation_weight(recipe.train.distill, data) < 1
     labeler = None if needs_labels else float_model
     with seeded("calibrate", recipe.train.seed):  # some networks draw numbers in eval mode, too

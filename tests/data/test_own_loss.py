@@ -50,3 +50,11 @@ def test_a_lack_of_memory_is_no_fault_of_the_loss() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         own_loss(loss, "data.py:f")(output(), TARGET)
+
+
+def test_a_distillation_that_fails_is_told_what_it_got() -> None:
+    def fails(output: torch.Tensor, float_output: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no such thing")
+
+    with pytest.raises(DataError, match=r"distill of data.py:f failed on \(output, float_output\)"):
+        own_loss(fails, "data.py:f", "distill")(output(), TARGET)

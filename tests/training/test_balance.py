@@ -240,3 +240,21 @@ def test_trained_weights_keep_the_scales_that_they_were_trained_with() -> None:
             assert torch.equal(value, found.get(name, value)), name
     floats = trained.state_dict()
     assert all(torch.equal(tensor.parameter, floats[tensor.name]) for tensor in quantized.tensors)
+
+
+@pytest.mark.parametrize(("distilled", "others"), [("0", {"3", "7"}), ("4", {"0", "7"})])
+def test_outputs_that_are_distilled_stay_those_of_the_float_model(
+    distilled: str, others: set[str]
+) -> None:
+    """Of the layer itself, or of what is between it and the normalization."""
+    model, x, layers = network("images")
+    before = copy.deepcopy(model.state_dict())
+    balanced = balance_channels(convert(copy.deepcopy(model), recipe()), model, x, [distilled])
+    assert others < layers
+    weights = {f"{layer}.weight" for layer in layers}
+    after = balanced.state_dict()
+    assert {n for n in weights if not torch.equal(after[n], before[n])} == {
+        f"{layer}.weight" for layer in others
+    }
+    n = int(distilled) + 1
+    torch.testing.assert_close(balanced[:n](x), model[:n](x), rtol=1e-4, atol=1e-4)
