@@ -62,7 +62,10 @@ def test_a_training_step_adds_the_loss_of_the_features(weight: float) -> None:
         settings = Recipe.model_validate(
             {
                 "train": {"distill": {"weight": weight, "layers": layers}},
-                "weights": {"max_bits": 2},
+                "weights": {
+                    "max_bits": 2,
+                    "granularity": "channel",
+                },  # the same with layers and without
                 "data": {"batch_size": 8},
             }
         )
