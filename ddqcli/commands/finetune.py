@@ -130,7 +130,9 @@ def finetune(
             if known_baseline and (
                 change := check_same_model(models.float_model, data, known_baseline, here)
             ):
-                introduce(f"warning: since the run was begun, {change}: its last bits may differ")
+                introduce(
+                    f"warning: changed since the run was begun, {change}: its last bits may differ"
+                )
             baseline = known_baseline or measure_baseline(
                 models.float_model, data, recipe, here, listener
             )

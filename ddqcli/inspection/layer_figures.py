@@ -64,7 +64,7 @@ def page_file(path: Path) -> Path:
         return path
     page = path / PAGE
     if page.exists() and not is_own_page(page):
-        raise UsageError(f"{page} is no page of ddq; name a file of another name.")
+        raise UsageError(f"{page} is no page of ddq and is not replaced; name another file.")
     return page
 
 

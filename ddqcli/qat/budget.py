@@ -29,7 +29,7 @@ from ddqcli.recipe.schema import Recipe
 from ddqcli.recipe.size import parse_size
 
 DESCRIPTION = "names, shapes and the report"  # as refusals call header and manifest
-IN_ONNX = "nodes and floats of the ONNX file"
+IN_ONNX = "nodes and floats of the ONNX file, at most"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ddqcli.qat.parameters import float_state
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 _MOST_SCALE = 256.0  # of a channel beside its layer; what is smaller does nothing
-_MOST_EPS = 0.05  # share of the variance by which the part of eps in it may change
+_MOST_EPS = 0.5  # share of the variance by which the part of eps in it may change
 _PLACES = 1024  # values of an output that are compared
 _TOLERANCE = 1e-4  # of the largest of them
 
@@ -62,7 +62,8 @@ def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree)
 
     Args:
         quantized: changed in place; its quantizers are fitted anew. Layers that share a weight
-            and layers that have levels by channel stay as they are.
+            and layers that have levels by channel stay as they are; so do weights that are not the
+            float model's: a run for a larger target has balanced and trained them.
         float_model: the network that `quantized` was made from. It stays as it is.
         x: inputs of a few samples, a tree of tensors [N, ...].
 
@@ -76,10 +77,12 @@ def balance_channels(quantized: QuantizedModel, float_model: nn.Module, x: Tree)
     }
     balanced = copy_network(float_model).eval()
     pairs = [pair for pair in _pairs(balanced, x) if pair.layer in weights]
-    for model in (balanced, quantized.model):
-        state = float_state(model, keep_vars=True)
-        for pair in pairs:
-            _divide(state, pair, _sizes(state, pair))
+    floats, state = (float_state(m, keep_vars=True) for m in (balanced, quantized.model))
+    for pair in pairs:
+        scale, weight = _sizes(floats, pair), f"{pair.layer}.weight"
+        if torch.equal(state[weight], floats[weight]):
+            _divide(state, pair, scale)
+        _divide(floats, pair, scale)
     for tensor in quantized.tensors:
         if tensor.places[0].layer in {pair.layer for pair in pairs}:
             tensor.quantizer.fit(tensor.parameter, tensor.quantizer.bits)

@@ -84,9 +84,7 @@ def check_same_model(
 def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return what differs. What only one of them has does not count, such as further modules."""
     return [
-        f"{name.removeprefix(_CODE)} has changed"
-        if name.startswith(_CODE)
-        else f"{name} {now[name]} (then {value})"
+        name.removeprefix(_CODE) if name.startswith(_CODE) else f"{name} {now[name]} (then {value})"
         for name, value in then.items()
         if name in now and now[name] != value
     ]

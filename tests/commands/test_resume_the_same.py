@@ -117,7 +117,7 @@ def test_other_versions_devices_and_comments_are_named_and_the_run_goes_on(
     assert code == 0, messages
     (line,) = [line for line in messages.splitlines() if "since the run was begun" in line]
     assert f"torch {torch.__version__} (then 2.0.0), device " in line
-    assert "(then an old one), net.py has changed: its last bits may differ" in line
+    assert "(then an old one), net.py: its last bits may differ" in line
 
 
 # ---- the fingerprint of files
