@@ -62,10 +62,8 @@ def test_a_training_step_adds_the_loss_of_the_features(weight: float) -> None:
         settings = Recipe.model_validate(
             {
                 "train": {"distill": {"weight": weight, "layers": layers}},
-                "weights": {
-                    "max_bits": 2,
-                    "granularity": "channel",
-                },  # the same with layers and without
+                # Levels by channel: channels are balanced neither with layers nor without.
+                "weights": {"max_bits": 2, "granularity": "channel"},
                 "data": {"batch_size": 8},
             }
         )
