@@ -82,7 +82,8 @@ def _share(nbytes: int, report: Report) -> str:
 def size_line(float_bytes: int, nbytes: int) -> str:
     """Return the sizes of the float model and of the file as every command prints them."""
     ratio = float_bytes / max(1, nbytes)
-    return f"size       {float_bytes:,} -> {nbytes:,} bytes ({ratio:.1f}x smaller)"
+    change = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"
+    return f"size       {float_bytes:,} -> {nbytes:,} bytes ({change})"
 
 
 def total_lines(report: Report, *, parts: bool = True) -> list[str]:

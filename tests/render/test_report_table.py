@@ -12,7 +12,7 @@ from rich.console import Console
 from ddqcli.formatting import percent
 from ddqcli.render import sweep
 from ddqcli.render.layer_table import bar
-from ddqcli.render.report import show
+from ddqcli.render.report import show, size_line
 from ddqcli.runs.report import Report, SweepRow, SweepTable
 
 NAMES = [f"features.denseblock{k // 6 + 1}.denselayer{k % 6 + 1}.conv1.weight" for k in range(12)]
@@ -150,3 +150,11 @@ def test_a_long_warning_is_wrapped_beside_its_label() -> None:
 )
 def test_a_bar_rounds_to_half_a_character(share: float, drawn: str) -> None:
     assert bar(share, 10) == drawn
+
+
+@pytest.mark.parametrize(
+    ("float_bytes", "nbytes", "change"),
+    [(1000, 250, "4.0x smaller"), (1000, 1000, "1.0x smaller"), (1000, 1500, "1.5x larger")],
+)
+def test_a_file_that_grew_is_not_called_smaller(float_bytes: int, nbytes: int, change: str) -> None:
+    assert size_line(float_bytes, nbytes).endswith(f"({change})")
