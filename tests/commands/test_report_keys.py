@@ -60,7 +60,7 @@ def test_json_keys_are_these(reports: list[dict]) -> None:
         assert list(data["accuracy"]) == ["float", "quantized", "drop"]
         assert list(data["activations"][0]) == ["name", "bits", "levels", "bytes"]
         assert list(data["source"]) == ["path", "sha256", "arch", "ddq"]
-        assert list(data["run"]) == ["steps", "seed"]
+        assert list(data["run"]) == ["steps", "seed", "method"]
 
 
 def test_a_file_reports_what_its_run_does(reports: list[dict]) -> None:
