@@ -33,6 +33,14 @@ class FoldedNorms:
     constants: dict[str, Tensor]  # the statistics; each of equal elements
 
 
+def keeps_statistics(module: nn.Module) -> bool:
+    """True for BatchNorm and what works like it: a mean and a variance for each channel."""
+    mean, variance = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+    if not (isinstance(mean, Tensor) and isinstance(variance, Tensor)):
+        return False
+    return mean.ndim == 1 and mean.shape == variance.shape
+
+
 @torch.no_grad()
 def fold_norms(model: nn.Module, floats: Mapping[str, Tensor]) -> FoldedNorms:
     """Return the folded values of every normalization that can be folded; changes nothing.

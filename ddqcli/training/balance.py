@@ -27,6 +27,7 @@ from ddqcli.qat.layer_config import CONVOLUTIONS, TRANSPOSED
 from ddqcli.qat.layer_matrix import as_matrix, from_matrix
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.network_copy import copy_network
+from ddqcli.qat.norms import keeps_statistics
 from ddqcli.qat.parameters import float_state
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
@@ -136,25 +137,13 @@ def _candidates(model: nn.Module, calls: list[_Call]) -> dict[_Pair, list[int]]:
         module = modules[name]
         if isinstance(module, _LAYERS):
             latest[as_matrix(module, state[f"{name}.weight"]).shape[:2].numel()] = number
-        elif _has_statistics(module):
+        elif keeps_statistics(module) and isinstance(eps := getattr(module, "eps", None), float):
             first = latest.get(len(state[f"{name}.running_var"]))
             if first is not None:
-                layer, eps = calls[first].name, float(module.eps)  # type: ignore[arg-type]
+                layer = calls[first].name
                 pair = _Pair(layer, name, modules[layer], eps)
                 pairs.setdefault(pair, []).extend(range(first, number))
     return pairs
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    """True for BatchNorm, and for what may work like it."""
-    mean, variance = (getattr(module, name, None) for name in ("running_mean", "running_var"))
-    return (
-        isinstance(mean, Tensor)
-        and isinstance(variance, Tensor)
-        and mean.ndim == 1
-        and mean.shape == variance.shape
-        and isinstance(getattr(module, "eps", None), float)
-    )
 
 
 def _calls(model: nn.Module, x: Tree) -> list[_Call]:

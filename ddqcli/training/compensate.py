@@ -20,6 +20,7 @@ from ddqcli.data.trees import Tree
 from ddqcli.qat.layer_config import CONVOLUTIONS, EMBEDDINGS, TRANSPOSED, weight_names
 from ddqcli.qat.layer_matrix import as_matrix, channel_values, from_matrix, patches, row_levels
 from ddqcli.qat.model import QuantizedModel, QuantizedParameter
+from ddqcli.qat.norms import keeps_statistics
 from ddqcli.quant.cells import inside_cells, level_values
 from ddqcli.quant.compensation import compensated_rounding, error_share
 from ddqcli.training.evaluate import OnProgress
@@ -165,7 +166,7 @@ class Compensation:
             for name, module in teacher.named_modules():
                 if name in self.patch_counts:
                     calls.on_input(name, partial(keep_output, name, module))
-                if _keeps_statistics(module):
+                if keeps_statistics(module):
                     calls.on_input(name, partial(keep_statistics, name))
                 elif name in self.layers and isinstance(getattr(module, "bias", None), Tensor):
                     calls.on_output(name, partial(keep_means, name, module))
@@ -195,14 +196,6 @@ def _patch_counts(layers: dict[str, QuantizedParameter]) -> dict[str, int]:
     outputs = sum(shapes[name][:2].numel() * count for name, count in counts.items())
     share = min(1.0, _MOST_OUTPUTS / max(1, outputs))
     return {name: int(share * count) for name, count in counts.items()}
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    """True for BatchNorm and what works like it: a mean and a variance for each channel."""
-    mean, variance = (getattr(module, name, None) for name in ("running_mean", "running_var"))
-    if not (isinstance(mean, Tensor) and isinstance(variance, Tensor)):
-        return False
-    return mean.ndim == 1 and mean.shape == variance.shape
 
 
 def _channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

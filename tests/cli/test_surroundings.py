@@ -113,7 +113,7 @@ def test_an_output_may_have_a_name_as_long_as_there_are(
 
 
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
-    """What torch writes to number 2 would go into it."""
+    """Otherwise, it would get what torch writes to number 2."""
     code = f"""
 import os, sys
 sys.path.insert(0, {REPOSITORY!r})
