@@ -15,9 +15,8 @@ def uncompiled(model: nn.Module) -> tuple[nn.Module, bool]:
     plain = _original(model)
     found = plain is not model
     for module in list(plain.modules()):
-        if (
-            getattr(module, "_compiled_call_impl", None) is not None
-        ):  # module.compile() makes no wrapper
+        # module.compile() makes no wrapper.
+        if getattr(module, "_compiled_call_impl", None) is not None:
             module._compiled_call_impl = None
             found = True
         for name, child in list(module._modules.items()):

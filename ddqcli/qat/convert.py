@@ -85,9 +85,8 @@ def attach(quantized: QuantizedModel, recipe: Recipe) -> None:
         attach_config(quantized.model.get_submodule(layer), config)
     for module in quantized.model.modules():
         if isinstance(module, EMBEDDINGS):
-            module.sparse = (
-                False  # no gradient passes a quantizer, or reaches Adam, as a sparse one
-            )
+            # No gradient passes a quantizer, or reaches Adam, as a sparse one.
+            module.sparse = False
     for tensor in quantized.tensors:
         for module, local in _distinct(tensor.places):
             own_class(module)

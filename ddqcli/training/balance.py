@@ -74,21 +74,22 @@ def balance_channels(
     Returns:
         A balanced copy of the float model.
     """
-    weights = {
-        t.places[0].layer: t
+    layers = {
+        t.places[0].layer
         for t in quantized.tensors
         if t.places[0].local == "weight" and len(t.places) == len(t.quantizer.bits) == 1
     }
     balanced = copy_network(float_model).eval()
-    pairs = [pair for pair in _pairs(balanced, x, distilled) if pair.layer in weights]
+    pairs = [pair for pair in _pairs(balanced, x, distilled) if pair.layer in layers]
     floats, state = (float_state(m, keep_vars=True) for m in (balanced, quantized.model))
     for pair in pairs:
         scale, weight = _sizes(floats, pair), f"{pair.layer}.weight"
         if torch.equal(state[weight], floats[weight]):
             _divide(state, pair, scale)
         _divide(floats, pair, scale)
+    scaled = {pair.layer for pair in pairs}
     for tensor in quantized.tensors:
-        if tensor.places[0].layer in {pair.layer for pair in pairs}:
+        if tensor.places[0].layer in scaled:
             tensor.quantizer.fit(tensor.parameter, tensor.quantizer.bits)
     return balanced
 
