@@ -139,7 +139,7 @@ SURROUNDINGS: dict[str, list[str | None]] = {
 }
 # What a new interpreter reads before `ddq` begins.
 STARTING: dict[str, list[str | None]] = {
-    "PYTHONIOENCODING": [None, "ascii", "latin-1", "utf-16", "ascii:strict"],
+    "PYTHONIOENCODING": [None, "ascii", "latin-1", "ascii:strict"],
     "PYTHONUTF8": [None, "0", "1"],
     "LC_ALL": [None, "C", "POSIX", "xx_XX.UTF-8"],
     "PYTHONUNBUFFERED": [None, "1"],

@@ -25,7 +25,9 @@ def test_a_slice_of_the_siege_finds_no_fault(
     save_file(torch.load("model.pt", weights_only=True), "model.safetensors")
     shutil.copy(exported_file, FILE)
     target = shutil.copytree(finished, tmp_path / "target")
-    trials = {"damaged": 12, "forged": 12, "odd": 6, "crash": 1, "together": 1}.get(kind, 3)
+    trials = {"damaged": 12, "forged": 12, "odd": 6, "crash": 1, "together": 1, "startup": 1}.get(
+        kind, 3
+    )
     results = list(siege.siege(target, {kind: trials}, range(trials), 1, Counter()))
     assert len(results) == trials
     assert not [result for result in results if result[3]]
