@@ -102,7 +102,7 @@ TOGETHER = (
 )
 # What makes each file, up to which binary order of size, and its readers.
 BOMBS: dict[str, list[tuple[Callable[[Path, int], None], int]]] = {
-    "model.pt": [(strided, 40), (memo, 31), (overlapping, 14), (deflated, 7)],
+    "model.pt": [(strided, 31), (memo, 31), (overlapping, 14), (deflated, 7)],
     "images.npz": [(npz_claim, 50), (deflated, 7)],
     FILE: [(manifest, 7), (header_claim, 63), (tensors_claim, 12)],
     "model.safetensors": [(header_claim, 63), (tensors_claim, 12)],
@@ -110,8 +110,8 @@ BOMBS: dict[str, list[tuple[Callable[[Path, int], None], int]]] = {
     f"{RUN}/recipe.yaml": [(aliases, 6), (keys, 17), (deep, 17)],
     f"{RUN}/report.json": [(deep, 20)],
     f"{RUN}/metrics.jsonl": [(deep, 20)],
-    f"{RUN}/final.pt": [(strided, 40), (memo, 31), (overlapping, 14), (deflated, 7)],
-    f"{RUN}/last.pt": [(strided, 40), (memo, 31), (overlapping, 14), (deflated, 7)],
+    f"{RUN}/final.pt": [(strided, 31), (memo, 31), (overlapping, 14), (deflated, 7)],
+    f"{RUN}/last.pt": [(strided, 31), (memo, 31), (overlapping, 14), (deflated, 7)],
     f"{SWEEP}/sweep.json": [(deep, 20)],
     f"{SWEEP}/sweep.yaml": [(aliases, 6), (keys, 17), (deep, 17)],
     "images/train/class0/0.png": [(png_claim, 31), (loops, 7)],

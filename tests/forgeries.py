@@ -159,7 +159,7 @@ def _archive(records: list[tuple[str, bytes]], method: int) -> bytes:
     result = io.BytesIO()
     with zipfile.ZipFile(result, "w", method) as archive:
         for name, content in records:
-            with suppress(ValueError):
+            with suppress(ValueError, IndexError):  # names that zipfile does not write
                 archive.writestr(name, content)
     return result.getvalue()
 
