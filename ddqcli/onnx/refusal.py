@@ -36,8 +36,8 @@ def _reason(error: BaseException) -> str:
         )
     if "Constraints violated (batch)" in text:
         return (
-            "its forward works for one batch size alone; take it from x.shape[0], or -1 in a view, "
-            "and keep Python numbers out of it"
+            "its forward works for one batch size alone; take it from x.shape[0], not from len(x), "
+            "which is a number, or write -1 in a view"
         )
     if found := _OPERATOR.search(text):
         return (

@@ -491,6 +491,11 @@ class Counting(nn.Module):
         return x + x.new_ones(len(x), 4)
 
 
+class Complex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x)
+
+
 class OneSize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.view(2, 4)
@@ -503,7 +508,8 @@ class OneSize(nn.Module):
         (Unknown, r"of the layer 1\.1 .*ONNX has no operator prims\.bessel_j0; compute it with"),
         (Foreign, r"of the layer 1\.1 .*numpy.*; torch\.export must be able to trace"),
         (Counting, r".*works for one batch size alone"),
-        (OneSize, r".*works for one batch size alone; take it from x\.shape\[0\], or -1 in a view"),
+        (OneSize, r".*works for one batch size alone; take it from x\.shape\[0\], .* -1 in a view"),
+        (Complex, r".*its output is torch\.complex64, .* use torch\.view_as_real\(x\)"),
     ],
 )
 def test_what_onnx_cannot_express_is_refused_with_layer_cause_and_remedy(
