@@ -110,6 +110,6 @@ def _collate(samples: list[Any]) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         return (
-            f"The samples of a batch do not fit together: {reason}; give all samples the same parts, "
-            "or return a DataLoader with your own collate_fn from the data factory."
+            f"The samples of a batch do not fit together: {reason}; give all the same parts and "
+            "shapes, or return a DataLoader with your own collate_fn from the data factory."
         )

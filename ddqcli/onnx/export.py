@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.data.trees import (
@@ -182,14 +183,33 @@ def _node(
     return output
 
 
-def _refuse_projections(model: nn.Module) -> None:
-    """Raise UsageError for a layer that torch's exporter writes as another one, without a word."""
+def _checked_output(model: nn.Module, example: Tree) -> Tree:
+    """Return the output. Raise UsageError for recurrent layers that torch's exporter cannot write.
+
+    It knows neither proj_size, which it leaves out without a word, nor packed sequences.
+    """
+
+    def refuse_packed(module: nn.Module, inputs: Any) -> None:
+        if any(isinstance(x, PackedSequence) for x in inputs):
+            name = next(n for n, m in model.named_modules() if m is module)
+            raise UsageError(
+                f"The model of the layer {name} cannot be exported to ONNX: a graph has no packed "
+                "sequences; give the layer padded ones in eval mode."
+            )
+
     for name, module in model.named_modules():
         if isinstance(module, nn.LSTM) and module.proj_size:
             raise UsageError(
                 f"The model of the layer {name} cannot be exported to ONNX: ONNX's LSTM has no "
                 "proj_size; use an LSTM without it and a linear layer."
             )
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    hooks = [layer.register_forward_pre_hook(refuse_packed) for layer in layers]
+    try:
+        return call(model, copied(example))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
@@ -197,10 +217,9 @@ def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
 
     `model` is a copy; its forward is replaced.
     """
-    _refuse_projections(model)
     with _silenced(), torch.no_grad(), active_layers(model) as active:
         try:
-            output = call(model, copied(example))
+            output = _checked_output(model, example)
             _refuse_types(example, output)
             inputs = tuple(tensors(example))
             _take_tensors_alone(model, example)

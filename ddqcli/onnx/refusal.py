@@ -32,7 +32,8 @@ def _reason(error: BaseException) -> str:
         line = f" ({code[-1][0]}:{code[-1][1]})" if (code := _CODE.findall(text)) else ""
         return (
             f"its forward decides by the values of a tensor{line}, and a graph has no branches; "
-            "compute both ways and choose by torch.where"
+            "compute both ways and choose by torch.where, or give raw outputs and decide after the "
+            "runtime, as recipes/README.md shows for a detector"
         )
     if "Constraints violated (batch)" in text:
         return (

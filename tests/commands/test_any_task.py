@@ -268,7 +268,7 @@ def test_a_task_is_exported_to_onnx(trained: Callable[[str], Answer], name: str)
     for array, tensor in zip(given, wanted, strict=True):
         difference = (torch.from_numpy(array) - tensor).square().mean().sqrt()
         assert difference < 0.02 * tensor.square().mean().sqrt()
-    names = {"unlabelled": ["out", "size"], "records": ["output_scores"]}.get(name, ["output"])
+    names = {"unlabelled": ["out", "size"], "records": ["scores"]}.get(name, ["output"])
     assert [value.name for value in session.get_outputs()] == names
 
 
