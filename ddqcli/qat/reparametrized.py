@@ -79,6 +79,6 @@ def _forget_older_state(module: nn.Module, local: str) -> None:
     """Remove what remove_spectral_norm leaves: a hook that looks for its tensors in a file."""
     hooks = module._load_state_dict_pre_hooks
     for key, wrapped in list(hooks.items()):
-        hook = getattr(wrapped, "hook", wrapped)
+        hook: Any = getattr(wrapped, "hook", wrapped)
         if type(hook).__name__ == "SpectralNormLoadStateDictPreHook" and hook.fn.name == local:
             del hooks[key]
