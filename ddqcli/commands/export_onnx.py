@@ -14,7 +14,7 @@ from ddqcli.commands.exported import Exported, require_file, run_of
 from ddqcli.data.batches import Batch, tree_to_device
 from ddqcli.data.load import Data
 from ddqcli.data.source import list_names
-from ddqcli.data.trees import Tree, shared_length, sliced, tensor_names, tensors
+from ddqcli.data.trees import Tree, input_names, shared_length, sliced, tensors
 from ddqcli.errors import LimitExceeded, UsageError, VerificationError
 from ddqcli.onnx.export import OnnxModel, Runtime, make_float_onnx, make_onnx, require_onnx
 from ddqcli.onnx.openvino import openvino_answers, require_openvino
@@ -237,7 +237,7 @@ def _bench(raw: bytes, reference: _Reference, openvino: bool) -> Bench:
     float_file = make_float_onnx(reference.model, reference.example)
     sample = sliced(reference.example, slice(1))
     arrays = [value.cpu().contiguous().numpy() for value in tensors(sample)]
-    feed = dict(zip(tensor_names(sample, "input"), arrays, strict=True))
+    feed = dict(zip(input_names(sample), arrays, strict=True))
     return (bench_openvino if openvino else bench)(float_file, raw, feed)
 
 
