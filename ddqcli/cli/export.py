@@ -124,8 +124,10 @@ def export(
             raise UsageError(f"--half applies to safetensors and coreml; {chosen} keeps float32.")
         if (bench or openvino) and chosen != "onnx":
             raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
-        if check is not None and chosen == "coreml":
-            raise UsageError("A Core ML package is verified when it is written; export it again.")
+        if check is not None and chosen in ("tflite", "pte", "coreml"):
+            raise UsageError(
+                f"A file of --format {chosen} is verified when it is written; export it again."
+            )
         folder = find_finished(run, target) if target is not None else run
         if out is not None and chosen != "coreml":
             check_output(out, Run.open(folder).inputs())
@@ -151,9 +153,7 @@ def export(
                 return onnx.export_onnx(
                     folder, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
-            if chosen == "tflite" or chosen == "pte":
-                if check is not None:
-                    return int8.check_int8(chosen, check, folder, trust=trust, on_progress=progress)
+            if chosen in ("tflite", "pte"):
                 return int8.export_int8(chosen, folder, out, trust=trust, on_progress=progress)
             if check is not None:
                 return safetensors.check(check, folder, trust=trust, on_progress=progress)

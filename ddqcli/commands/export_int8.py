@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddqcli.commands.beside_torch import Reference, compare_with, reference_of
-from ddqcli.commands.exported import Exported, require_file, run_of
+from ddqcli.commands.exported import Exported
 from ddqcli.errors import VerificationError
 from ddqcli.onnx.runtime import Comparison
 from ddqcli.pt2e.executorch import EXECUTORCH
@@ -105,26 +105,6 @@ def export_int8(
 
         write_atomic(path, write, inputs=run.inputs())
     return results[0]
-
-
-def check_int8(
-    file_format: Int8Format,
-    file: Path,
-    run_dir: Path | None = None,
-    *,
-    trust: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Int8Result:
-    """Verify an existing file against its run: `run_dir`, or its own folder, or the newest.
-
-    Raises as `export_int8`.
-    """
-    runtime = RUNTIMES[file_format]
-    runtime.require()
-    require_file(file)
-    run = run_of(file, run_dir, trust=trust)
-    with run.held():
-        return _verified(run, file, file, _expected(run, runtime), runtime, on_progress)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ def _open(file: Path) -> OneAnswer:
             raise VerificationError(f"ExecuTorch cannot load {file}: {error}") from error
 
     def answer(inputs: Sequence[Array]) -> Sequence[Array]:
-        outputs = loaded[1].execute([plain_strides(torch.from_numpy(x)) for x in inputs])
+        with quiet():
+            outputs = loaded[1].execute([plain_strides(torch.from_numpy(x)) for x in inputs])
         return [output.numpy().copy() for output in outputs]
 
     return answer

@@ -50,8 +50,8 @@ def one_by_one(inputs: Tree, runtime: str) -> list[tuple[Tensor, ...]]:
     positional = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not all(isinstance(x, Tensor) and x.ndim for x in positional):
         raise UsageError(f"{runtime} takes a network of tensors alone, or of a tuple of them.")
-    parts = [plain_strides(x.cpu()).split(1) for x in positional]
-    return list(zip(*parts, strict=True))
+    arrays = [plain_strides(x.cpu()) for x in positional]
+    return [tuple(x[k : k + 1] for x in arrays) for k in range(len(arrays[0]))]
 
 
 def plain_strides(x: Tensor) -> Tensor:

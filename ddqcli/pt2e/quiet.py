@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 @contextmanager
@@ -19,7 +20,8 @@ def quiet() -> Iterator[None]:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         _redirect(dict.fromkeys(saved, nowhere))
-        with warnings.catch_warnings():
+        nothing = io.StringIO()
+        with warnings.catch_warnings(), redirect_stdout(nothing), redirect_stderr(nothing):
             warnings.simplefilter("ignore")
             yield
     finally:
