@@ -31,7 +31,7 @@ RUNTIMES: dict[Int8Format, Int8Runtime] = {"tflite": LITERT, "pte": EXECUTORCH}
 _CALIBRATION = 128  # samples whose values the untrained grids cover
 _COMPARED = 8  # samples on which runtime and graph are compared step by step
 _MOST_STEPS = 1.5  # a typical output, and float32's last digit
-_FEW_SAMPLES = 1000  # runtimes take one sample at a time
+_MOST_SAMPLES = 10_000  # these runtimes take one sample at a time
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _verified(
         runtime.name,
         name=name,
         on_progress=on_progress,
-        max_samples=_FEW_SAMPLES,
+        max_samples=_MOST_SAMPLES,
     )
     return Int8Result(
         run_dir=run.path,
