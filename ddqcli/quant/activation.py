@@ -37,7 +37,7 @@ class ActivationQuantizer(nn.Module):
         values: number of values in the first observed input.
         calls: observed so far in this forward pass.
         ranges: largest magnitude of each call of a pass: a layer may be called from several places.
-        use_compiled: use torch.compile. Worth it in long runs only.
+        use_compiled: use the kernels in C on a CPU. Worth it in long runs only.
     """
 
     zero_point: Tensor

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ddqcli.quant.fake_quantize import COMPILE_FROM, fake_quantize_many
+from ddqcli.quant.fake_quantize import fake_quantize_many
 from ddqcli.quant.lookup import LookupTables, make_lookup_tables
 from ddqcli.quant.quantizer import DDQuantizer
+
+_SMALL = 2**16  # values of a tensor, up to which a copy costs less than calls of its own
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def batched(
     for quantizer, weight in pairs:
         if quantizer.kind != "learned" or len(quantizer.bits) > 1:
             continue
-        if weight is not None and weight.numel() < COMPILE_FROM:
+        if weight is not None and weight.numel() < _SMALL:
             small[quantizer.max_bits].append((quantizer, weight))
         else:
             alike[quantizer.max_bits, quantizer.bits[0]].append(quantizer)
@@ -56,7 +58,9 @@ def _precompute_tables(quantizers: Sequence[DDQuantizer]) -> None:
 def _precompute_outputs(tensors: Sequence[tuple[DDQuantizer, Tensor]]) -> None:
     quantizers, xs = [q for q, _ in tensors], [x for _, x in tensors]
     corrections = [q.correction for q in quantizers]
-    outputs = fake_quantize_many(xs, _joint_tables(quantizers), corrections)
+    use_compiled = all(q.use_compiled for q in quantizers)
+    tables = _joint_tables(quantizers)
+    outputs = fake_quantize_many(xs, tables, corrections, use_compiled=use_compiled)
     for quantizer, x, output in zip(quantizers, xs, outputs, strict=True):
         quantizer.precomputed_output = x, output
 

@@ -35,7 +35,6 @@ from ddqcli.qat.budget import ResolvedBudget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.model import quantizers
 from ddqcli.qat.rules.registry import make_rule
-from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training.defaults import with_defaults
 from ddqcli.training.distillation import distillation
@@ -147,7 +146,7 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
         activation.observing = True
     F.cross_entropy(model.eval()(x), y).backward()
     gates.watch()
-    use_compiled = can_compile(x.device)
+    use_compiled = True
     for activation in quantized.activations.values():
         activation.fit()
     for quantizer in quantizers(quantized):

@@ -38,9 +38,9 @@ def results(
     return [*outputs, *torch.autograd.grad(loss, inputs)]
 
 
-@pytest.mark.parametrize("compile_from", [100, 2**16], ids=["large and small", "all small"])
-def test_batched_quantizers_give_what_each_gives_alone(compile_from, monkeypatch):
-    monkeypatch.setattr(module, "COMPILE_FROM", compile_from)
+@pytest.mark.parametrize("small", [100, 2**16], ids=["large and small", "all small"])
+def test_batched_quantizers_give_what_each_gives_alone(small, monkeypatch):
+    monkeypatch.setattr(module, "_SMALL", small)
     weights, other, x = model()
     alone = results(weights, other, x)
     with batched(weights, [other]):
