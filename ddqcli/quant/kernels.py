@@ -121,11 +121,17 @@ def _gradients_by_torch(
     """Of x, the levels and the gates, by PyTorch's own operations."""
     groups, n = values.shape
     cells, correction, bins = constants.cells, constants.correction, groups * 2 * n
+    low, high = rows.spread(values[:, :1], values[:, -1:])
+    half_step, zero_cell, first_cell = rows.spread(*cells.addressing())
     bin_, grad_x, *to_sum = torch_kernels.gradients(
         torch.uint8 if bins <= 256 else torch.int32,
         grad,
         x,
-        *rows.spread(values[:, :1], values[:, -1:], *cells.addressing()),
+        low,
+        high,
+        half_step,
+        zero_cell,
+        first_cell,
         cells.nearest_value,
         cells.bin + 2 * n * cells.group_index(),
         None if correction is None else rows.spread(correction[:, None])[0],
