@@ -23,6 +23,7 @@ from ddqcli.training.distillation import distillation_weight
 from ddqcli.training.divergence import Diverged
 from ddqcli.training.evaluate import OnProgress, evaluate
 from ddqcli.training.listener import Listener
+from ddqcli.training.memory import keep_freed_memory
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMetrics
 from ddqcli.training.network_checks import few_inputs, refuse_batch_of_one
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
@@ -70,6 +71,7 @@ def build_trainer(
     gates.recount()
     gates.start()
     _compile_if_worthwhile(quantized, steps)
+    keep_freed_memory()
     trainer = Trainer(
         quantized, float_model if teacher is None else teacher, data, gates, recipe, steps
     )

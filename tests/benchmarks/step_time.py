@@ -38,6 +38,7 @@ from ddqcli.qat.rules.registry import make_rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training.defaults import with_defaults
 from ddqcli.training.distillation import distillation
+from ddqcli.training.memory import keep_freed_memory
 from ddqcli.training.optimizers import make_optimizers
 
 Step = Callable[[], None]
@@ -307,6 +308,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # as `ddq finetune` does; the others gain from it, too
     bfloat16 = args.precision == "bfloat16"
     device = torch.device(args.device)
     x = torch.randn(args.batch, 3, args.size, args.size, device=device).to(
