@@ -61,11 +61,14 @@ static void find_cells(const float *x, int n, float half_step, float zero_cell, 
     }
 }
 
-/* Not vectorized: a processor gathers no faster than it loads. */
+/* Look-ups are not vectorized: a processor gathers no faster than it loads. */
 #if defined(__GNUC__) && !defined(__clang__)
-__attribute__((noinline, optimize("no-tree-vectorize")))
+#define ONE_BY_ONE __attribute__((noinline, optimize("no-tree-vectorize")))
+#else
+#define ONE_BY_ONE
 #endif
-static void look_up(const float *table, const int32_t *cell, int n, float *out)
+
+ONE_BY_ONE static void look_up(const float *table, const int32_t *cell, int n, float *out)
 {
     for (int i = 0; i < n; i++)
         out[i] = table[cell[i]];
@@ -123,6 +126,17 @@ typedef struct {
     double term, residual, grad; /* see `level_gradients` */
 } sums;
 
+typedef struct {
+    float nearest; /* level */
+    int32_t bin;
+} entry;
+
+ONE_BY_ONE static void look_up_both(const entry *table, const int32_t *cell, int n, entry *out)
+{
+    for (int i = 0; i < n; i++)
+        out[i] = table[cell[i]];
+}
+
 /* Add all rows to the first, in their order. */
 static void add_rows(sums *first, int64_t rows, int64_t bins)
 {
@@ -174,29 +188,33 @@ void level_gradients(const void *grad, const void *x, void *grad_x, int64_t half
         int64_t g = job / blocks, at = starts[g] + job % blocks * BLOCK;
         int64_t end = at + at_most(starts[g + 1] - at, BLOCK);
         float low = values[g * n_levels], high = values[(g + 1) * n_levels - 1];
-        const float *nearest_g = nearest + g * CELLS, *bin_g = bin + g * CELLS;
         float x_buffer[CHUNK], grad_buffer[CHUNK], result[CHUNK], residual[CHUNK], term[CHUNK];
         int32_t cell[CHUNK];
+        entry table[CELLS], found[CHUNK];
         sums by_lane[LANES * CELLS];
+        for (int i = 0; i < CELLS; i++) {
+            table[i].nearest = nearest[g * CELLS + i];
+            table[i].bin = (int32_t)bin[g * CELLS + i];
+        }
         memset(by_lane, 0, lanes * bins * sizeof *by_lane);
         for (; at < end; at += CHUNK) {
             int n = at_most(end - at, CHUNK);
             const float *v = load(x, half, at, n, x_buffer);
             const float *d = load(grad, half, at, n, grad_buffer);
             find_cells(v, n, half_step[g], zero_cell[g], cell);
-            look_up(nearest_g, cell, n, residual);
-            look_up(bin_g, cell, n, result);
+            look_up_both(table, cell, n, found);
             for (int i = 0; i < n; i++) {
                 int inside = (v[i] >= low) & (v[i] <= high);
-                residual[i] -= v[i];
+                residual[i] = found[i].nearest - v[i];
                 term[i] = (inside ? -residual[i] : 1.0f) * d[i];
-                cell[i] = (int32_t)result[i] + (i & (lanes - 1)) * (int32_t)bins;
+                cell[i] = found[i].bin + (i & (lanes - 1)) * (int32_t)bins;
                 result[i] = inside ? d[i] : 0.0f;
             }
             for (int i = 0; i < n; i++) {
                 sums *sum = by_lane + cell[i];
                 sum->term += term[i];
-                sum->residual += residual[i];
+                if (correction)
+                    sum->residual += residual[i];
                 if (grad_for_gates)
                     sum->grad += d[i];
             }
