@@ -83,7 +83,8 @@ def _no_improvement(trainer: Trainer, course: Course) -> str | None:
         f"{trainer.data.train.samples:,} training samples may be too few, or train.lr (now "
         f"{trainer.recipe.train.lr:g}) does not fit"
     )
-    start, best = trainer.looks[0].held_out_loss, min(k.held_out_loss for k in trainer.looks)
+    losses = [look.held_out_loss for look in trainer.best_state.looks]
+    start, best = losses[0], min(losses)
     if 0 < start - best < trainer.held_out.least_gain * abs(start):
         return (
             f"training changed the loss on {trainer.held_out.samples:,} held-out samples from "
@@ -127,7 +128,8 @@ def _rising_loss(trainer: Trainer) -> str | None:
 
     After a divergence, another warning names the learning rate.
     """
-    start, best, last = trainer.start, trainer.best, trainer.looks[-1]
+    seen = trainer.best_state
+    start, best, last = seen.start, seen.best, seen.looks[-1]
     if start is None or best is None or best.step == 0 or trainer.lr_scale != 1:
         return None
     if last.held_out_loss <= start.held_out_loss:

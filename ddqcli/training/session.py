@@ -138,9 +138,10 @@ def train(
     if trainer.step == 0:
         save()
         _add_snapshot_once(trainer, run)
-        report_look(trainer.looks[0])
+        start = trainer.best_state.looks[0]
+        report_look(start)
         if trainer.steps:
-            listener.note(_start_note(trainer.looks[0], trainer.data.judged_by))
+            listener.note(_start_note(start, trainer.data.judged_by))
     while not trainer.gave_up:
         try:
             trainer.run(report, report_look, save)
@@ -192,7 +193,8 @@ def _roll_back(trainer: Trainer, run: Run) -> None:
 
 def start_accuracy(trainer: Trainer) -> float | None:
     """Return the accuracy measured before training, if that is the state which is delivered."""
-    if trainer.best is None or trainer.best.step:
+    best = trainer.best_state.best
+    if best is None or best.step:
         return None
     return list(trainer.stages.values())[-1]
 
@@ -200,7 +202,8 @@ def start_accuracy(trainer: Trainer) -> float | None:
 def course(trainer: Trainer, baseline: FloatBaseline, accuracy: float) -> Course:
     """Return the stages of a finished run; `accuracy` is the delivered state's metric."""
     before = {"float": baseline.accuracy, **trainer.stages}
-    best_step = trainer.steps if trainer.best is None else trainer.best.step
+    best = trainer.best_state.best
+    best_step = trainer.steps if best is None else best.step
     delivered = "trained" if best_step else list(trainer.stages)[-1]
     stages = before | {delivered: accuracy}
     return Course.model_validate(
@@ -210,7 +213,7 @@ def course(trainer: Trainer, baseline: FloatBaseline, accuracy: float) -> Course
                 for name, value in stages.items()
             ],
             "delivered": delivered,
-            "looks": len(trainer.looks),
+            "looks": len(trainer.best_state.looks),
             "best_step": best_step,
         }
     )

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ddqcli.data.batches import Batch
 from ddqcli.data.load import Data
-from ddqcli.data.trees import Tree, as_float32, call, copied, map_tensors
+from ddqcli.data.trees import Tree, as_float32
 from ddqcli.errors import DataError, DDQError, Interrupted
 from ddqcli.qat.budget import average_bits
 from ddqcli.qat.model import QuantizedModel
@@ -29,13 +28,12 @@ from ddqcli.qat.rules.base import Rule
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training import distributed
 from ddqcli.training.batch_norm import batch_norms, reestimate_batch_norm
+from ddqcli.training.best_state import BestState
 from ddqcli.training.bins import regularize_bins
-from ddqcli.training.distillation import distillation_weight, flips_at_random, training_loss
 from ddqcli.training.divergence import Diverged, explain_loss, require_finite
-from ddqcli.training.features import feature_loss, features_of
-from ddqcli.training.held_out import HeldOut, is_better, is_ruined
+from ddqcli.training.forward import ForwardPass
+from ddqcli.training.held_out import HeldOut
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMeans, StepMetrics
-from ddqcli.training.network_checks import is_reentrant
 from ddqcli.training.optimizers import make_optimizers
 from ddqcli.training.signals import hold_signals
 from ddqcli.training.step_results import StepResult, StepResults
@@ -70,26 +68,20 @@ class Trainer:
         self.lr_scale = 1.0  # factor on every learning rate
         self.settled = False  # weights are on their levels, which move less: see `_settle`
         self.gave_up = False  # training diverged twice: the best state is delivered
-        self.distill_weight = distillation_weight(recipe.train.distill, data)
-        self.teacher = teacher if self.distill_weight or not data.labelled else None
+        self.forward = ForwardPass(self.model, teacher, data, recipe)
         self.bin_regularization = recipe.train.bin_regularization or 0.0
         self.held_out = HeldOut(data, teacher, recipe)
-        self.looks: list[Look] = []  # the first is from before training
-        self.start: Look | None = None  # the first look at a state within the budget
-        self.best: Look | None = None  # of the state that is delivered if training ended now
-        self._best_state: dict[str, Any] | None = None
+        self.best_state = BestState(self.model, gates, self.held_out)
         self.stages: dict[str, float] = {}  # metric on the evaluation data before training
-        self.reentrant = is_reentrant(self.model, data)
-        self.device = next(self.model.parameters()).device
-        self.reads_each_step = self.device.type == "cpu"  # elsewhere, reading waits for the device
-        self.results = StepResults(self.device, judge_loss=distributed.shard().count == 1)
+        device = next(self.model.parameters()).device
+        self.reads_each_step = device.type == "cpu"  # elsewhere, reading waits for the device
+        self.results = StepResults(device, judge_loss=distributed.shard().count == 1)
         self.means = StepMeans()  # since the last report
         self._look_steps = {round(k * steps / _LOOKS) for k in range(1, _LOOKS)} - {0, steps}
         self.model.train()
         held = recipe.train.batch_norm == "held"
         self.uses_batch_statistics = bool(batch_norms(self.model)) and not held
         self.bn_frozen_from = self._bn_freeze_step()
-        self.parallel = distributed.data_parallel(self.model)
         self._make_optimizers()
 
     # ---- the loop
@@ -146,45 +138,28 @@ class Trainer:
     def look(self) -> Look:
         """Look at the held-out samples, and keep this state if it is the best so far.
 
-        Only a state within the budget counts. The best is the first, or the state of the lowest
-        loss if that is below the first one's by more than chance, and the metric is not worse. If
-        AdamW has made the loss larger than the first one, the run settles. Raises Diverged if
+        If AdamW has made the loss larger than the first one, the run settles. Raises Diverged if
         training has ruined the model.
         """
-        look = self.held_out.look(self.model, self.step)
+        look, seen = self.held_out.look(self.model, self.step), self.best_state
         self._set_train_mode()
-        self.looks.append(look)
-        limit = self.gates.budget.limit
-        fits = limit is None or self.gates.cost() <= limit
-        if fits and self.start is None:
-            self.start = look
-        # Bits that still come down to the budget, or are sampled, raise the loss as well.
-        start = self.start or look
-        comparable = look if self.gates.probabilities() else start
-        if self._unsettles(look, comparable):
+        seen.add(look)
+        if self._may_settle() and seen.is_harmed(look):
             self._settle()
             return look
-        if self.step and is_ruined(look, comparable, self.data.judged_by):
+        if self.step and seen.is_ruined(look):
             raise Diverged(
-                f"The held-out loss went from {start.held_out_loss:.3g} to "
+                f"The held-out loss went from {(seen.start or look).held_out_loss:.3g} to "
                 f"{look.held_out_loss:.3g} {self._at(self.step)}"
             )
-        if fits and (self.best is None or self._is_better(look, self.best, start)):
-            self.best = look
-            self._best_state = {
-                "model": {k: v.clone() for k, v in self.model.state_dict().items()},
-                "gates": self.gates.state(),
-            }
+        seen.keep_if_best(look)
         return look
 
-    def _is_better(self, look: Look, best: Look, start: Look) -> bool:
-        return is_better(look, best, start, self.data.judged_by, self.held_out.least_gain)
-
-    def _unsettles(self, look: Look, start: Look) -> bool:
-        """True at the first look at which small steps have done harm."""
-        if self.settled or self.best is None or self.recipe.train.optimizer != "adamw":
+    def _may_settle(self) -> bool:
+        """True until small steps have done harm once."""
+        if self.settled or self.best_state.best is None or self.recipe.train.optimizer != "adamw":
             return False
-        return 0 < self.step < self.steps and not look.held_out_loss <= start.held_out_loss
+        return 0 < self.step < self.steps
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -211,25 +186,27 @@ class Trainer:
 
     def restore_best(self) -> bool:
         """Return to the best state. False if no state within the budget was seen."""
-        if self.best is None or self._best_state is None:
+        best, looks = self.best_state.best, self.best_state.looks
+        if best is None:
             return False
-        if self.best is not self.looks[-1] or self.step != self.best.step:
+        if best is not looks[-1] or self.step != best.step:
             self._load_best()
         self.model.eval()
         return True
 
     def _load_best(self) -> None:
-        assert self._best_state is not None
-        self.load_model(self._best_state["model"])
-        self.gates.load_state(self._best_state["gates"])
+        state = self.best_state.kept()
+        self.load_model(state["model"])
+        self.gates.load_state(state["gates"])
 
     def restart_from_best(self, lr_scale: float) -> bool:
         """Continue from the best state with fresh optimizers. False if there is none."""
-        if not self.restore_best() or self.best is None:
+        best = self.best_state.best
+        if not self.restore_best() or best is None:
             return False
         self._load_best()  # even at its step: a forward pass that diverged moved BatchNorm
-        self.step, self.lr_scale, self.means = self.best.step, lr_scale, StepMeans()
-        self.looks = [look for look in self.looks if look.step <= self.step]
+        self.step, self.lr_scale, self.means = best.step, lr_scale, StepMeans()
+        self.best_state.forget_after(self.step)
         self.model.zero_grad(set_to_none=True)
         self._make_optimizers()
         return True
@@ -287,8 +264,8 @@ class Trainer:
         self._set_learning_rates()
         self._seed()
         # Backward too may quantize, under activation checkpointing.
-        with nullcontext() if self.reentrant else self.quantized.batched():
-            output, target, loss = self._forward(x, y)
+        with nullcontext() if self.forward.reentrant else self.quantized.batched():
+            output, target, loss = self.forward(x, y)
             self._backward(loss)
         self.results.add(self.step + 1, loss, self._gradients().values())
         if self.reads_each_step or self.gates.reads_device(self.step):
@@ -309,46 +286,6 @@ class Trainer:
         """Make dropout and the like a function of the step and the rank alone."""
         rank = distributed.shard().rank
         torch.manual_seed(self.recipe.train.seed * 1_000_003 + self.step + 2**40 * rank)
-
-    def _forward(self, x: Tree, y: Tree) -> tuple[Tree, Tree, Tensor]:
-        """Lines 1 to 3: quantize weights, biases and inputs; compute the outputs and the loss.
-
-        The second output is the float model's, or None.
-        """
-        bfloat16 = self.recipe.train.precision == "bfloat16"
-        with (
-            torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16),
-            # A weight that is read more than once is quantized once.
-            nullcontext() if self.reentrant else parametrize.cached(),
-        ):
-            layers = self.recipe.train.distill.layers if self.teacher is not None else []
-            with features_of(self.teacher or self.model, layers) as expected:
-                target = self._target(x)
-            with features_of(self.model, layers) as features:
-                output = call(self.parallel, x)
-            loss = self._loss(output, y, target)
-            if layers:  # of x itself, the first of the teacher's views
-                expected = expected[: len(features)]
-                loss = loss + self.distill_weight * feature_loss(features, expected)
-            return output, target, loss
-
-    @torch.no_grad()
-    def _target(self, x: Tree) -> Tree | None:
-        """Return the teacher's output for x, or None if labels alone are the target.
-
-        Where training flips images at random, it is the mean of the outputs for x and for its flip.
-        """
-        if self.teacher is None:
-            return None
-        views = [copied(x)]
-        if flips_at_random(self.data):
-            views.append(map_tensors(lambda images: images.flip(-1), x))
-        outputs = [as_float32(call(self.teacher, view)) for view in views]
-        return map_tensors(lambda *views: torch.stack(views).mean(0), *outputs)
-
-    def _loss(self, output: Tree, y: Tree, target: Tree | None) -> Tensor:
-        temperature = self.recipe.train.distill.temperature
-        return training_loss(self.data, output, y, target, self.distill_weight, temperature)
 
     def _backward(self, loss: Tensor) -> None:
         """Lines 4 and 5: gradients of weights, levels and gates, with gradient correction (9)."""
@@ -461,10 +398,7 @@ class Trainer:
                 self.levels_optimizer.state_dict() if self.levels_optimizer else None
             ),
             "gates": self.gates.state(),
-            "looks": [asdict(look) for look in self.looks],
-            "start": self.start and asdict(self.start),
-            "best": self.best and asdict(self.best),
-            "best_state": self._best_state,
+            **self.best_state.state(),
             "stages": self.stages,
             "means": asdict(self.means),
         }
@@ -480,10 +414,8 @@ class Trainer:
             if self.levels_optimizer:
                 self.levels_optimizer.load_state_dict(state["levels_optimizer"])
             self.gates.load_state(state["gates"])
-            self.looks = [Look(**look) for look in state["looks"]]
-            self.start = state["start"] and Look(**state["start"])
-            self.best = state["best"] and Look(**state["best"])
-            self._best_state, self.stages = state["best_state"], state["stages"]
+            self.best_state.load(state)
+            self.stages = state["stages"]
             self.means = StepMeans(**state["means"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DDQError(

@@ -103,7 +103,7 @@ def test_a_network_that_answers_all_samples_alike_is_reported() -> None:
 
 def test_a_gain_within_chance_is_reported_and_a_start_as_good_as_float_is_not() -> None:
     running = begin()
-    running.looks = [Look(0, 0.5, 85), Look(4, 0.48, 86), Look(STEPS, 0.49, 86)]
+    running.best_state.looks = [Look(0, 0.5, 85), Look(4, 0.48, 86), Look(STEPS, 0.49, 86)]
     running.held_out.samples = 100  # chance: 10 %
     (warning,) = find_warnings(running, [], course(85))
     assert warning == (
@@ -122,15 +122,19 @@ def test_a_run_without_training_needs_no_improvement() -> None:
 
 def test_a_held_out_loss_that_ended_above_its_first_value_is_reported() -> None:
     running = begin()
-    running.start = Look(0, 0.5, 85)
-    running.best = Look(4, 0.4, 86)
-    running.looks = [running.start, running.best, Look(STEPS, 0.625, 86)]
+    running.best_state.start = Look(0, 0.5, 85)
+    running.best_state.best = Look(4, 0.4, 86)
+    running.best_state.looks = [
+        running.best_state.start,
+        running.best_state.best,
+        Look(STEPS, 0.625, 86),
+    ]
     (warning,) = find_warnings(running, [], course(85, 86))
     assert warning == (
         "the loss on held-out samples ended above its first value (0.5 -> 0.625), and the state of "
         "step 4 is delivered; take a smaller train.lr (now 0.0001)"
     )
-    running.looks[-1] = Look(STEPS, 0.5, 86)
+    running.best_state.looks[-1] = Look(STEPS, 0.5, 86)
     assert find_warnings(running, [], course(85, 86)) == []
 
 

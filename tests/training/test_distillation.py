@@ -113,7 +113,7 @@ def test_the_loss_is_that_of_hinton_et_al_beside_the_labels() -> None:
         divergence = (goal * (goal.log() - log_output)).sum() / len(y)
         labels = -output.double().log_softmax(1)[torch.arange(len(y)), y].mean()
         expected = share * temperature**2 * divergence + (1 - share) * labels
-        loss = running._loss(output, y, running._target(x))
+        loss = running.forward.loss(output, y, running.forward.target(x))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -145,7 +145,8 @@ def test_where_training_flips_images_an_image_and_its_flip_share_one_target(flip
     settings = recipe(train={"distill": {}})
     running = trainer(network(), settings, 5, with_flips(flip), teacher)
     x, _ = next(random_data().train.epoch(0))
-    target, target_of_flip = running._target(x), running._target(x[:, :, :, [5, 4, 3, 2, 1, 0]])
+    forward = running.forward
+    target, target_of_flip = forward.target(x), forward.target(x[:, :, :, [5, 4, 3, 2, 1, 0]])
     alone = teacher(x)
     assert target is not None
     assert target_of_flip is not None

@@ -188,7 +188,7 @@ def run(running: Trainer) -> dict[int, dict[str, Tensor]]:
 
 def make_up_looks(running: Trainer, looks: dict[int, tuple[float, float]]) -> None:
     """Let the trainer see these losses and accuracies, by step, instead of the real ones."""
-    running.looks, running.best, running.start = [], None, None
+    running.best_state.looks, running.best_state.best, running.best_state.start = [], None, None
     running.held_out.look = lambda model, step: Look(step, *looks[step])  # type: ignore[method-assign]
     running.look()
 
@@ -209,8 +209,8 @@ def test_a_run_delivers_the_best_state_it_has_seen(name: str) -> None:
     running = begin(recipe(gates={"rule": "fixed"}), steps=4)
     make_up_looks(running, dict(enumerate(curve)))
     states = run(running)
-    assert [seen.step for seen in running.looks] == [0, 1, 2, 3, 4]
-    assert running.best == Look(best_step, *curve[best_step])
+    assert [seen.step for seen in running.best_state.looks] == [0, 1, 2, 3, 4]
+    assert running.best_state.best == Look(best_step, *curve[best_step])
     assert not differences(running.model.state_dict(), states[best_step])
     assert not running.model.training
     assert differences(states[best_step], states[(best_step + 1) % 5])  # steps do differ
@@ -219,12 +219,12 @@ def test_a_run_delivers_the_best_state_it_has_seen(name: str) -> None:
 def test_a_run_that_harms_delivers_its_start() -> None:
     running = begin(recipe(train={"lr": 0.7, "distill": {"weight": 1}}), steps=8)
     states = run(running)
-    first, last = running.looks[0], running.looks[-1]
+    first, last = running.best_state.looks[0], running.best_state.looks[-1]
     assert last.held_out_loss > first.held_out_loss
-    assert running.best is not None
-    assert not differences(running.model.state_dict(), states[running.best.step])
+    assert running.best_state.best is not None
+    assert not differences(running.model.state_dict(), states[running.best_state.best.step])
     delivered = running.held_out.look(running.model, 0)
-    assert delivered.held_out_loss == running.best.held_out_loss <= first.held_out_loss
+    assert delivered.held_out_loss == running.best_state.best.held_out_loss <= first.held_out_loss
     assert delivered.held_out_accuracy >= first.held_out_accuracy
 
 
@@ -241,15 +241,15 @@ def test_the_best_state_fits_the_budget() -> None:
         costs[step] = running.gates.cost()
         return Look(step, 1.0 + step, 50.0)
 
-    running.looks, running.best, running.start = [], None, None
+    running.best_state.looks, running.best_state.best, running.best_state.start = [], None, None
     running.held_out.look = seen  # type: ignore[method-assign]
     running.look()
-    assert running.best is None
+    assert running.best_state.best is None
     assert not running.restore_best()
     run(running)
     first_that_fits = min(step for step, cost in costs.items() if cost <= limit)
     assert 0 < first_that_fits < 16
-    assert running.best == Look(first_that_fits, 1.0 + first_that_fits, 50.0)
+    assert running.best_state.best == Look(first_that_fits, 1.0 + first_that_fits, 50.0)
     assert running.gates.cost() == costs[first_that_fits]
     running.gates.check_kept()
 
@@ -269,7 +269,7 @@ def test_bits_return_to_those_of_the_best_state() -> None:
 @pytest.mark.parametrize("loss", [9.0, math.inf])
 def test_sampled_bits_raise_the_loss_without_a_divergence(loss: float) -> None:
     running = begin(recipe(method="sdq"))
-    running.start = look(1.0, 50, step=0)
+    running.best_state.start = look(1.0, 50, step=0)
     running.step = 3
     running.held_out.look = lambda model, step: look(loss, 10, step)  # type: ignore[method-assign]
     if math.isfinite(loss):
@@ -292,7 +292,7 @@ def test_a_ruined_state_ends_the_run_and_training_restarts_from_the_best() -> No
         )
     assert running.restart_from_best(0.1)
     assert (running.step, running.lr_scale) == (1, 0.1)
-    assert [seen.step for seen in running.looks] == [0, 1]
+    assert [seen.step for seen in running.best_state.looks] == [0, 1]
     assert not differences(running.model.state_dict(), states[1])
     assert issubclass(Diverged, DDQError)
 
@@ -340,7 +340,7 @@ def test_a_look_above_the_first_one_settles_the_weights_on_the_levels_of_the_bes
     assert running.step == 2  # no step is repeated
     running.step = 3
     running.look()  # above the first one again, and not ruined
-    assert running.best == Look(1, 4, 50)
+    assert running.best_state.best == Look(1, 4, 50)
 
 
 def test_a_run_settles_once_and_then_may_diverge() -> None:

@@ -85,10 +85,10 @@ def same_state(one: nn.Module, two: nn.Module) -> bool:
 
 def test_a_compensated_start_is_kept_where_it_is_better() -> None:
     plain, compensated = (begin(recipe(compensate=c))[0] for c in (False, True))
-    (before,), (after,) = plain.looks, compensated.looks
+    (before,), (after,) = plain.best_state.looks, compensated.best_state.looks
     assert after.held_out_loss < 0.8 * before.held_out_loss
     assert list(compensated.stages) == ["quantized", "compensated"]
-    assert compensated.best is after
+    assert compensated.best_state.best is after
 
 
 def test_a_start_that_harms_is_not_kept() -> None:
@@ -96,13 +96,13 @@ def test_a_start_that_harms_is_not_kept() -> None:
     plain, _ = begin(recipe(compensate=False), Shifted(count=4, size=32))
     running, teacher = begin(recipe(compensate=True), Shifted(count=4, size=32))
     assert same_state(running.model, plain.model)
-    assert running.looks == plain.looks
+    assert running.best_state.looks == plain.best_state.looks
     assert list(running.stages) == ["quantized"]
     x = torch.cat([x for x, _ in running.data.train.epoch(0)])
     for means, variances in PARTS:  # each of them does harm
         Compensation(plain.quantized, teacher, x).apply(means=means, variances=variances)
         look = plain.held_out.look(plain.model, 0)
-        assert look.held_out_loss > running.looks[0].held_out_loss
+        assert look.held_out_loss > running.best_state.looks[0].held_out_loss
         plain.model.load_state_dict(running.model.state_dict())
 
 
@@ -167,7 +167,7 @@ def test_the_first_candidate_with_lower_loss_and_no_lower_accuracy_is_taken(
     looks, chosen = CHOICES[name]
     running, teacher = begin(recipe(compensate=False))
     marker: Any = running.model.get_submodule("4")
-    running.looks, running.best, running.start = [], None, None
+    running.best_state.looks, running.best_state.best, running.best_state.start = [], None, None
     running.recipe = recipe(compensate=True)
     running.held_out.samples = 1_000_000  # so many leave little to chance
     marker.running_mean[0] = 0
@@ -192,7 +192,7 @@ def test_the_first_candidate_with_lower_loss_and_no_lower_accuracy_is_taken(
     assert int(marker.running_mean[0]) == chosen
     expected = {"quantized": 0.0} | ({"compensated": 10.0 * chosen} if chosen else {})
     assert running.stages == expected
-    assert running.looks == [Look(0, *looks[chosen])]
+    assert running.best_state.looks == [Look(0, *looks[chosen])]
     assert running.gates.fisher.error_share == ({"0.weight": 0.5} if chosen else {})
 
 

@@ -102,7 +102,7 @@ def test_a_failure_that_does_not_come_again_is_told_with_its_step() -> None:
             float("nan") if len(calls) == 4 else 1
         )
 
-    running.data = replace(running.data, loss=loss)
+    running.forward.data = replace(running.data, loss=loss)
     assert "The loss became nan, or a gradient not finite, at step 4 of 11" in str(
         error_of(running)
     )
@@ -114,8 +114,8 @@ def test_a_failure_that_does_not_come_again_is_told_with_its_step() -> None:
 def test_after_a_failure_at_its_very_step_the_best_state_is_loaded_too() -> None:
     running = begin(recipe())
     running.look()
-    assert running.best is not None
-    assert running.best.step == running.step
+    assert running.best_state.best is not None
+    assert running.best_state.best.step == running.step
     running.model[1].running_mean.fill_(float("nan"))  # as a forward pass that diverged leaves it
     assert running.restart_from_best(0.1)
     assert running.model[1].running_mean.isfinite().all()

@@ -111,7 +111,7 @@ def test_a_run_resumed_after_its_return_to_the_best_state_ends_bit_for_bit_the_s
     resumed.load(stored(whole.state()))
     for running in (whole, resumed):
         assert running.step < 9
-        assert [look.step for look in running.looks][-1] == running.step
+        assert [look.step for look in running.best_state.looks][-1] == running.step
         finish(running)
     assert not differences(resumed.state(), whole.state())
 
