@@ -114,7 +114,7 @@ def finetune(
             recipe=run.recipe_text(),
             steps=total_steps(recipe, data),
             data=data.fingerprint(),
-            files=fingerprint_of_files(recipe.data.source),
+            files=fingerprint_of_files(recipe.data.source, introduce),
         )
         here = surroundings(models.device, models.source.ddq, code_files(recipe))
         distributed.check_same(

@@ -1,4 +1,4 @@
-"""Why torch cannot export a network to ONNX: layer, cause and remedy in one sentence."""
+"""Why torch cannot export a network: layer, cause and remedy in one sentence."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _CODE = re.compile(r'File "([^"]+)", line (\d+), in')  # the network's own, as t
 _OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
-def refusal(error: BaseException, active: list[str]) -> str:
-    """Return the message for an error of torch's exporter.
+def refusal(error: BaseException, active: list[str], target: str = "ONNX") -> str:
+    """Return the message for an error of torch's exporter on the way to `target`.
 
     `active` are the layers whose forward was running, as `active_layers` provides them.
     """
     layer = active[-1] if active else _layer_of(error)
     where = f"of the layer {layer} " if layer else ""
-    return f"The model {where}cannot be exported to ONNX: {_reason(error)}."
+    return f"The model {where}cannot be exported to {target}: {_reason(error)}."
 
 
 def _reason(error: BaseException) -> str:
