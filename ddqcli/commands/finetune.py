@@ -42,6 +42,7 @@ from ddqcli.training.run_state import FloatBaseline, RunIdentity
 from ddqcli.training.same_run import check_same_model, surroundings
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
 from ddqcli.training.trainer import Trainer
+from ddqcli.training.trial import try_loss
 from ddqcli.training.user_errors import explain_user_errors
 
 
@@ -147,6 +148,8 @@ def finetune(
             apply_augmentation(data, baseline.augmentation, introduce)
             check_distillation(models, data, recipe, introduce)
             refuse_written_weights(models.quantized, models.float_model, data)
+            if not saved:
+                try_loss(models.float_model, data, recipe.train.distill)
             trainer = build_trainer(
                 models.quantized,
                 models.float_model,

@@ -36,14 +36,23 @@ class _FirstBatch:
         return self.batches.fingerprint()
 
 
-@torch.no_grad()
 def try_data(model: nn.Module, data: Data, distill: DistillSection) -> float:
     """Return the float model's metric on the first evaluation batch; compute a training loss.
 
-    Raises DataError for scores or inputs that are not finite, DDQError for such a loss, and what
-    the network and the functions of the data raise.
+    Raises DataError for scores that are not finite, and as `try_loss`.
     """
     score = evaluate(model, replace(data, val=_FirstBatch(data.val)))
+    try_loss(model, data, distill)
+    return score
+
+
+@torch.no_grad()
+def try_loss(model: nn.Module, data: Data, distill: DistillSection) -> None:
+    """Compute the loss of the float model on the first training batch.
+
+    Raises DataError for inputs that are not finite, DDQError for such a loss, and what the network
+    and the functions of the data raise.
+    """
     inputs, targets = next(iter(data.train.epoch(0)))
     output = call(model, copied(inputs))
     weight = distillation_weight(distill, data)
@@ -54,7 +63,6 @@ def try_data(model: nn.Module, data: Data, distill: DistillSection) -> float:
         raise DataError("The first training batch holds NaN or infinite values; repair the data.")
     if not math.isfinite(loss):
         raise explain_loss(model, inputs, loss, "in the first training batch")
-    return score
 
 
 def _with_gradient(x: Tensor) -> Tensor:

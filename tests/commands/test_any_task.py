@@ -143,6 +143,9 @@ def undefined():
     hits = lambda out, y: torch.where(y == 3, float("nan"), (out.argmax(1) == y).float())
     return splits(TensorDataset) | {"metric": hits}
 
+def undefined_loss():
+    return splits(TensorDataset) | {"loss": lambda out, y: F.cross_entropy(out, y) * float("nan")}
+
 def decibels():
     return splits(TensorDataset) | {"metric": lambda out, y: 30 + out[:, 0]}
 """
@@ -430,6 +433,13 @@ def test_a_metric_that_is_not_a_number_is_refused_at_the_float_model(folder: Pat
     assert answer.code == 2
     assert "is NaN or infinite for 9 of 40 evaluation samples (number 1, 4, 6, 8," in answer.err
     assert not Path("runs/undefined").exists()
+
+
+def test_a_loss_that_is_not_a_number_is_refused_before_training(folder: Path) -> None:
+    answer = finetune("undefined_loss", run="runs/undefined_loss")
+    assert answer.code == 1
+    assert "The loss became nan in the first training batch" in answer.err
+    assert "step" not in answer.err.replace("max-steps", "")
 
 
 def test_an_accuracy_that_is_no_share_is_refused_at_the_float_model(folder: Path) -> None:

@@ -117,9 +117,8 @@ def test_ready_batches_count_their_samples(drop_last):
 
 def test_samples_of_unequal_shape_cannot_be_stacked():
     ragged = [(torch.zeros(index + 1), 0) for index in range(4)]
-    with pytest.raises(
-        DataError, match=r"do not fit together: .*; return a DataLoader with your own collate_fn"
-    ):
+    message = r"do not fit together: .*; give all the same parts and shapes, or return a DataLoader"
+    with pytest.raises(DataError, match=message):
         list(LoadedBatches(ragged, BatchOrder(4, 4), CPU, seed=0, workers=0).epoch(0))
 
 
