@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_KEPT = 2**30  # free bytes, above which the process returns memory
+_KEPT = 2**31 - 1  # free bytes, above which the process returns memory; mallopt takes an int
 _LARGEST = 2**25  # bytes of a block, above which it is returned anyway; glibc allows no more
 
 

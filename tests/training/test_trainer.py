@@ -25,6 +25,8 @@ from tiny_training import (
 from torch import Tensor, nn
 
 from ddqcli.errors import DataError, DDQError
+from ddqcli.qat.model import quantizers
+from ddqcli.training import session
 from ddqcli.training.divergence import Diverged
 from ddqcli.training.trainer import Trainer
 
@@ -90,6 +92,19 @@ def test_a_resumed_run_ends_as_an_undisturbed_one_bit_for_bit(name: str) -> None
         assert not differences(stored(resumed.state()), state)
         finish(resumed)
         assert not differences(resumed.state(), whole.state())
+
+
+@pytest.mark.parametrize("name", ["fisher", "paper", "no budget, inputs at 8 bits", "by channel"])
+def test_so_does_a_long_run_whose_kernels_are_compiled(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(session, "_COMPILE_FROM", 0)
+    settings = recipe(**copy.deepcopy(RUNS[name]))
+    whole = begin(settings)
+    assert all(quantizer.use_compiled for quantizer in quantizers(whole.quantized))
+    (state,) = states_at(whole, (6,)).values()
+    resumed = begin(settings)
+    resumed.load(state)
+    finish(resumed)
+    assert not differences(resumed.state(), whole.state())
 
 
 @pytest.mark.parametrize("method", ["ddq", "sdq"])
