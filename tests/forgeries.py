@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from mutations import INJECTED, NAMES, SPECIAL, changed, limit, mutated, odd_value, rewritten
 
@@ -153,6 +154,16 @@ def _zip(raw: bytes, draw: random.Random) -> bytes:
     else:
         return _with_wrong_numbers(raw, draw)
     return _archive(records, method)
+
+
+def _torch_file(raw: bytes, draw: random.Random) -> bytes:
+    """Change what a file of `torch.save` holds, or the archive."""
+    if draw.random() < 0.5:
+        return _zip(raw, draw)
+    tree, result = torch.load(io.BytesIO(raw), weights_only=True), io.BytesIO()
+    changed(tree, draw)
+    torch.save(tree, result)
+    return result.getvalue()
 
 
 def _archive(records: list[tuple[str, bytes]], method: int) -> bytes:
@@ -326,7 +337,7 @@ FORGERS = {
     ".json": _json,
     ".jsonl": _lines,
     ".yaml": _yaml,
-    ".pt": _zip,
+    ".pt": _torch_file,
     ".npz": _zip,
     ".png": _png,
     ".onnx": _onnx,

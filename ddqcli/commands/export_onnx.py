@@ -182,7 +182,7 @@ class _Expected:
 
 
 def _expected(run: Run, runtime: Runtime) -> _Expected:
-    frozen, source = FrozenModel.from_state(run.load(FINAL)), run.report().source
+    frozen, source = run.parsed(FINAL, FrozenModel.from_state), run.report().source
     reference = _reference(run, frozen)
     about = {"ddq": source.ddq, "source": source.sha256}
     model = make_onnx(reference.model, frozen.weights(), reference.example, about, runtime)
@@ -246,7 +246,7 @@ def _reference(run: Run, frozen: FrozenModel) -> _Reference:
     tensors = {name: value for name, value in frozen.expected().items() if name not in tables}
     model = rebuild_model(run, to_torch(tensors), tables, str(run.path))
     data, reason = attempt(lambda: load_held_out(run))
-    if probe := run.load(FINAL).get("probe"):
+    if probe := run.probe():
         example = probe["input"]
     elif data is not None:
         example = sliced(next(iter(data.val.epoch(0)))[0], slice(8))

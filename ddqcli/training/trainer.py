@@ -485,7 +485,7 @@ class Trainer:
             self.best = state["best"] and Look(**state["best"])
             self._best_state, self.stages = state["best_state"], state["stages"]
             self.means = StepMeans(**state["means"])
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DDQError(
                 "The saved state does not fit this model: another version of ddq wrote it."
             ) from error

@@ -22,7 +22,7 @@ from ddqcli.data.trees import Tree
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.load import fill, to_torch
 from ddqcli.runs.evaluation import Metric
-from ddqcli.runs.run import FINAL, Run
+from ddqcli.runs.run import Run
 from ddqcli.runs.trust import code_of
 from ddqcli.training.device import place_model, resolve_device
 from ddqcli.training.evaluate import OnProgress, evaluate, probe_outputs
@@ -63,7 +63,7 @@ def check_behavior(path: Path, run: Run, on_progress: OnProgress | None = None) 
         return BehaviorCheck(None, None, expected, (reason,))
     unchecked = []
     outputs = None
-    if (probe := run.load(FINAL).get("probe")) is None:
+    if (probe := run.probe()) is None:
         unchecked.append("outputs were not compared: the run holds none")
     else:
         outputs = output_difference(model, probe["input"], probe["output"])
