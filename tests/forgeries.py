@@ -10,6 +10,7 @@ import json
 import pickletools
 import random
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -168,7 +169,8 @@ def _torch_file(raw: bytes, draw: random.Random) -> bytes:
 
 def _archive(records: list[tuple[str, bytes]], method: int) -> bytes:
     result = io.BytesIO()
-    with zipfile.ZipFile(result, "w", method) as archive:
+    with zipfile.ZipFile(result, "w", method) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that are given twice
         for name, content in records:
             with suppress(ValueError, IndexError):  # names that zipfile does not write
                 archive.writestr(name, content)
