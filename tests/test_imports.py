@@ -26,7 +26,7 @@ LAYERS = (
     {"qat"},
     {"data", "checkpoint", "runs"},
     {"training"},
-    {"onnx", "coreml", "c_header", "plots"},
+    {"onnx", "pt2e", "coreml", "c_header", "plots"},
     {"inspection"},
     {"library", "__init__"},
     {"commands"},

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from ddqcli.commands.export import ExportResult
     from ddqcli.commands.export_c import CResult
     from ddqcli.commands.export_coreml import CoreMLResult
+    from ddqcli.commands.export_int8 import Int8Result
     from ddqcli.commands.export_onnx import OnnxResult
 
-    Result = ExportResult | OnnxResult | CoreMLResult | CResult
+    Result = ExportResult | OnnxResult | Int8Result | CoreMLResult | CResult
 
-Format = Literal["safetensors", "onnx", "coreml", "c"]
+Format = Literal["safetensors", "onnx", "tflite", "pte", "coreml", "c"]
 _FORMAT_OF: dict[str, Format] = {
     ".safetensors": "safetensors",
     ".onnx": "onnx",
+    ".tflite": "tflite",
+    ".pte": "pte",
     ".mlpackage": "coreml",
     ".h": "c",
 }
@@ -48,8 +51,8 @@ def export(
         typer.Option(
             "-o",
             "--out",
-            help="Output file.  [default: model.safetensors, .onnx, .mlpackage or .h in the run "
-            "folder]",
+            help="Output file.  [default: model.safetensors, .onnx, .tflite, .pte, .mlpackage or "
+            ".h in the run folder]",
             show_default=False,
         ),
     ] = None,
@@ -58,8 +61,9 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="safetensors: smallest file; onnx: int8 graph for onnxruntime; coreml: palettes "
-            "for Apple's systems; c: C99 header, no runtime.",
+            help="safetensors: smallest file; onnx: int8 graph for onnxruntime; tflite: int8 for "
+            "LiteRT; pte: int8 for ExecuTorch; coreml: palettes for Apple's systems; c: C99 "
+            "header, no runtime.",
         ),
     ] = "safetensors",
     half: Annotated[
@@ -116,12 +120,14 @@ def export(
                 f"{out} is named like a file of --format {named}, and the format is {chosen}; give "
                 "the option, or another name."
             )
-        if half and chosen in ("onnx", "c"):
+        if half and chosen not in ("safetensors", "coreml"):
             raise UsageError(f"--half applies to safetensors and coreml; {chosen} keeps float32.")
         if (bench or openvino) and chosen != "onnx":
             raise UsageError("--bench and --openvino run an ONNX file; add --format onnx.")
-        if check is not None and chosen == "coreml":
-            raise UsageError("A Core ML package is verified when it is written; export it again.")
+        if check is not None and chosen in ("tflite", "pte", "coreml"):
+            raise UsageError(
+                f"A file of --format {chosen} is verified when it is written; export it again."
+            )
         folder = find_finished(run, target) if target is not None else run
         if out is not None and chosen != "coreml":
             check_output(out, Run.open(folder).inputs())
@@ -129,6 +135,7 @@ def export(
         from ddqcli.commands import export as safetensors
         from ddqcli.commands import export_c as c
         from ddqcli.commands import export_coreml as coreml
+        from ddqcli.commands import export_int8 as int8
         from ddqcli.commands import export_onnx as onnx
         from ddqcli.render.progress import ProgressReporter
 
@@ -146,6 +153,8 @@ def export(
                 return onnx.export_onnx(
                     folder, out, timed=bench, openvino=openvino, trust=trust, on_progress=progress
                 )
+            if chosen in ("tflite", "pte"):
+                return int8.export_int8(chosen, folder, out, trust=trust, on_progress=progress)
             if check is not None:
                 return safetensors.check(check, folder, trust=trust, on_progress=progress)
             return safetensors.export(folder, out, half=half, trust=trust, on_progress=progress)

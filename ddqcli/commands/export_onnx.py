@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
+from ddqcli.commands.beside_torch import Reference, compare_with, reference_of
 from ddqcli.commands.exported import Exported, require_file, run_of
-from ddqcli.data.batches import Batch, tree_to_device
-from ddqcli.data.load import Data
-from ddqcli.data.source import list_names
-from ddqcli.data.trees import Tree, shared_length, sliced, tensor_names, tensors
-from ddqcli.errors import LimitExceeded, UsageError, VerificationError
+from ddqcli.data.trees import input_names, sliced, tensors
+from ddqcli.errors import LimitExceeded
 from ddqcli.onnx.export import OnnxModel, Runtime, make_float_onnx, make_onnx, require_onnx
 from ddqcli.onnx.openvino import openvino_answers, require_openvino
-from ddqcli.onnx.runtime import Answers, Comparison, compare, onnxruntime_answers
+from ddqcli.onnx.runtime import Comparison, onnxruntime_answers
 from ddqcli.qat.frozen import FrozenModel
-from ddqcli.qat.load import to_torch
 from ddqcli.recipe.size import parse_size
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.training.evaluate import OnProgress
-from ddqcli.training.network_checks import draws_numbers, written_buffers
-from ddqcli.training.verify import attempt, load_held_out, rebuild_model
 
 if TYPE_CHECKING:
     from ddqcli.onnx.bench import Bench
 
 ONNX = "model.onnx"
 _FEW_SAMPLES = 1000  # for what is slow: onnxruntime without its optimizations, and OpenVINO
-
-# onnxruntime sums in another order, and the shifts of convolutions are rounded to integers (see
-# onnx.integer_graph). Now and then a value on the edge between two levels of an input takes the
-# other one, and the network goes on from there.
-OUTPUT_TOLERANCE = 1e-3  # a typical sample's difference, as a share of the outputs
-QUANTIZED_OUTPUT_TOLERANCE = 0.1  # the same with quantized inputs
-ACCURACY_TOLERANCE = 0.5  # points, or percent of a metric in another unit, and
-_SAMPLE_TOLERANCE = 2  # samples
 
 
 @dataclass(frozen=True)
@@ -71,28 +55,6 @@ class OnnxResult(Exported):
             "unchecked": list(self.unchecked),
             "bench": None if self.bench is None else asdict(self.bench),
         }
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The torch model of a run, and the samples to compare on."""
-
-    model: nn.Module
-    data: Data | None
-    example: Tree  # inputs of some samples
-    metric: Metric
-    quantized_inputs: bool
-    unchecked: tuple[str, ...]
-
-    def batches(self, on_progress: OnProgress | None) -> Iterator[Batch]:
-        """Yield the held-out data, or else the example without targets."""
-        if self.data is None:
-            yield tree_to_device(self.example, next(self.model.parameters()).device), None
-            return
-        for done, batch in enumerate(self.data.val.epoch(0)):
-            yield batch
-            if on_progress:
-                on_progress("onnxruntime", done + 1, len(self.data.val))
 
 
 def export_onnx(
@@ -178,12 +140,12 @@ class _Expected:
     """The exported model of a run, and the torch model to compare it with."""
 
     model: OnnxModel
-    reference: _Reference
+    reference: Reference
 
 
 def _expected(run: Run, runtime: Runtime) -> _Expected:
     frozen, source = run.parsed(FINAL, FrozenModel.from_state), run.report().source
-    reference = _reference(run, frozen)
+    reference = reference_of(run, frozen, "ONNX")
     about = {"ddq": source.ddq, "source": source.sha256}
     model = make_onnx(reference.model, frozen.weights(), reference.example, about, runtime)
     return _Expected(model, reference)
@@ -203,7 +165,7 @@ def _verified(
 
     raw, reference = file.read_bytes(), expected.reference
     unchecked = require_same_model(raw, expected.model, name)
-    compared = partial(_compared, name=name, reference=reference, on_progress=on_progress)
+    compared = partial(compare_with, reference, name=name, on_progress=on_progress)
     optimized = compared(onnxruntime_answers(file, optimized=True), "onnxruntime")
     unoptimized = compared(
         onnxruntime_answers(file, optimized=False),
@@ -231,95 +193,11 @@ def _verified(
     )
 
 
-def _bench(raw: bytes, reference: _Reference, openvino: bool) -> Bench:
+def _bench(raw: bytes, reference: Reference, openvino: bool) -> Bench:
     from ddqcli.onnx.bench import bench, bench_openvino
 
     float_file = make_float_onnx(reference.model, reference.example)
     sample = sliced(reference.example, slice(1))
     arrays = [value.cpu().contiguous().numpy() for value in tensors(sample)]
-    feed = dict(zip(tensor_names(sample, "input"), arrays, strict=True))
+    feed = dict(zip(input_names(sample), arrays, strict=True))
     return (bench_openvino if openvino else bench)(float_file, raw, feed)
-
-
-def _reference(run: Run, frozen: FrozenModel) -> _Reference:
-    tables = {table.name: table for table in frozen.activations}
-    tensors = {name: value for name, value in frozen.expected().items() if name not in tables}
-    model = rebuild_model(run, to_torch(tensors), tables, str(run.path))
-    data, reason = attempt(lambda: load_held_out(run))
-    if probe := run.probe():
-        example = probe["input"]
-    elif data is not None:
-        example = sliced(next(iter(data.val.epoch(0)))[0], slice(8))
-    else:
-        raise UsageError(f"ONNX export needs an example input, and the run holds none: {reason}")
-    unchecked: tuple[str, ...] = ()
-    if data is None:
-        samples = shared_length(example)
-        unchecked = (f"compared on the {samples} samples that the run holds: {reason}",)
-    return _Reference(model, data, example, run.report().metric, bool(tables), unchecked)
-
-
-def _compared(
-    answers: Answers,
-    runtime: str,
-    name: Path,
-    reference: _Reference,
-    on_progress: OnProgress | None,
-    max_samples: int | None = None,
-) -> Comparison:
-    """Compare a runtime's answers with torch's.
-
-    Raises VerificationError, which calls the file `name`, if they differ.
-    """
-    comparison = compare(
-        answers,
-        reference.model,
-        reference.batches(on_progress),
-        reference.data.metric if reference.data else None,
-        scale=reference.metric.scale,
-        max_samples=max_samples,
-    )
-    _require_same_answers(comparison, name, reference, runtime)
-    return comparison
-
-
-def _require_same_answers(
-    comparison: Comparison, name: Path, reference: _Reference, runtime: str
-) -> None:
-    quantized, metric = reference.quantized_inputs, reference.metric
-    tolerance = QUANTIZED_OUTPUT_TOLERANCE if quantized else OUTPUT_TOLERANCE
-    if not comparison.outputs <= tolerance:
-        raise VerificationError(
-            f"{runtime} does not answer as torch does for {name}: outputs differ by "
-            f"{comparison.outputs:.1%}{_why_different(reference)}."
-        )
-    ours, theirs = comparison.torch_accuracy, comparison.accuracy
-    if ours is None or theirs is None:
-        return
-    points = ACCURACY_TOLERANCE + 100 * _SAMPLE_TOLERANCE / comparison.samples
-    if abs(theirs - ours) > metric.tolerance(points, ours):
-        reached, expected = metric.text(theirs, " "), metric.text(ours, " ")
-        raise VerificationError(
-            f"{runtime} reaches {reached} with {name}, but torch reaches {expected}."
-        )
-
-
-def _why_different(reference: _Reference) -> str:
-    """Return a remedy if a forward pass in eval mode does what a graph cannot repeat.
-
-    It may change buffers, or draw random numbers.
-    """
-    device = next(reference.model.parameters()).device
-    inputs = tree_to_device(reference.example, device)
-    written = written_buffers(reference.model, inputs)
-    if not written and draws_numbers(reference.model, inputs):
-        return (
-            "; the network's forward draws random numbers, and onnxruntime draws others: draw "
-            "them only if self.training, or take them as an input"
-        )
-    if not written:
-        return ""
-    return (
-        f"; the network's forward changes {list_names(written)} at every call, and a graph has "
-        "only constants: change buffers only if self.training"
-    )

@@ -1,4 +1,4 @@
-"""Why torch cannot export a network to ONNX: layer, cause and remedy in one sentence."""
+"""Why torch cannot export a network: layer, cause and remedy in one sentence."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _CODE = re.compile(r'File "([^"]+)", line (\d+), in')  # the network's own, as t
 _OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
-def refusal(error: BaseException, active: list[str]) -> str:
-    """Return the message for an error of torch's exporter.
+def refusal(error: BaseException, active: list[str], target: str = "ONNX") -> str:
+    """Return the message for an error of torch's exporter on the way to `target`.
 
     `active` are the layers whose forward was running, as `active_layers` provides them.
     """
     layer = active[-1] if active else _layer_of(error)
     where = f"of the layer {layer} " if layer else ""
-    return f"The model {where}cannot be exported to ONNX: {_reason(error)}."
+    return f"The model {where}cannot be exported to {target}: {_reason(error)}."
 
 
 def _reason(error: BaseException) -> str:
@@ -32,12 +32,13 @@ def _reason(error: BaseException) -> str:
         line = f" ({code[-1][0]}:{code[-1][1]})" if (code := _CODE.findall(text)) else ""
         return (
             f"its forward decides by the values of a tensor{line}, and a graph has no branches; "
-            "compute both ways and choose by torch.where"
+            "compute both ways and choose by torch.where, or give raw outputs and decide after the "
+            "runtime, as recipes/README.md shows for a detector"
         )
     if "Constraints violated (batch)" in text:
         return (
-            "its forward works for one batch size alone; take it from x.shape[0], or -1 in a view, "
-            "and keep Python numbers out of it"
+            "its forward works for one batch size alone; take it from x.shape[0], not from len(x), "
+            "which is a number, or write -1 in a view"
         )
     if found := _OPERATOR.search(text):
         return (

@@ -12,21 +12,28 @@ from rich.text import Text
 from ddqcli.commands.export import ExportResult
 from ddqcli.commands.export_c import CResult
 from ddqcli.commands.export_coreml import CoreMLResult
+from ddqcli.commands.export_int8 import Int8Result
 from ddqcli.commands.export_onnx import OnnxResult
 from ddqcli.render.console import print_lines
 from ddqcli.render.report import size_line
 
 if TYPE_CHECKING:
     from ddqcli.onnx.bench import Bench
+    from ddqcli.onnx.runtime import Comparison
+    from ddqcli.runs.evaluation import Metric
 
 _MOST_LAYERS = 5  # that are listed as slower than in float
 _PARTS = ("indices", "levels", "scales", "gates", "floats", "manifest", "header", "file")
 
 
-def show(result: ExportResult | OnnxResult | CoreMLResult | CResult, console: Console) -> None:
+def show(
+    result: ExportResult | OnnxResult | Int8Result | CoreMLResult | CResult, console: Console
+) -> None:
     """Print what was written, or checked."""
     if isinstance(result, OnnxResult):
         file_bytes, lines = result.size, _onnx_lines(result)
+    elif isinstance(result, Int8Result):
+        file_bytes, lines = result.size, _int8_lines(result)
     elif isinstance(result, CoreMLResult):
         file_bytes, lines = result.size, _coreml_lines(result)
     elif isinstance(result, CResult):
@@ -122,19 +129,43 @@ def _onnx_lines(result: OnnxResult) -> list[str]:
         (result.unoptimized, "onnxruntime without optimizations"),
         (result.openvino, "OpenVINO"),
     ):
-        if comparison is None:
-            continue
-        line = (
-            f"outputs    {runtime}: {comparison.outputs:.1e} from torch's on "
-            f"{comparison.samples:,} samples"
-        )
-        if comparison.accuracy is not None and comparison.torch_accuracy is not None:
-            metric = result.metric
-            ours = f"torch {metric.text(comparison.torch_accuracy)}"
-            line += f", {metric.name} {metric.text(comparison.accuracy)} ({ours})"
-        lines.append(line)
+        if comparison is not None:
+            lines.append(_outputs_line(comparison, runtime, result.metric))
     lines += [f"unchecked  {reason}" for reason in result.unchecked]
     return lines if result.bench is None else lines + _bench_lines(result.bench)
+
+
+def _outputs_line(comparison: Comparison, runtime: str, metric: Metric) -> str:
+    line = (
+        f"outputs    {runtime}: {comparison.outputs:.1e} from torch's on "
+        f"{comparison.samples:,} samples"
+    )
+    if comparison.accuracy is None or comparison.torch_accuracy is None:
+        return line
+    ours = f"torch {metric.text(comparison.torch_accuracy)}"
+    return f"{line}, {metric.name} {metric.text(comparison.accuracy)} ({ours})"
+
+
+def _int8_lines(result: Int8Result) -> list[str]:
+    lines = [
+        f"bits       all {result.values:,} weights of {len(result.layers)} tensors are in the file "
+        "as int8",
+        f"stored     one byte a weight: {result.runtime} has no tables of fewer bits",
+    ]
+    if rounded := [row for row in result.layers if row.rounded]:
+        count = sum(row.rounded for row in rounded)
+        lines.append(
+            f"rounded    {count:,} weights of {len(rounded)} tensors: their levels reach beyond "
+            "-127 to 127, which is all that int8 around 0 has"
+        )
+    if result.floats:
+        lines.append(f"float      four bytes a weight: {', '.join(result.floats)}")
+    lines.append(_outputs_line(result.compared, result.runtime, result.metric))
+    if result.steps is not None:
+        lines.append(
+            f"steps      at most {result.steps:.0f} of the outputs' grid from the graph in torch"
+        )
+    return lines + [f"unchecked  {reason}" for reason in result.unchecked]
 
 
 def _bench_lines(bench: Bench) -> list[str]:

@@ -36,6 +36,11 @@ from ddqcli.artifact.read import read_artifact
 from ddqcli.c_header.header import header_text, symbols_of
 from ddqcli.c_header.verify import compiler, require_same_header
 from ddqcli.onnx.export import make_onnx
+from ddqcli.pt2e.executorch import EXECUTORCH
+from ddqcli.pt2e.graph import make_int8, one_by_one
+from ddqcli.pt2e.litert import LITERT
+from ddqcli.pt2e.quiet import quiet
+from ddqcli.pt2e.runtime import Int8Runtime
 from ddqcli.qat.frozen import FrozenModel
 
 Row = tuple[str, str, str, str]  # runtime, bytes, latency, check
@@ -135,6 +140,46 @@ def coreml_row(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -
     return "Core ML", f"{size:,}", "", check
 
 
+def int8_row(
+    runtime: Int8Runtime, made: Quantized, model: nn.Module, x: torch.Tensor, runs: int
+) -> Row:
+    loaded = ddqcli.load(made.path, network(model_name(model))[0])
+    samples = one_by_one(x, runtime.name)
+    graph = make_int8(loaded, made.weights, samples, runtime.name)
+    paths = [made.path.parent / f"{name}.{runtime.file_format}" for name in ("float", "ddq")]
+    for path, raw in zip(
+        paths, (float_file(runtime, model, x), runtime.convert(graph)), strict=True
+    ):
+        path.write_bytes(raw)
+    answers = [runtime.open(path) for path in paths]
+    sample = [samples[0][0].numpy()]
+    latency = alternating(lambda: answers[0](sample), lambda: answers[1](sample), runs)
+    missing = runtime.missing(paths[1].read_bytes(), graph.weights)
+    (found,), (step,) = answers[1](sample), graph.steps
+    with torch.no_grad():
+        steps = abs(found - graph.module(*samples[0])[0].numpy()).max() / (step or 1)
+        expected = loaded(x[:1]).numpy()
+    error = abs(found - expected).max() / abs(expected).max()
+    integers = f"WEIGHTS LACK: {missing}" if missing else "integers read back bit for bit"
+    check = f"{integers}, outputs {steps:.0f} steps from the graph's, {error:.1e} from torch's"
+    return runtime.name, f"{paths[1].stat().st_size:,}", latency, check
+
+
+def float_file(runtime: Int8Runtime, model: nn.Module, x: torch.Tensor) -> bytes:
+    """Return the float network as a file of the runtime."""
+    with quiet():
+        if runtime is LITERT:
+            import litert_torch
+
+            return litert_torch.convert(model, (x[:1],))._exporter.to_bytes()
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        program = torch.export.export(model, (x[:1],))
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        return bytes(edge.to_executorch().buffer)
+
+
 def c_row(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -> Row:
     artifact = read_artifact(made.path)
     frozen = FrozenModel(
@@ -223,6 +268,9 @@ def main() -> None:
         rows += onnx_rows(made, model, x, options.runs)
         if importlib.util.find_spec("coremltools"):
             rows.append(coreml_row(made, model, x, options.runs))
+        for runtime, package in ((LITERT, "litert_torch"), (EXECUTORCH, "executorch")):
+            if importlib.util.find_spec(package):
+                rows.append(int8_row(runtime, made, model, x, options.runs))
         if compiler():
             rows.append(c_row(made, model, x, options.runs))
     floats = 4 * sum(value.numel() for value in model.state_dict().values())

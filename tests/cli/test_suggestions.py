@@ -57,7 +57,7 @@ def test_what_means_nothing_is_not_guessed_at(command: str) -> None:
         (
             "export --format safetensor",
             "Invalid value for '--format': 'safetensor' is not one of 'safetensors', 'onnx', "
-            "'coreml', 'c'; did you mean safetensors?",
+            "'tflite', 'pte', 'coreml', 'c'; did you mean safetensors?",
         ),
         ("finetune --epochs two", "Invalid value for '--epochs': 'two' is not a valid integer."),
         ("finetune --lr fast", "Invalid value for '--lr': 'fast' is not a valid number."),
