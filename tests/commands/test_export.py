@@ -149,6 +149,9 @@ def test_a_file_that_differs_from_what_was_trained_never_gets_its_name(finished:
         ("export --format c", {"quantized": [{"name": "0.weight"}]}),
         ("export", {"floats": {"1.weight": "x"}}),
         ("export", {"probe": {}}),
+        ("export", {"floats": {7: torch.zeros(1)}}),
+        ("export", {"aliases": {"x": "gone"}}),
+        ("export", {"constants": {"0.weight": torch.zeros(1)}}),
         (f"inspect {RUN}", {"weights": None}),
     ],
 )
