@@ -128,7 +128,6 @@ SURROUNDINGS: dict[str, list[str | None]] = {
     "COLUMNS": [None, "0", "1", "x", "9999", "-5", "80"],
     "LINES": [None, "0", "x"],
     "NO_COLOR": [None, "1"],
-    "FORCE_COLOR": [None, None, "0"],
     "TERM": [None, "dumb", "xterm-256color"],
     "DDQ_TRUST": [None, "0", "1", "x"],
     "OMP_NUM_THREADS": [None, "1", "x"],

@@ -10,6 +10,7 @@ import json
 import pickletools
 import random
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from mutations import INJECTED, NAMES, SPECIAL, changed, limit, mutated, odd_value, rewritten
 
@@ -155,9 +157,20 @@ def _zip(raw: bytes, draw: random.Random) -> bytes:
     return _archive(records, method)
 
 
+def _torch_file(raw: bytes, draw: random.Random) -> bytes:
+    """Change what a file of `torch.save` holds, or the archive."""
+    if draw.random() < 0.5:
+        return _zip(raw, draw)
+    tree, result = torch.load(io.BytesIO(raw), weights_only=True), io.BytesIO()
+    changed(tree, draw)
+    torch.save(tree, result)
+    return result.getvalue()
+
+
 def _archive(records: list[tuple[str, bytes]], method: int) -> bytes:
     result = io.BytesIO()
-    with zipfile.ZipFile(result, "w", method) as archive:
+    with zipfile.ZipFile(result, "w", method) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that are given twice
         for name, content in records:
             with suppress(ValueError, IndexError):  # names that zipfile does not write
                 archive.writestr(name, content)
@@ -326,7 +339,7 @@ FORGERS = {
     ".json": _json,
     ".jsonl": _lines,
     ".yaml": _yaml,
-    ".pt": _zip,
+    ".pt": _torch_file,
     ".npz": _zip,
     ".png": _png,
     ".onnx": _onnx,

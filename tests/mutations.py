@@ -7,6 +7,8 @@ import random
 import re
 from typing import Any
 
+import torch
+
 SPECIAL = [0, 1, *(sign * 2**n + by for n in (7, 8, 15, 16, 31, 32, 53, 63, 64) for sign in (1, -1)
                    for by in (-1, 0, 1)), 10**30]  # fmt: skip
 INJECTED = '<i id="ran">'  # must not stand in a page
@@ -134,6 +136,16 @@ def odd_value(old: Any, draw: random.Random) -> Any:
         near += [draw.choice(NAMES), f"{old}{draw.choice(NAMES)}"] * 3
     elif isinstance(old, list):
         near += [old[::-1], old + old, old[:-1], old[1:], old * 100, [old[:1]] * 3] * 2
+    elif isinstance(old, torch.Tensor):
+        types = (torch.float64, torch.int64, torch.bfloat16, torch.bool, torch.complex64)
+        near += [
+            old.to(draw.choice(types)),
+            old.reshape(-1),
+            old[None],
+            old.flatten()[:0],
+            ~old if old.dtype == torch.bool else -old,
+        ] * 2
+        near += [old * float("nan"), old.new_zeros(()), old.flatten()[:1], old.to_sparse()]
     elif isinstance(old, dict):
         near += [list(old), list(old.values()), dict(list(old.items())[1:])] * 2
     constants = [None, 1e308, 5e-324, float("nan"), float("inf"), -0.0, "", "x" * 10**4, [], {}]

@@ -17,7 +17,7 @@ from ddqcli.onnx.runtime import Answers, Comparison, compare
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
 from ddqcli.runs.evaluation import Metric
-from ddqcli.runs.run import FINAL, Run
+from ddqcli.runs.run import Run
 from ddqcli.training.evaluate import OnProgress
 from ddqcli.training.network_checks import draws_numbers, written_buffers
 from ddqcli.training.verify import attempt, load_held_out, rebuild_model
@@ -62,7 +62,7 @@ def reference_of(run: Run, frozen: FrozenModel, target: str) -> Reference:
     tensors = {name: value for name, value in frozen.expected().items() if name not in tables}
     model = rebuild_model(run, to_torch(tensors), tables, str(run.path))
     data, reason = attempt(lambda: load_held_out(run))
-    if probe := run.load(FINAL).get("probe"):
+    if probe := run.probe():
         example = probe["input"]
     elif data is not None:
         example = sliced(next(iter(data.val.epoch(0)))[0], slice(8))

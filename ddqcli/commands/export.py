@@ -242,7 +242,7 @@ def _result(
 
 def _frozen_model(run: Run, *, half: bool) -> FrozenModel:
     """Load the finished model; with `half`, round unquantized tensors to float16."""
-    frozen = FrozenModel.from_state(run.load(FINAL))
+    frozen = run.parsed(FINAL, FrozenModel.from_state)
     if half:
         floats = {name: _to_float16(name, value) for name, value in frozen.floats.items()}
         return replace(frozen, floats=floats)

@@ -77,7 +77,7 @@ def check_c(file: Path, run_dir: Path | None = None) -> CResult:
 
 
 def _expected(run: Run) -> tuple[FrozenModel, str, tuple[FlashRow, ...]]:
-    frozen, source = FrozenModel.from_state(run.load(FINAL)), run.report().source
+    frozen, source = run.parsed(FINAL, FrozenModel.from_state), run.report().source
     title = f"{Path(source.path).name} ({source.arch}), quantized by ddq {source.ddq}"
     text, rows = header_text(frozen, title)
     return frozen, text, tuple(rows)

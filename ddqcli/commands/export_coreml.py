@@ -81,7 +81,7 @@ def export_coreml(
 
 
 def _export(run: Run, path: Path, half: bool) -> CoreMLResult:
-    frozen, report = FrozenModel.from_state(run.load(FINAL)), run.report()
+    frozen, report = run.parsed(FINAL, FrozenModel.from_state), run.report()
     expected = frozen.expected()
     tensors = {n: v for n, v in expected.items() if n not in {t.name for t in frozen.activations}}
     model = rebuild_model(run, to_torch(tensors), {}, str(run.path))
@@ -122,7 +122,7 @@ def _is_own(folder: Path) -> bool:
 
 def _example(run: Run) -> Any:
     """Return inputs of some samples. Raises UsageError if there are none."""
-    if probe := run.load(FINAL).get("probe"):
+    if probe := run.probe():
         return probe["input"]
     data, reason = attempt(lambda: load_held_out(run))
     if data is None:

@@ -117,7 +117,7 @@ class _Expected:
 
 
 def _expected(run: Run, runtime: Int8Runtime) -> _Expected:
-    frozen = FrozenModel.from_state(run.load(FINAL))
+    frozen = run.parsed(FINAL, FrozenModel.from_state)
     reference = reference_of(run, frozen, runtime.name)
     require_int8_inputs(reference.model, runtime.name)
     samples = one_by_one(reference.example, runtime.name)

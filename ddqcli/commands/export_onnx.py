@@ -144,7 +144,7 @@ class _Expected:
 
 
 def _expected(run: Run, runtime: Runtime) -> _Expected:
-    frozen, source = FrozenModel.from_state(run.load(FINAL)), run.report().source
+    frozen, source = run.parsed(FINAL, FrozenModel.from_state), run.report().source
     reference = reference_of(run, frozen, "ONNX")
     about = {"ddq": source.ddq, "source": source.sha256}
     model = make_onnx(reference.model, frozen.weights(), reference.example, about, runtime)

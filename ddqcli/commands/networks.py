@@ -144,13 +144,16 @@ def _typical_meta(quantized: QuantizedModel, recipe: Recipe, source: Source) -> 
 
 def _load_trained_weights(model: nn.Module, run: Run) -> None:
     """Copy a finished run's float weights, and all else that stayed float, into the float model."""
-    final = run.load(FINAL)
-    trained = final["weights"] | final["floats"]  # shared tensors under one of their names
-    trained |= final.get("unfolded", {})
-    for name, value in model.state_dict().items():
-        # A buffer that a forward pass resizes may differ in shape.
-        if name in trained and trained[name].shape == value.shape:
-            value.copy_(trained[name])
+
+    def copy_from(final: dict[str, Any]) -> None:
+        trained = final["weights"] | final["floats"]  # shared tensors under one of their names
+        trained |= final.get("unfolded", {})
+        for name, value in model.state_dict().items():
+            # A buffer that a forward pass resizes may differ in shape.
+            if name in trained and trained[name].shape == value.shape:
+                value.copy_(trained[name])
+
+    run.parsed(FINAL, copy_from)
 
 
 def first_report(models: Models, recipe: Recipe, warnings: Sequence[str] = ()) -> Report:

@@ -38,7 +38,7 @@ INPUT = " (input)"  # suffix of a layer's name for the levels of its input
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A finished model as numpy arrays."""
+    """A finished model as numpy arrays. Raises TypeError or ValueError if names do not fit."""
 
     quantized: list[QuantizedTensor]
     activations: list[ActivationTable]  # named after their layer, with the suffix INPUT
@@ -46,6 +46,18 @@ class FrozenModel:
     aliases: dict[str, str]
     trained: dict[str, Array]
     constants: dict[str, Array]
+
+    def __post_init__(self) -> None:
+        quantized = [tensor.name for tensor in self.quantized]
+        stored = [*quantized, *self.floats, *self.constants]
+        tables = [table.name for table in self.activations]
+        for name in (*stored, *tables, *self.trained, *self.aliases, *self.aliases.values()):
+            if not isinstance(name, str):
+                raise TypeError(f"{name!r} is no name")
+        if len({*stored, *tables}) < len(stored) + len(tables):
+            raise ValueError("a name is given twice")
+        if not ({*self.trained} <= {*quantized} and {*self.aliases.values()} <= {*stored}):
+            raise ValueError("a name has no tensor")
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], to_array: ToArray | None = None) -> FrozenModel:

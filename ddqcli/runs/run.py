@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ __all__ = ["FINAL", "LAST", "METRICS", "RECIPE", "REPORT", "ReadOnlyRun", "Run"]
 
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -182,18 +183,40 @@ class Run:
         save_torch(self.path / name, state, token_of(self.path))
 
     def load(self, name: str) -> dict[str, Any]:
-        """Read the torch file `name`. Raises UsageError if missing, DDQError if damaged."""
+        """Read the torch file `name`. Raises as `parsed`."""
+        return self.parsed(name, dict)
+
+    def parsed(self, name: str, parse: Callable[[dict[str, Any]], T]) -> T:
+        """Return what `parse` makes of the torch file `name`.
+
+        Raises UsageError if the file is missing, DDQError if it is damaged: then `parse` fails.
+        """
         path = self.path / name
         try:
-            return load_torch(path)
+            return parse(load_torch(path))
         except FileNotFoundError as error:
             raise UsageError(
                 f"{self.path} holds no {name}; the run did not get that far."
             ) from error
+        except DDQError:
+            raise
         except Exception as error:
             raise DDQError(
                 f"{path} is damaged and cannot be read; {self._remedy(name)}."
             ) from error
+
+    def probe(self) -> dict[str, Any] | None:
+        """Return some inputs and the finished model's outputs, if the run holds any.
+
+        As "input" and "output", of `ddqcli.training.evaluate.probe`. Raises as `parsed`.
+        """
+
+        def parse(state: dict[str, Any]) -> dict[str, Any] | None:
+            if (probe := state.get("probe")) is None:
+                return None
+            return {name: probe[name] for name in ("input", "output")}
+
+        return self.parsed(FINAL, parse)
 
     def load_resume_state(self, expected: dict[str, Any]) -> dict[str, Any] | None:
         """Return the last training state; None if the run ended before the first.

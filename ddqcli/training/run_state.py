@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ddqcli.errors import DDQError
 from ddqcli.training.detect_augmentation import DetectedAugmentation
 
 _STATE_FORMAT = 6  # raised when the contents of last.pt change
@@ -60,16 +61,20 @@ class FloatBaseline:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> FloatBaseline:
-        """Read the baseline from a saved state."""
-        augmentation = DetectedAugmentation(**state["augmentation"])
-        return cls(
-            state["float_accuracy"],
-            augmentation,
-            state["surroundings"],
-            state["float_inputs"],
-            state["float_outputs"],
-            tuple(state["float_others"]),
-        )
+        """Read the baseline from a saved state. Raises DDQError if that is not one of ddq's."""
+        try:
+            return cls(
+                float(state["float_accuracy"]),
+                DetectedAugmentation(**state["augmentation"]),
+                dict(state["surroundings"]),
+                state["float_inputs"],
+                state["float_outputs"],
+                tuple(state["float_others"]),
+            )
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DDQError(
+                "The saved state is not as this version of ddq writes it; begin a new run."
+            ) from error
 
     def state(self) -> dict[str, Any]:
         """Return the entries of the saved state. Augmentation that was not detected is left out."""

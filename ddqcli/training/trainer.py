@@ -417,7 +417,7 @@ class Trainer:
             self.best_state.load(state)
             self.stages = state["stages"]
             self.means = StepMeans(**state["means"])
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise DDQError(
                 "The saved state does not fit this model: another version of ddq wrote it."
             ) from error

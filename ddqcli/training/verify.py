@@ -63,7 +63,7 @@ def check_behavior(path: Path, run: Run, on_progress: OnProgress | None = None) 
         return BehaviorCheck(None, None, expected, (reason,))
     unchecked = []
     outputs = None
-    if (probe := run.load(FINAL).get("probe")) is None:
+    if (probe := run.probe()) is None:
         unchecked.append("outputs were not compared: the run holds none")
     else:
         outputs = output_difference(model, probe["input"], probe["output"])

@@ -142,6 +142,30 @@ def test_a_file_that_differs_from_what_was_trained_never_gets_its_name(finished:
 
 
 @pytest.mark.parametrize(
+    ("command", "changes"),
+    [
+        *((command, None) for command in ("export", "export --format c", f"inspect {RUN}")),
+        ("export", {"quantized": 1}),
+        ("export --format c", {"quantized": [{"name": "0.weight"}]}),
+        ("export", {"floats": {"1.weight": "x"}}),
+        ("export", {"probe": {}}),
+        ("export", {"floats": {7: torch.zeros(1)}}),
+        ("export", {"aliases": {"x": "gone"}}),
+        ("export", {"constants": {"0.weight": torch.zeros(1)}}),
+        (f"inspect {RUN}", {"weights": None}),
+    ],
+)
+def test_a_final_model_of_other_content_is_damaged(
+    finished: Path, command: str, changes: dict[str, object] | None
+) -> None:
+    checkpoint = torch.load("model.pt", weights_only=True)
+    torch.save(Run(RUN).load(FINAL) | changes if changes else checkpoint, RUN / FINAL)
+    answer = ddq(*command.split())
+    assert answer.code == 1
+    assert answer.err.startswith(f"Error: {RUN}/final.pt is ")
+
+
+@pytest.mark.parametrize(
     "changed", [lambda a: a.reshape(2, -1), lambda a: a.astype(np.float64)], ids=["shape", "dtype"]
 )
 def test_shapes_and_dtypes_are_compared_too(

@@ -50,6 +50,21 @@ def test_a_header_of_no_numbers_is_exit_code_4(finished: Path, pattern: str, wro
     assert "model.h is damaged" in answer.err
 
 
+@pytest.mark.parametrize("part", ["packed", "levels", "bits", "zero_point", "scale"])
+@pytest.mark.parametrize("change", ["remove one", "remove all", "add one"])
+def test_arrays_of_other_lengths_are_exit_code_4(finished: Path, part: str, change: str) -> None:
+    assert ddq("export", "--format", "c", "-q").code == 0
+    text = FILE.read_text()
+    found = re.search(rf"_weight_{part}\[\d+\] = \{{([^}}]*)\}}", text)
+    assert found
+    values = [value for value in found[1].split(",") if value.strip()]
+    values = {"remove one": values[1:], "remove all": [], "add one": [*values, "0"]}[change]
+    FILE.write_text(text[: found.start(1)] + ",".join(values) + text[found.end(1) :])
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert answer.err.startswith(f"Error: {FILE} differs from what ")
+
+
 def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
     assert ddq("export", "--format", "c", "-q").code == 0
     text = FILE.read_text()
