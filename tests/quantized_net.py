@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddqcli.artifact.encode import encode_artifact
 from ddqcli.artifact.tensors import QuantizedTensor
+from ddqcli.data.trees import Tree, call
 from ddqcli.qat.convert import convert
 from ddqcli.qat.frozen import FrozenModel, freeze
 from ddqcli.qat.norms import fold_norms
@@ -30,7 +31,7 @@ class Quantized:
 
 def quantize(
     model: nn.Module,
-    x: Tensor,
+    x: Tree,
     path: Path,
     *,
     bits: int = 4,
@@ -48,7 +49,7 @@ def quantize(
     for quantizer in quantized.activations.values():
         quantizer.observing = True
     with torch.no_grad():
-        quantized.model(x)
+        call(quantized.model, x)
     for quantizer in quantized.activations.values():
         quantizer.fit()
     frozen = FrozenModel.from_state(freeze(quantized))

@@ -48,7 +48,7 @@ def load_checkpoint(path: Path, *, pickle: bool = False) -> Checkpoint:
     content = _load_file(files[0], pickle)
     for file in files[1:]:
         content = {**content, **_load_file(file, pickle)}
-    state, position = find_state(content, _may_hold_weights)
+    state, position = find_state(content, _holds_weights)
     module = _without_wrappers(state) if isinstance(state, nn.Module) else None
     if module is not None:
         state = module.state_dict()
@@ -107,11 +107,9 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _may_hold_weights(value: Any) -> bool:
-    items = value.values() if isinstance(value, Mapping) else ()
-    return isinstance(value, nn.Module) or any(
-        isinstance(item, (torch.Tensor, Mapping, nn.Module)) for item in items
-    )
+def _holds_weights(value: Any) -> bool:
+    items = value.items() if isinstance(value, Mapping) else ()
+    return isinstance(value, nn.Module) or any(_is_weight(*item) for item in items)
 
 
 def _is_weight(name: Any, value: Any) -> bool:

@@ -97,6 +97,7 @@ def load_state(model: nn.Module, tensors: Tensors, path: Path, arch: str) -> str
     wrapped = {bare_name(name): name for name in wanted}  # of a network with compiled parts
     tensors = {wrapped.get(name, name): tensor for name, tensor in tensors.items()}
     tensors, prefix_note = align_names(tensors, wanted)
+    tensors, parallel_note = _without_parallel_parts(tensors, wanted)
     groups = _tied_names(model)
     tensors, part_note = _network_part(tensors, wanted, groups, path)
     _refuse_untied(tensors, groups, path, arch)
@@ -112,7 +113,24 @@ def load_state(model: nn.Module, tensors: Tensors, path: Path, arch: str) -> str
         fit = compare_state(tensors, wanted)
         reason = f": {' '.join(str(error).split())[:300]}" if fit.exact else _describe(fit)
         raise CheckpointError(f"{path} does not fit {arch}{reason}.") from error
-    return prefix_note + part_note + tied_note
+    return prefix_note + parallel_note + part_note + tied_note
+
+
+def _without_parallel_parts(tensors: Tensors, wanted: dict[str, Shape]) -> tuple[Tensors, str]:
+    """Return the tensors under the names that they have without DataParallel around some layers.
+
+    It puts `module` into their names, which the network may have as a name of its own.
+    """
+
+    def bare(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part != "module")
+
+    own = {bare(name): name for name in wanted}
+    renamed = {own.get(bare(name), name): tensor for name, tensor in tensors.items()}
+    unique = len(own) == len(wanted) and len(renamed) == len(tensors)
+    if not unique or len(renamed.keys() & wanted) <= len(tensors.keys() & wanted):
+        return tensors, ""
+    return renamed, ", module stripped from names"
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:

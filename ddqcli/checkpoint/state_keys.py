@@ -10,6 +10,7 @@ STATE_KEYS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema"),
     *("state_dict", "model_state_dict", "model_state", "model", "module"),
     *("network", "net", "weights", "params"),
+    "shadow",  # inside of "ema"
 )
 # Parts of names that torch.compile, FSDP and activation checkpointing put before any layer.
 _WRAPPED_LAYERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -18,19 +19,29 @@ _MAX_DEPTH = 3  # no real file nests deeper, and a mapping may even contain itse
 
 
 def find_state(content: Any, holds_weights: Callable[[Any], bool]) -> tuple[Any, str]:
-    """Descend from `content` through STATE_KEYS to the weights.
+    """Descend from `content` through STATE_KEYS, or its only entry with weights, to the weights.
 
-    `holds_weights` decides whether a value may hold weights; a `model` entry may be a config.
+    `holds_weights` tells whether a value holds weights itself; a `model` entry may be a config.
     Returns the value and its position in words, such as "under 'model' > 'state_dict'".
     """
-    keys: list[str] = []
-    while isinstance(content, Mapping) and len(keys) < _MAX_DEPTH:
-        key = next((key for key in STATE_KEYS if holds_weights(content.get(key))), None)
-        if key is None:
-            break
+    keys = _path(content, holds_weights, _MAX_DEPTH)
+    if keys is None and isinstance(content, Mapping):
+        paths = ((key, _path(value, holds_weights, 1)) for key, value in content.items())
+        found = [[key, *path] for key, path in paths if path is not None]
+        keys = found[0] if len(found) == 1 else None
+    for key in keys or []:
         content = content[key]
-        keys.append(key)
     return content, "under " + " > ".join(map(repr, keys)) if keys else "at the top level"
+
+
+def _path(content: Any, holds_weights: Callable[[Any], bool], depth: int) -> list[str] | None:
+    """Return the keys that lead to weights; None if none of STATE_KEYS does."""
+    if isinstance(content, Mapping) and depth:
+        for key in STATE_KEYS:
+            rest = _path(content.get(key), holds_weights, depth - 1)
+            if rest is not None:
+                return [key, *rest]
+    return [] if holds_weights(content) else None
 
 
 def bare_name(name: str) -> str:

@@ -58,7 +58,7 @@ def locate_state_dict(path: Path) -> tuple[dict[str, TensorLocation], str] | Non
 
     None if the file holds anything unusual or is damaged.
     """
-    state, position = find_state(load_structure(path), _may_hold_weights)
+    state, position = find_state(load_structure(path), _holds_weights)
     entries = state if isinstance(state, Mapping) else {}
     locations = {name: v for name, v in entries.items() if isinstance(v, TensorLocation)}
     if not locations or len(locations) != len(entries):
@@ -103,9 +103,9 @@ def read_tensor(path: Path, location: TensorLocation) -> NDArray[Any]:
     return np.fromfile(path, dtype, count, offset=location.start).reshape(location.shape)
 
 
-def _may_hold_weights(value: Any) -> bool:
+def _holds_weights(value: Any) -> bool:
     return isinstance(value, Mapping) and any(
-        isinstance(item, (TensorLocation, Mapping)) for item in value.values()
+        isinstance(item, TensorLocation) for item in value.values()
     )
 
 

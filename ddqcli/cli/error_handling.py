@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ddqcli.formatting import did_you_mean, visible
 
 # ClickException of Typer's parser, which moved between Typer versions.
 _ParserError: Any = typer.BadParameter.__base__
+_TYPERS_CTRL_C = 130  # what its parser returns, without a word, before a command has begun
 _NO_NUMBER = re.compile(r"Input should be a valid (integer|number), unable to parse.*", re.S)
 _NO_CHOICE = re.compile(r"'([^']*)' is not one of (.*)", re.S)
 
@@ -40,6 +42,8 @@ class ErrorHandlingGroup(TyperGroup):
         args = [arg for arg in all_args if arg != "--debug"]
         try:
             code = super().main(args, "ddq", complete_var, False, windows_expand_args, **extra)
+            if code == _TYPERS_CTRL_C:
+                raise Interrupted("Interrupted", signal.SIGINT)
             sys.stdout.flush()
         except (BrokenPipeError, SystemExit) as stop:
             if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):

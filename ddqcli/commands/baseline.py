@@ -17,6 +17,7 @@ from ddqcli.runs.run import Run
 from ddqcli.training import distributed
 from ddqcli.training.check_inputs import input_warning
 from ddqcli.training.detect_augmentation import DetectedAugmentation, detect_augmentation
+from ddqcli.training.device import make_contiguous, needs_contiguous
 from ddqcli.training.distillation import (
     check_distillable,
     check_same_outputs,
@@ -54,12 +55,25 @@ def data_with_targets(recipe: Recipe, models: Models, introduce: Note) -> Data:
     return with_float_targets(data, models.float_model)
 
 
+def fit_memory_format(models: Models, data: Data, introduce: Note) -> None:
+    """Leave the channels_last format if the network, loss or metric cannot work with it."""
+    if not needs_contiguous(models.float_model, data):
+        return
+    for model in {models.float_model, models.teacher.model, models.quantized.model}:
+        make_contiguous(model)
+    introduce(
+        "tensors stay contiguous, since the network, loss or metric needs it for a view; with "
+        "reshape in its place, convolutions may be faster"
+    )
+
+
 def try_run(models: Models, recipe: Recipe, introduce: Note) -> tuple[Models, list[str]]:
     """Raise what a run would raise at its first batches.
 
     Returns the models with their budget, and a warning of the inputs, if any.
     """
     data = data_with_targets(recipe, models, introduce)
+    fit_memory_format(models, data, introduce)
     models = with_format_budget(models, recipe, data, introduce)
     with explain_user_errors(CANNOT_RUN, UsageError, recipe):
         accuracy = try_data(models.float_model, data, recipe.train.distill)

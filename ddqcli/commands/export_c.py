@@ -59,7 +59,7 @@ def export_c(run_dir: Path | None = None, out: Path | None = None) -> CResult:
 
         def write(temporary: Path) -> None:
             temporary.write_text(text, encoding="utf-8", newline="\n")
-            results.append(_verified(run, temporary, path, frozen, rows))
+            results.append(_verified(run, temporary, path, frozen, text, rows))
 
         write_atomic(path, write, inputs=run.inputs())
     return results[0]
@@ -73,13 +73,7 @@ def check_c(file: Path, run_dir: Path | None = None) -> CResult:
     require_file(file)
     run = run_of(file, run_dir)
     with run.held():
-        frozen, text, rows = _expected(run)
-        result = _verified(run, file, file, frozen, rows)
-    if file.read_bytes() != text.encode():
-        raise VerificationError(
-            f"{file} differs from what this version of ddq exports of {run.path}."
-        )
-    return result
+        return _verified(run, file, file, *_expected(run))
 
 
 def _expected(run: Run) -> tuple[FrozenModel, str, tuple[FlashRow, ...]]:
@@ -90,12 +84,16 @@ def _expected(run: Run) -> tuple[FrozenModel, str, tuple[FlashRow, ...]]:
 
 
 def _verified(
-    run: Run, file: Path, name: Path, frozen: FrozenModel, rows: tuple[FlashRow, ...]
+    run: Run, file: Path, name: Path, frozen: FrozenModel, text: str, rows: tuple[FlashRow, ...]
 ) -> CResult:
-    """Read the header back; errors call it `name`."""
+    """Read the header back, which should hold `text`; errors call it `name`."""
     raw = file.read_bytes()
-    text = raw.decode("utf-8", errors="replace")
-    require_same_header(text, frozen, name)
+    require_same_header(raw.decode("utf-8", errors="replace"), frozen, name)  # names the tensor
+    if raw != text.encode():
+        raise VerificationError(
+            f"{name} differs from what this version of ddq exports of {run.path}."
+        )
+    # From here on it is our own text: what a stranger wrote is neither compiled nor run.
     unchecked = require_same_integers(text, frozen, name)
     report = run.report()
     stored = [*frozen.trained.values(), *frozen.floats.values()]

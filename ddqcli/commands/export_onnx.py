@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddqcli.commands.beside_torch import Reference, compare_with, reference_of
 from ddqcli.commands.exported import Exported, require_file, run_of
-from ddqcli.data.trees import sliced, tensor_names, tensors
+from ddqcli.data.trees import input_names, sliced, tensors
 from ddqcli.errors import LimitExceeded
 from ddqcli.onnx.export import OnnxModel, Runtime, make_float_onnx, make_onnx, require_onnx
 from ddqcli.onnx.openvino import openvino_answers, require_openvino
@@ -199,5 +199,5 @@ def _bench(raw: bytes, reference: Reference, openvino: bool) -> Bench:
     float_file = make_float_onnx(reference.model, reference.example)
     sample = sliced(reference.example, slice(1))
     arrays = [value.cpu().contiguous().numpy() for value in tensors(sample)]
-    feed = dict(zip(tensor_names(sample, "input"), arrays, strict=True))
+    feed = dict(zip(input_names(sample), arrays, strict=True))
     return (bench_openvino if openvino else bench)(float_file, raw, feed)

@@ -13,6 +13,7 @@ from ddqcli.commands.baseline import (
     apply_augmentation,
     check_distillation,
     data_with_targets,
+    fit_memory_format,
     measure_baseline,
     saved_baseline,
     try_run,
@@ -31,6 +32,7 @@ from ddqcli.runs.report import Report, RunFacts, Source
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.runs.trust import code_files
 from ddqcli.training import distributed
+from ddqcli.training.device import is_contiguous
 from ddqcli.training.diagnostics import find_warnings
 from ddqcli.training.evaluate import evaluate_all, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
@@ -102,6 +104,7 @@ def finetune(
     in_folder = run_folder(run, run_dir, recipe, introduce)
     with distributed.process_group(models.device), in_folder as run:
         data = data_with_targets(recipe, models, introduce)
+        fit_memory_format(models, data, introduce)
         models = with_format_budget(models, recipe, data, introduce)
         record_code(run, recipe, introduce)
         listener.judged_by(data.judged_by)
@@ -111,7 +114,7 @@ def finetune(
             recipe=run.recipe_text(),
             steps=total_steps(recipe, data),
             data=data.fingerprint(),
-            files=fingerprint_of_files(recipe.data.source),
+            files=fingerprint_of_files(recipe.data.source, introduce),
         )
         here = surroundings(models.device, models.source.ddq, code_files(recipe))
         distributed.check_same(
@@ -231,6 +234,7 @@ def _write_results(
     report = with_file_size(report, FrozenModel.from_state(frozen), run.recipe())
     with quantized.folded():
         probed = probe(quantized.model, trainer.data)
-    run.save(FINAL, frozen | {"probe": probed})
+    contiguous = {"contiguous": True} if is_contiguous(quantized.model) else {}
+    run.save(FINAL, frozen | {"probe": probed} | contiguous)
     run.write_report(report)
     return report

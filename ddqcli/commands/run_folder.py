@@ -54,8 +54,8 @@ def run_folder(run: Run | None, run_dir: Path | None, recipe: Recipe, note: Note
         except Exception as error:
             if distributed.is_lost_peer(error):
                 raise DDQError(
-                    "Another process of this run ended, and this one cannot continue alone; "
-                    f"{remedy}"
+                    "Another process of this run ended or is silent, and this one cannot continue "
+                    f"alone; {remedy}"
                 ) from error
             if is_new:
                 run.remove_if_untrained()

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from ddqcli.data.batches import Batch, BatchOrder, Prepare, as_batch, prepare_batch
 from ddqcli.data.fingerprint import repeatable_fingerprint, spread_indices
 from ddqcli.data.seeding import seeded
+from ddqcli.data.trees import stacked
 from ddqcli.errors import DataError
 
 Key = tuple[int, int]  # epoch, sample index
@@ -105,10 +106,10 @@ def _collate(samples: list[Any]) -> Any:
     if message is not None:
         return message
     try:
-        return default_collate(samples)
+        return stacked(samples)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         return (
-            f"The samples of a batch do not fit together: {reason}; return a DataLoader with your "
-            "own collate_fn from the data factory."
+            f"The samples of a batch do not fit together: {reason}; give all the same parts and "
+            "shapes, or return a DataLoader with your own collate_fn from the data factory."
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import default_collate
 
 Tree = Any
 
@@ -35,6 +36,11 @@ def tensor_names(tree: Tree, name: str) -> list[str]:
             in_mapping = bool(path) and not isinstance(path[0], pytree.SequenceKey)
             names.append("_".join(keys if in_mapping else [name, *keys]))
     return names
+
+
+def input_names(inputs: Tree) -> list[str]:
+    """Return a name for each tensor of a network's inputs, whichever of their forms it is."""
+    return tensor_names(plain_arguments(inputs), "input")
 
 
 def map_tensors(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
@@ -71,6 +77,40 @@ def as_float32(tree: Tree) -> Tree:
 def concatenated(trees: Sequence[Tree]) -> Tree:
     """Return trees of one structure as one, their tensors concatenated along the first axis."""
     return map_tensors(lambda *parts: torch.cat(parts) if parts[0].ndim else parts[0], *trees)
+
+
+def stacked(samples: Sequence[Tree]) -> Tree:
+    """Return the trees of single samples as one of a batch, as default_collate does.
+
+    None stays None, and dataclasses are stacked too. Raises ValueError or TypeError for samples
+    that do not fit together.
+    """
+    for sample in samples:
+        _leaves(sample)  # which makes new types known
+    _, structure = pytree.tree_flatten(samples[0])
+    rows = []
+    for sample in samples:
+        try:
+            rows.append(structure.flatten_up_to(sample))
+        except ValueError as error:
+            message = f"one is {_outline(samples[0])}, another {_outline(sample)}"
+            raise ValueError(message) from error
+    columns = zip(*rows, strict=True)
+    return pytree.tree_unflatten([_stacked_leaves(list(each)) for each in columns], structure)
+
+
+def _stacked_leaves(leaves: list[Any]) -> Any:
+    missing = [leaf is None for leaf in leaves]
+    if all(missing):
+        return None
+    if any(missing):
+        raise ValueError("a value is None in some of them alone")
+    return default_collate(leaves)
+
+
+def _outline(tree: Tree) -> str:
+    """Return the kinds of a tree's values, for an error message."""
+    return " ".join(str(pytree.tree_map(lambda leaf: type(leaf).__name__, tree)).split())[:150]
 
 
 def shared_length(tree: Tree) -> int | None:
@@ -118,14 +158,23 @@ def arguments(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
-def call(model: nn.Module, inputs: Tree) -> Tree:
-    """Return the output of a network: `model(x)`, `model(*xs)` or `model(**mapping)`.
-
-    Of an output with `logits`, those: GoogLeNet and Inception give more in train mode, Hugging
-    Face's networks always.
-    """
+def plain_arguments(inputs: Tree) -> Tree:
+    """Return inputs that reach a network as these do, in a plain tuple or dictionary."""
     positional, named = arguments(inputs)
-    output = model(*positional, **named)
+    return named or (positional if isinstance(inputs, (tuple, list)) else inputs)
+
+
+def call(model: nn.Module, inputs: Tree) -> Tree:
+    """Return the answer of a network: of `model(x)`, `model(*xs)` or `model(**mapping)`."""
+    positional, named = arguments(inputs)
+    return answer(model(*positional, **named))
+
+
+def answer(output: Tree) -> Tree:
+    """Return what loss and metric get of a network's output: all, or its `logits` if it has them.
+
+    GoogLeNet and Inception give more in train mode, Hugging Face's networks always.
+    """
     return output.logits if hasattr(output, "logits") else output
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from ddqcli.errors import UsageError
 from ddqcli.formatting import visible
 from ddqcli.runs.files import write_atomic
 
@@ -117,8 +118,14 @@ def write_html(
 ) -> Path:
     """Write the page and return its path. Everything but the pictures is escaped.
 
-    Raises UsageError or DDQError if it cannot be written, or would replace one of the `inputs`.
+    Raises UsageError or DDQError if it cannot be written, or would replace one of the `inputs` or
+    anything but a page of ddq's or an empty file.
     """
+    if path.is_file() and path.stat().st_size and not is_own_page(path):
+        raise UsageError(
+            f"{path} cannot be written: the file there is no page of ddq's; remove it, or name "
+            "another file."
+        )
     body = "\n".join(_section(section) for section in sections)
     page = f"""<!DOCTYPE html>
 <html lang="en">

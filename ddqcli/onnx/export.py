@@ -19,9 +19,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ddqcli.artifact.tensors import QuantizedTensor
-from ddqcli.data.trees import Tree, arguments, map_tensors, sliced, tensor_names
+from ddqcli.data.trees import (
+    Tree,
+    answer,
+    arguments,
+    call,
+    copied,
+    input_names,
+    map_tensors,
+    shared_length,
+    sliced,
+    tensor_names,
+    tensors,
+    with_tensors,
+)
 from ddqcli.errors import UsageError
 from ddqcli.onnx.refusal import active_layers, refusal
 from ddqcli.qat.input_hooks import input_quantizer, remove_input_quantizer
@@ -169,40 +183,88 @@ def _node(
     return output
 
 
-def _refuse_projections(model: nn.Module) -> None:
-    """Raise UsageError for a layer that torch's exporter writes as another one, without a word."""
+def _checked_output(model: nn.Module, example: Tree) -> Tree:
+    """Return the output. Raise UsageError for recurrent layers that torch's exporter cannot write.
+
+    It knows neither proj_size, which it leaves out without a word, nor packed sequences.
+    """
+
+    def refuse_packed(module: nn.Module, inputs: Any) -> None:
+        if any(isinstance(x, PackedSequence) for x in inputs):
+            name = next(n for n, m in model.named_modules() if m is module)
+            raise UsageError(
+                f"The model of the layer {name} cannot be exported to ONNX: a graph has no packed "
+                "sequences; give the layer padded ones in eval mode."
+            )
+
     for name, module in model.named_modules():
         if isinstance(module, nn.LSTM) and module.proj_size:
             raise UsageError(
                 f"The model of the layer {name} cannot be exported to ONNX: ONNX's LSTM has no "
                 "proj_size; use an LSTM without it and a linear layer."
             )
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    hooks = [layer.register_forward_pre_hook(refuse_packed) for layer in layers]
+    try:
+        return call(model, copied(example))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
-    """Export with float weights by torch's exporter. Raises UsageError if it fails."""
-    _refuse_projections(model)
+    """Export with float weights by torch's exporter. Raises UsageError if it fails.
+
+    `model` is a copy; its forward is replaced.
+    """
     with _silenced(), torch.no_grad(), active_layers(model) as active:
         try:
-            positional, named = arguments(example)
-            batch = {0: torch.export.Dim("batch")}
-            shapes = map_tensors(lambda x: batch if x.ndim else None, named or positional)
-            program = torch.export.export(model, positional, named, dynamic_shapes=shapes)
-            outputs = model(*positional, **named)
+            output = _checked_output(model, example)
+            _refuse_types(example, output)
+            inputs = tuple(tensors(example))
+            _take_tensors_alone(model, example)
+            batch = {0: _first_dimension(example)}
+            shapes = tuple(batch if x.ndim else None for x in inputs)
+            program = torch.export.export(model, inputs, dynamic_shapes=(shapes,))
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 optimize=False,
                 opset_version=OPSET,
-                input_names=tensor_names(example, "input"),
-                output_names=tensor_names(outputs, "output"),
+                input_names=input_names(example),
+                output_names=tensor_names(output, "output"),
                 verbose=False,
             )
             assert exported is not None  # with dynamo=True
             _fold_sizes(exported.model)
             return exported.model_proto
+        except UsageError:
+            raise
         except Exception as error:
             raise UsageError(refusal(error, active)) from error
+
+
+def _take_tensors_alone(model: nn.Module, example: Tree) -> None:
+    """Let the forward take and give tensors, as a graph does, and no trees such as `example`."""
+    forward = model.forward
+
+    def flat(*values: Tensor) -> list[Tensor]:
+        positional, named = arguments(with_tensors(example, values))
+        return tensors(answer(forward(*positional, **named)))
+
+    model.forward = flat
+
+
+def _refuse_types(inputs: Tree, output: Tree) -> None:
+    """Raise UsageError for numbers that a graph, or NumPy beside it, does not have."""
+    names = input_names(inputs) + tensor_names(output, "output")
+    for name, tensor in zip(names, tensors(inputs) + tensors(output), strict=True):
+        if tensor.is_complex() or tensor.dtype == torch.bfloat16:
+            remedy = "torch.view_as_real(x)" if tensor.is_complex() else "x.float()"
+            raise UsageError(
+                f"The model cannot be exported to ONNX: its {name} is {tensor.dtype}, which has no "
+                f"place there; use {remedy}."
+            )
 
 
 def _fold_sizes(model: Any) -> None:
@@ -216,9 +278,21 @@ def _fold_sizes(model: Any) -> None:
     fold_constants(model, should_fold=computes_sizes)
 
 
+def _first_dimension(example: Tree) -> Any:
+    """Return the open size of the first dimension of each tensor.
+
+    Tensors that differ in it, such as texts one after the other and their offsets, have one each.
+    """
+    if shared_length(example) is None:
+        return torch.export.Dim.DYNAMIC
+    return torch.export.Dim("batch")
+
+
 def _two_samples(example: Tree) -> Tree:
     """Return a batch of two: from one, the exporter would conclude that there is always one."""
-    return map_tensors(lambda x: x.cpu().contiguous(), sliced(example, [0, -1]))
+    if shared_length(example) is not None:
+        example = sliced(example, [0, -1])
+    return map_tensors(lambda x: x.cpu().contiguous(), example)
 
 
 @contextmanager

@@ -32,12 +32,13 @@ def _reason(error: BaseException) -> str:
         line = f" ({code[-1][0]}:{code[-1][1]})" if (code := _CODE.findall(text)) else ""
         return (
             f"its forward decides by the values of a tensor{line}, and a graph has no branches; "
-            "compute both ways and choose by torch.where"
+            "compute both ways and choose by torch.where, or give raw outputs and decide after the "
+            "runtime, as recipes/README.md shows for a detector"
         )
     if "Constraints violated (batch)" in text:
         return (
-            "its forward works for one batch size alone; take it from x.shape[0], or -1 in a view, "
-            "and keep Python numbers out of it"
+            "its forward works for one batch size alone; take it from x.shape[0], not from len(x), "
+            "which is a number, or write -1 in a view"
         )
     if found := _OPERATOR.search(text):
         return (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddqcli.data.batches import Batch, batch_size
 from ddqcli.data.classification import Score
 from ddqcli.data.distance import sample_differences
-from ddqcli.data.trees import call, tensor_names, tensors, with_tensors
+from ddqcli.data.trees import call, copied, input_names, tensors, with_tensors
 from ddqcli.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def compare(
     samples = count = 0
     for x, y in batches:
         arrays = [value.contiguous().cpu().numpy() for value in tensors(x)]
-        feed = dict(zip(tensor_names(x, "input"), arrays, strict=True))
-        ours = call(model, x)
+        feed = dict(zip(input_names(x), arrays, strict=True))
+        ours = call(model, copied(x))
         theirs = with_tensors(ours, [torch.from_numpy(result) for result in answers(feed)])
         differences.append(sample_differences(theirs, ours).cpu())
         samples += batch_size((x, y))

@@ -1,5 +1,6 @@
 """Matplotlib figures from plain arrays, and their files."""
 
+from ddqcli.plots.backend import MPLBACKEND  # noqa: F401 - matplotlib is first imported there
 from ddqcli.plots.bits import (
     MAX_BITS,
     bits_by_layer_figure,

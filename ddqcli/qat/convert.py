@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from ddqcli.errors import UsageError
@@ -117,15 +117,18 @@ def _check_convertible(model: nn.Module) -> None:
     """Raise UsageError for a converted model and for a state that no exported file can hold."""
     if any(isinstance(m, (DDQuantizer, ActivationQuantizer)) for m in model.modules()):
         raise UsageError("The model is already quantized; pass the float model.")
+    for name, module in model.named_modules():
+        # Its first call changes its class, even if a state dict has given it its shape.
+        if isinstance(module, LazyModuleMixin):
+            raise UsageError(
+                f"{name or 'The model'} is a {type(module).__name__}, which has no shape yet; run "
+                "the model on a batch where it is built, before it is quantized."
+            )
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise UsageError(
                 f"{name} of the model's state is a {type(value).__name__}; "
                 "only tensors can be stored."
-            )
-        if is_lazy(value):
-            raise UsageError(
-                f"{name} has no shape yet; run the model on a batch before it is quantized."
             )
 
 

@@ -175,12 +175,12 @@ class QuantizedModel:
                 )
 
     def batched(self) -> AbstractContextManager[None]:
-        """Precompute the quantizers' lookup tables and small weights for one training step.
+        """Precompute the quantizers' tables, step sizes and small weights for one training step.
 
         Goes around the forward and the backward pass.
         """
-        inputs = [a.learned for a in self.activations.values() if a.learned is not None]
-        return batched([(t.quantizer, t.parameter) for t in self.tensors], inputs)
+        weights = [(t.quantizer, t.parameter) for t in self.tensors]
+        return batched(weights, self.activations.values())
 
     def keep_input_float(self, name: str, reason: str = NEVER_CALLED) -> None:
         """Remove the quantizer of a layer's input."""

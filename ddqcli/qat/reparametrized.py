@@ -62,6 +62,7 @@ def _older(module: nn.Module) -> dict[str, Callable[[nn.Module, str], nn.Module]
 def _replace(module: nn.Module, local: str) -> None:
     if remove := _older(module).get(local):
         remove(module, local)
+        _forget_older_state(module, local)
         return
     originals = list(parametrizations_of(module)[local].parameters(recurse=False))
     trained = any(original.requires_grad for original in originals)
@@ -72,3 +73,12 @@ def _replace(module: nn.Module, local: str) -> None:
         original.requires_grad_(True)  # else, torch makes a buffer of the result
     parametrize.remove_parametrizations(module, local, leave_parametrized=True)
     setattr(module, local, nn.Parameter(value, requires_grad=trained))
+
+
+def _forget_older_state(module: nn.Module, local: str) -> None:
+    """Remove what remove_spectral_norm leaves: a hook that looks for its tensors in a file."""
+    hooks = module._load_state_dict_pre_hooks
+    for key, wrapped in list(hooks.items()):
+        hook: Any = getattr(wrapped, "hook", wrapped)
+        if type(hook).__name__ == "SpectralNormLoadStateDictPreHook" and hook.fn.name == local:
+            del hooks[key]

@@ -37,7 +37,8 @@ class ActivationQuantizer(nn.Module):
         values: number of values in the first observed input.
         calls: observed so far in this forward pass.
         ranges: largest magnitude of each call of a pass: a layer may be called from several places.
-        use_compiled: use torch.compile. Worth it in long runs only.
+        precomputed_scale: the step size for the current step (`batched`).
+        use_compiled: use the kernels in C on a CPU. Worth it in long runs only.
     """
 
     zero_point: Tensor
@@ -49,6 +50,7 @@ class ActivationQuantizer(nn.Module):
         self.log2_scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.low_code = 0  # -zero_point, without asking the device
+        self.precomputed_scale: Tensor | None = None
         use_levels = levels == "learned" or (levels == "auto" and bits <= 4)
         self.learned = DDQuantizer(1, bits) if use_levels and bits < LEVEL_BITS else None
         self.observing = False
@@ -113,9 +115,9 @@ class ActivationQuantizer(nn.Module):
 
     def scale(self) -> Tensor:
         """The step size in force, a scalar."""
-        raw = torch.exp2(self.log2_scale)
-        scale: Tensor = ReplaceForward.apply(raw, representable_scale(raw.detach()))
-        return scale
+        if self.precomputed_scale is not None:
+            return self.precomputed_scale
+        return step_sizes(self.log2_scale)
 
     @torch.no_grad()
     def table(self) -> dict[str, Any]:
@@ -155,6 +157,13 @@ class ActivationQuantizer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.low_code = -int(self.zero_point)
         self.observing = False
+
+
+def step_sizes(log2_scale: Tensor) -> Tensor:
+    """Return 2^log2_scale, rounded as levels need it, with the gradient of the power."""
+    raw = torch.exp2(log2_scale)
+    scale: Tensor = ReplaceForward.apply(raw, representable_scale(raw.detach()))
+    return scale
 
 
 def _fit_step(distribution: Histogram, bits: int) -> tuple[float, int]:

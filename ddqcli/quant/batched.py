@@ -1,4 +1,4 @@
-"""Lookup tables and small quantized weights of a whole model, precomputed once per step."""
+"""Tables, step sizes and small quantized weights of a model, precomputed once per step."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ddqcli.quant.fake_quantize import COMPILE_FROM, fake_quantize_many
+from ddqcli.quant.activation import ActivationQuantizer, step_sizes
+from ddqcli.quant.fake_quantize import fake_quantize_many
 from ddqcli.quant.lookup import LookupTables, make_lookup_tables
 from ddqcli.quant.quantizer import DDQuantizer
+
+_SMALL = 2**16  # values of a tensor, up to which a copy costs less than calls of its own
 
 
 @contextmanager
 def batched(
-    weights: Iterable[tuple[DDQuantizer, Tensor]], others: Iterable[DDQuantizer] = ()
+    weights: Iterable[tuple[DDQuantizer, Tensor]], inputs: Iterable[ActivationQuantizer] = ()
 ) -> Iterator[None]:
-    """Precompute lookup tables and small quantized weights for one training step.
+    """Precompute lookup tables, step sizes and small quantized weights for one training step.
 
     This takes a few calls for all tensors together. It covers quantizers with one group of learned
     levels; the others compute their own as usual. Nothing learned may change inside the context.
 
     Args:
         weights: quantizers with the tensors that they quantize.
-        others: quantizers whose input is not known yet (activations).
+        inputs: quantizers of activations, which are not known yet.
     """
     small: dict[int, list[tuple[DDQuantizer, Tensor]]] = defaultdict(list)  # by maximum bits
     alike: dict[tuple[int, int], list[DDQuantizer]] = defaultdict(list)  # and bits in force
-    pairs = [*weights, *((quantizer, None) for quantizer in others)]
+    inputs = list(inputs)
+    pairs = [*weights, *((each.learned, None) for each in inputs if each.learned is not None)]
     for quantizer, weight in pairs:
         if quantizer.kind != "learned" or len(quantizer.bits) > 1:
             continue
-        if weight is not None and weight.numel() < COMPILE_FROM:
+        if weight is not None and weight.numel() < _SMALL:
             small[quantizer.max_bits].append((quantizer, weight))
         else:
             alike[quantizer.max_bits, quantizer.bits[0]].append(quantizer)
@@ -42,10 +46,13 @@ def batched(
             _precompute_tables(quantizers)
         for tensors in small.values():
             _precompute_outputs(tensors)
+        _precompute_steps([each for each in inputs if each.learned is None])
         yield
     finally:
         for quantizer, _ in pairs:
             quantizer.precomputed_tables = quantizer.precomputed_output = None
+        for each in inputs:
+            each.precomputed_scale = None
 
 
 def _precompute_tables(quantizers: Sequence[DDQuantizer]) -> None:
@@ -56,9 +63,18 @@ def _precompute_tables(quantizers: Sequence[DDQuantizer]) -> None:
 def _precompute_outputs(tensors: Sequence[tuple[DDQuantizer, Tensor]]) -> None:
     quantizers, xs = [q for q, _ in tensors], [x for _, x in tensors]
     corrections = [q.correction for q in quantizers]
-    outputs = fake_quantize_many(xs, _joint_tables(quantizers), corrections)
+    use_compiled = all(q.use_compiled for q in quantizers)
+    tables = _joint_tables(quantizers)
+    outputs = fake_quantize_many(xs, tables, corrections, use_compiled=use_compiled)
     for quantizer, x, output in zip(quantizers, xs, outputs, strict=True):
         quantizer.precomputed_output = x, output
+
+
+def _precompute_steps(inputs: Sequence[ActivationQuantizer]) -> None:
+    if inputs:
+        scales = step_sizes(torch.stack([each.log2_scale for each in inputs])).unbind()
+        for each, scale in zip(inputs, scales, strict=True):
+            each.precomputed_scale = scale
 
 
 def _joint_tables(quantizers: Sequence[DDQuantizer]) -> LookupTables:

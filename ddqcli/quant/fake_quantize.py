@@ -23,8 +23,6 @@ from ddqcli.quant import kernels
 from ddqcli.quant.device_constants import device_constant
 from ddqcli.quant.lookup import LookupTables
 
-COMPILE_FROM = 2**16  # values of a tensor from which a compiled kernel is worth its call
-
 
 def fake_quantize(
     x: Tensor,
@@ -44,7 +42,7 @@ def fake_quantize(
         tables: of 1 group, or of x.shape[axis] groups.
         axis: axis of x along which the groups lie.
         correction: lambda of Eqn (9), in units of the loss per squared unit of x.
-        use_compiled: use torch.compile's kernels if x has at least `COMPILE_FROM` values.
+        use_compiled: use the kernels in C if x is on a CPU.
 
     Gradients:
         x: straight through between the outer levels, 0 beyond (Sec. 3.2).
@@ -73,11 +71,15 @@ def fake_quantize(
     tensor([ 5.,  5., 25.])
     """
     factor = tables.values.new_full((1,), correction) if correction else None
-    return _apply([x], tables, factor, axis, use_compiled and x.numel() >= COMPILE_FROM)[0]
+    return _apply([x], tables, factor, axis, use_compiled)[0]
 
 
 def fake_quantize_many(
-    xs: list[Tensor], tables: LookupTables, corrections: list[float]
+    xs: list[Tensor],
+    tables: LookupTables,
+    corrections: list[float],
+    *,
+    use_compiled: bool = False,
 ) -> tuple[Tensor, ...]:
     """`fake_quantize` of several small tensors of one group each, for about the cost of one.
 
@@ -85,12 +87,13 @@ def fake_quantize_many(
         xs: G tensors of any shapes.
         tables: of G groups.
         corrections: lambda of Eqn (9) for each tensor.
+        use_compiled: use the kernels in C if they are on a CPU.
     """
     device = tables.values.device
     factors = None
     if any(corrections):
         factors = device_constant(tuple(corrections), device, torch.float32)
-    return _apply(xs, tables, factors, 0, False)
+    return _apply(xs, tables, factors, 0, use_compiled)
 
 
 def _apply(

@@ -1,4 +1,4 @@
-"""The interface of `fake_quantize` to its kernels: Triton's on CUDA, PyTorch's elsewhere.
+"""The interface of `fake_quantize` to its kernels: the operators `ddq::...`, or PyTorch's own.
 
 They take one tensor of G groups or G tensors of one group each, and `values` [G, n]. Kernels for
 another device go behind these functions and those of `uniform_kernels.py`.
@@ -13,12 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddqcli.quant import torch_kernels, triton_ops
-from ddqcli.quant.compiled import maybe_compiled
+from ddqcli.quant import operators, torch_kernels
 from ddqcli.quant.layout import Rows
 from ddqcli.quant.lookup import CellTables
-
-FEW_LEVELS = 16  # up to here, a fused comparison with each level is faster than a table
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Constants:
         cells: the nearest level for each cell of the grid.
         correction: [G] lambda of Eqn (9); None without it.
         axis: axis along which the groups of a single tensor lie.
-        use_compiled: fuse with torch.compile.
+        use_compiled: use the kernels in C if the tensors are on a CPU.
     """
 
     cells: CellTables
@@ -55,28 +52,19 @@ class Gradients(NamedTuple):
 Grads = Sequence[Tensor | None]
 
 
-def suits_thresholds(values: Tensor, use_compiled: bool) -> bool:
-    """True if comparing with each threshold is the faster way to the nearest of `values`."""
-    return use_compiled and len(values) == 1 and values.shape[1] <= FEW_LEVELS
-
-
 def quantize(values: Tensor, constants: Constants, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Eqn (3): the nearest of `values` for each x; NaN where x is not finite."""
     rows = Rows(xs, constants.axis, len(values))
-    x, cells, use_compiled = rows.join(xs), constants.cells, constants.use_compiled
+    x, cells = rows.join(xs), constants.cells
 
     def by_torch() -> Tensor:
-        if suits_thresholds(values, use_compiled):
-            kernel = maybe_compiled(torch_kernels.threshold_quantize, x.device, True)
-            return kernel(x, values)  # type: ignore[no-any-return]
-        kernel = maybe_compiled(torch_kernels.lookup_quantize, x.device, use_compiled)
-        return kernel(x, cells.nearest_value, *rows.spread(*cells.addressing()))  # type: ignore[no-any-return]
+        return torch_kernels.quantize(x, cells.nearest_value, *rows.spread(*cells.addressing()))
 
-    def by_triton() -> Tensor:
+    def by_operator() -> Tensor:
         tables = cells.nearest_value, cells.half_step, cells.zero_cell
         return torch.ops.ddq.quantize(x, *_places(rows), *tables)  # type: ignore[no-any-return]
 
-    return rows.split(triton_ops.preferred(by_triton, by_torch, x))
+    return rows.split(operators.preferred(by_operator, by_torch, constants.use_compiled, x))
 
 
 def straight_through(
@@ -87,15 +75,12 @@ def straight_through(
     grad, x = rows.join(grads), rows.join(xs)
 
     def by_torch() -> Tensor:
-        ends = rows.spread(values[:, :1], values[:, -1:])
-        use_compiled = constants.use_compiled
-        kernel = maybe_compiled(torch_kernels.straight_through, values.device, use_compiled)
-        return kernel(grad, x, *ends)  # type: ignore[no-any-return]
+        return torch_kernels.straight_through(grad, x, *rows.spread(values[:, :1], values[:, -1:]))
 
-    def by_triton() -> Tensor:
+    def by_operator() -> Tensor:
         return torch.ops.ddq.straight_through(grad, x, *_places(rows), values)  # type: ignore[no-any-return]
 
-    return rows.split(triton_ops.preferred(by_triton, by_torch, grad, x))
+    return rows.split(operators.preferred(by_operator, by_torch, constants.use_compiled, grad, x))
 
 
 def gradients(
@@ -110,11 +95,9 @@ def gradients(
     grad, x, cells = rows.join(grads), rows.join(xs), constants.cells
 
     def by_torch() -> tuple[Tensor, ...]:
-        if suits_thresholds(values, constants.use_compiled) and not learned_gates:
-            return _threshold_gradients(values, constants, grad, x)
-        return _lookup_gradients(values, constants, grad, x, rows, learned_gates)
+        return _gradients_by_torch(values, constants, grad, x, rows, learned_gates)
 
-    def by_triton() -> tuple[Tensor, ...]:
+    def by_operator() -> tuple[Tensor, ...]:
         tables = cells.nearest_value, cells.bin, cells.half_step, cells.zero_cell
         correction = constants.correction
         if correction is not None:
@@ -123,7 +106,7 @@ def gradients(
             grad, x, *_places(rows), values, *tables, correction, learned_gates
         )
 
-    grad_x, *of_levels = triton_ops.preferred(by_triton, by_torch, grad, x)
+    grad_x, *of_levels = operators.preferred(by_operator, by_torch, constants.use_compiled, grad, x)
     return Gradients(rows.split(grad_x), *of_levels[: 1 + learned_gates])
 
 
@@ -132,27 +115,23 @@ def _places(rows: Rows) -> tuple[Tensor, int]:
     return rows.starts, max(rows.group_sizes)
 
 
-def _threshold_gradients(
-    values: Tensor, constants: Constants, grad: Tensor, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of x and the levels, for one tensor with few levels."""
-    kernel = maybe_compiled(torch_kernels.threshold_gradients, values.device, True)
-    grad_x, by_gap, *by_level = kernel(grad, x, values, constants.correction)
-    return grad_x, _values_grad(by_gap, by_level[0] if by_level else None, values)
-
-
-def _lookup_gradients(
+def _gradients_by_torch(
     values: Tensor, constants: Constants, grad: Tensor, x: Tensor, rows: Rows, learned_gates: bool
 ) -> tuple[Tensor, ...]:
-    """Of x, the levels and the gates, for any number of levels, groups and tensors."""
+    """Of x, the levels and the gates, by PyTorch's own operations."""
     groups, n = values.shape
     cells, correction, bins = constants.cells, constants.correction, groups * 2 * n
-    kernel = maybe_compiled(torch_kernels.lookup_gradients, values.device, constants.use_compiled)
-    bin_, grad_x, *to_sum = kernel(
+    low, high = rows.spread(values[:, :1], values[:, -1:])
+    half_step, zero_cell, first_cell = rows.spread(*cells.addressing())
+    bin_, grad_x, *to_sum = torch_kernels.gradients(
         torch.uint8 if bins <= 256 else torch.int32,
         grad,
         x,
-        *rows.spread(values[:, :1], values[:, -1:], *cells.addressing()),
+        low,
+        high,
+        half_step,
+        zero_cell,
+        first_cell,
         cells.nearest_value,
         cells.bin + 2 * n * cells.group_index(),
         None if correction is None else rows.spread(correction[:, None])[0],

@@ -43,7 +43,7 @@ class DDQuantizer(nn.Module):
         bits: s of each group, the number of its open gates; under SDQ the sampled bit-width.
         correction: lambda of Eqn (9).
         choice: of the bit-width, sampled for the current step (SDQ); None if bits do not move.
-        use_compiled: use torch.compile for large tensors. Worth it in long runs only.
+        use_compiled: use the kernels in C on a CPU. Worth it in long runs only.
         precomputed_tables: lookup tables for the current step (`batched`).
         precomputed_output: a tensor and its quantized values for the current step (`batched`).
     """

@@ -1,16 +1,11 @@
-"""PyTorch's kernels of `kernels.py`: element-wise work on rows, eager or fused by torch.compile.
+"""PyTorch's kernels of `kernels.py`: element-wise work on rows, on any device.
 
-There are two ways to the nearest level, with the same results bit for bit. `lookup_*` reads a table
-with one entry per half-step of the grid, for any number of levels and groups. `threshold_*`
-compares with each threshold, which beats the table up to `kernels.FEW_LEVELS` levels, but only when
-fused.
-
-They take rows: [G, M], or for several tensors one row [1, N] (`layout.Rows`).
+They take rows: [G, M], or for several tensors one row [1, N] (`layout.Rows`). The nearest level
+comes from a table with one entry per half-step of the grid.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +14,7 @@ from torch import Tensor
 from ddqcli.quant.grid import grid_cells
 
 
-def lookup_quantize(
+def quantize(
     x: Tensor, nearest_value: Tensor, half_step: Tensor, zero_cell: Tensor, first_cell: Tensor
 ) -> Tensor:
     """Nearest level of each x; NaN where x is not finite."""
@@ -28,18 +23,12 @@ def lookup_quantize(
     return torch.add(nearest, x, alpha=-0.0).to(x.dtype)  # NaN where x is not finite
 
 
-def threshold_quantize(x: Tensor, values: Tensor) -> Tensor:
-    """The same for x [1, M] and few levels [1, n]."""
-    nearest = _highest_reached(_thresholds_reached(x, values), values)
-    return torch.add(nearest, x, alpha=-0.0).to(x.dtype)  # NaN where x is not finite
-
-
 def straight_through(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The gradient where x lies between the outer levels, 0 elsewhere."""
     return torch.where((x >= low) & (x <= high), grad, 0.0)
 
 
-def lookup_gradients(
+def gradients(
     bin_dtype: torch.dtype,
     grad: Tensor,
     x: Tensor,
@@ -65,19 +54,6 @@ def lookup_gradients(
     return results if correction is None else (*results, correction * residual)
 
 
-def threshold_gradients(
-    grad: Tensor, x: Tensor, values: Tensor, correction: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Gradient of x [1, M], sums [1, n + 1] by gap and, with a lambda, sums [1, n] by level."""
-    reached = _thresholds_reached(x, values)
-    residual = _highest_reached(reached, values) - x
-    grad_x, level_terms = _x_and_level_terms(grad, x, residual, values[:, :1], values[:, -1:])
-    by_gap = _masked_sums(level_terms, [x >= value for value in values.unbind(1)])
-    if correction is None:
-        return grad_x, by_gap
-    return grad_x, by_gap, _masked_sums(correction * residual, reached)
-
-
 def _x_and_level_terms(
     grad: Tensor, x: Tensor, residual: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -92,24 +68,6 @@ def _x_and_level_terms(
 def _table_index(x: Tensor, half_step: Tensor, zero_cell: Tensor, first_cell: Tensor) -> Tensor:
     """Index of each value's cell in the flattened tables of all groups."""
     return (grid_cells(x, half_step, zero_cell) + first_cell).view(-1)
-
-
-def _thresholds_reached(x: Tensor, values: Tensor) -> list[Tensor]:
-    """x >= t for each of the n - 1 midpoints t of n values, which are exact in float32."""
-    return [x >= threshold for threshold in ((values[:, 1:] + values[:, :-1]) / 2).unbind(1)]
-
-
-def _highest_reached(reached: list[Tensor], values: Tensor) -> Tensor:
-    nearest = values[:, :1].expand_as(reached[0])
-    for k, at_or_above in enumerate(reached, 1):
-        nearest = torch.where(at_or_above, values[:, k], nearest)
-    return nearest
-
-
-def _masked_sums(terms: Tensor, above: list[Tensor]) -> Tensor:
-    """Sums [1, k + 1] of terms [1, M] below, between and above k bounds, given x >= bound."""
-    members = [~above[0], *(a & ~b for a, b in itertools.pairwise(above)), above[-1]]
-    return torch.stack([torch.where(member, terms, 0.0).sum(1) for member in members], 1)
 
 
 def sums_by_bin(parts: Sequence[Tensor], bin_: Tensor, bins: int) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Launches of Triton's kernels: how many programs share a tensor, and what they write.
 
-Imports Triton, so only `triton_ops.py` may import this module, where Triton is installed.
+Imports Triton, so only `operators.py` may import this module, where Triton is installed.
 """
 
 from __future__ import annotations

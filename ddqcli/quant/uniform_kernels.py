@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddqcli.quant import triton_ops
-from ddqcli.quant.compiled import maybe_compiled
+from ddqcli.quant import operators
 from ddqcli.quant.layout import from_rows, match_layout, to_rows
 
 
@@ -27,13 +26,12 @@ class UniformFakeQuantize(torch.autograd.Function):
         rows = to_rows(x, 0, 1)
 
         def by_torch() -> Tensor:
-            kernel = maybe_compiled(_quantize, x.device, use_compiled)
-            return kernel(rows, scale, low, high)  # type: ignore[no-any-return]
+            return _quantize(rows, scale, low, high)
 
-        def by_triton() -> Tensor:
+        def by_operator() -> Tensor:
             return torch.ops.ddq.uniform_quantize(rows, scale, low, high)  # type: ignore[no-any-return]
 
-        return from_rows(triton_ops.preferred(by_triton, by_torch, x), x, 0)
+        return from_rows(operators.preferred(by_operator, by_torch, use_compiled, x), x, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -42,13 +40,12 @@ class UniformFakeQuantize(torch.autograd.Function):
         grad, rows = to_rows(match_layout(grads[0], x), 0, 1), to_rows(x, 0, 1)
 
         def by_torch() -> tuple[Tensor, Tensor]:
-            kernel = maybe_compiled(_gradients, x.device, use_compiled)
-            return kernel(grad, rows, scale, low, high)  # type: ignore[no-any-return]
+            return _gradients(grad, rows, scale, low, high)
 
-        def by_triton() -> tuple[Tensor, Tensor]:
+        def by_operator() -> tuple[Tensor, Tensor]:
             return torch.ops.ddq.uniform_gradients(grad, rows, scale, low, high)  # type: ignore[no-any-return]
 
-        grad_x, grad_scale = triton_ops.preferred(by_triton, by_torch, grad, x)
+        grad_x, grad_scale = operators.preferred(by_operator, by_torch, use_compiled, grad, x)
         return from_rows(grad_x, x, 0), grad_scale, None, None, None
 
 

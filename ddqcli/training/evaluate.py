@@ -15,7 +15,7 @@ from ddqcli.data.batches import batch_size, take_samples, tree_to_device
 from ddqcli.data.classification import Score
 from ddqcli.data.load import Data
 from ddqcli.data.seeding import seeded
-from ddqcli.data.trees import Tree, call, copied, is_plain, tensors
+from ddqcli.data.trees import Tree, call, copied, is_plain, plain_arguments, tensors
 from ddqcli.errors import DataError
 from ddqcli.runs.evaluation import Metric
 from ddqcli.training import distributed
@@ -99,7 +99,7 @@ def probe(model: nn.Module, data: Data) -> dict[str, Any] | None:
     """
     model.eval()
     batch = take_samples(next(iter(data.val.epoch(0))), slice(_PROBE_SAMPLES))
-    inputs, _ = batch
+    inputs = plain_arguments(batch[0])
     outputs = probe_outputs(model, inputs)
     if not (outputs and is_plain(inputs)):
         return None

@@ -12,7 +12,6 @@ from ddqcli.errors import DDQError
 from ddqcli.qat.budget import ResolvedBudget
 from ddqcli.qat.model import QuantizedModel
 from ddqcli.qat.rules.registry import make_rule
-from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.evaluation import Course, Metric
 from ddqcli.runs.run import LAST, Run
@@ -20,11 +19,11 @@ from ddqcli.training import distributed
 from ddqcli.training.balance import balance_channels
 from ddqcli.training.calibrate import calibrate
 from ddqcli.training.defaults import with_defaults
-from ddqcli.training.device import resolve_device
 from ddqcli.training.distillation import distillation_weight
 from ddqcli.training.divergence import Diverged
 from ddqcli.training.evaluate import OnProgress, evaluate
 from ddqcli.training.listener import Listener
+from ddqcli.training.memory import keep_freed_memory
 from ddqcli.training.metrics import REPORT_EVERY, Look, StepMetrics
 from ddqcli.training.network_checks import few_inputs, refuse_batch_of_one
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
@@ -34,7 +33,7 @@ from ddqcli.training.trainer import Trainer
 
 ROLLBACK_LR_SCALE = 0.1
 _CALIBRATION_BATCHES = 16
-_COMPILE_FROM = 2e9  # values quantized in a run; fewer do not repay the seconds of compiling
+_COMPILE_FROM = 2e8  # values quantized in a run; fewer do not repay the second of compiling
 
 
 def total_steps(recipe: Recipe, data: Data) -> int:
@@ -71,7 +70,8 @@ def build_trainer(
         calibrate(quantized, data, _CALIBRATION_BATCHES, gates.watch, labeler, on_progress)
     gates.recount()
     gates.start()
-    _compile_if_worthwhile(quantized, steps, recipe.train.device)
+    _compile_if_worthwhile(quantized, steps)
+    keep_freed_memory()
     trainer = Trainer(
         quantized, float_model if teacher is None else teacher, data, gates, recipe, steps
     )
@@ -92,11 +92,11 @@ def build_trainer(
     return trainer
 
 
-def _compile_if_worthwhile(quantized: QuantizedModel, steps: int, device: str) -> None:
-    """Let torch.compile fuse the quantizers' elementwise operations in a long run."""
+def _compile_if_worthwhile(quantized: QuantizedModel, steps: int) -> None:
+    """Let a C compiler make the quantizers' kernels for a long run on a CPU."""
     values = sum(activation.values for activation in quantized.activations.values())
     values += sum(tensor.parameter.numel() for tensor in quantized.tensors)
-    use_compiled = steps * values >= _COMPILE_FROM and can_compile(resolve_device(device))
+    use_compiled = steps * values >= _COMPILE_FROM
     for tensor in quantized.tensors:
         tensor.quantizer.use_compiled = use_compiled
     for activation in quantized.activations.values():

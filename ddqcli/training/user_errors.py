@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ def explain_user_errors(what: str, kind: type[DDQError], recipe: Recipe) -> Iter
     except (Exception, SystemExit) as error:
         if distributed.is_lost_peer(error):
             raise
-        if fault := _embedding_fault(error) or _dtype_fault(error):
+        if fault := _embedding_fault(error) or _dtype_fault(error) or _argument_fault(error):
             raise kind(f"{what}: {fault}") from error
         message = " ".join(str(error).split())[:_MESSAGE_LIMIT]
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -57,6 +58,17 @@ def _embedding_fault(error: BaseException) -> str | None:
                 f"{name or 'the network'}; give indices from 0 to {count - 1}."
             )
     return None
+
+
+def _argument_fault(error: BaseException) -> str | None:
+    """Return a sentence if the inputs are not the arguments of the network's forward."""
+    wrong = re.search(r"forward\(\) (got an unexpected|missing|takes|got multiple)", str(error))
+    if not isinstance(error, TypeError) or not wrong:
+        return None
+    return (
+        f"{error}; a sample is (inputs, targets), where a tuple of inputs is the arguments of the "
+        "network, and a mapping is its named arguments: give exactly those."
+    )
 
 
 def _dtype_fault(error: BaseException) -> str | None:

@@ -116,7 +116,7 @@ def rebuild_model(
             arch = run.report().source.arch
             built = build_torchvision(checkpoint, arch, recipe.model.kwargs)
     fill(built.model, tensors, tables, source)
-    return place_model(built.model, _device(run)).eval()
+    return place_model(built.model, _device(run), contiguous=_contiguous(run)).eval()
 
 
 def load_held_out(run: Run) -> Data:
@@ -138,7 +138,7 @@ def _float_model(run: Run) -> nn.Module:
     section = run.recipe().model
     checkpoint = load_checkpoint(Path(section.checkpoint or ""), pickle=section.pickle)
     model = build_model(checkpoint, section.arch, section.kwargs).model
-    return place_model(model, _device(run)).eval()
+    return place_model(model, _device(run), contiguous=_contiguous(run)).eval()
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
@@ -159,6 +159,11 @@ def output_difference(model: nn.Module, inputs: Tree, expected: Tree) -> float:
     outputs = probe_outputs(model, tree_to_device(inputs, device))
     outputs = tree_to_device(outputs, torch.device("cpu"))
     return float(sample_differences(outputs, expected).median())
+
+
+def _contiguous(run: Run) -> bool:
+    """True if the run's network needs tensors in the usual memory format."""
+    return bool(run.load(FINAL).get("contiguous"))
 
 
 def _device(run: Run) -> torch.device:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from artifact_example import Contents, quantized
-from mutations import with_manifest
+from forgeries import with_manifest
 
 from ddqcli.artifact import decoder
 from ddqcli.artifact.encode import encode_artifact

@@ -35,10 +35,10 @@ from ddqcli.qat.budget import ResolvedBudget
 from ddqcli.qat.convert import convert
 from ddqcli.qat.model import quantizers
 from ddqcli.qat.rules.registry import make_rule
-from ddqcli.quant.compiled import can_compile
 from ddqcli.recipe.schema import Recipe
 from ddqcli.training.defaults import with_defaults
 from ddqcli.training.distillation import distillation
+from ddqcli.training.memory import keep_freed_memory
 from ddqcli.training.optimizers import make_optimizers
 
 Step = Callable[[], None]
@@ -147,7 +147,7 @@ def ddq_step(model: nn.Module, x: Tensor, y: Tensor, views: int = 0, **sections:
         activation.observing = True
     F.cross_entropy(model.eval()(x), y).backward()
     gates.watch()
-    use_compiled = can_compile(x.device)
+    use_compiled = True
     for activation in quantized.activations.values():
         activation.fit()
     for quantizer in quantizers(quantized):
@@ -308,6 +308,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # as `ddq finetune` does; the others gain from it, too
     bfloat16 = args.precision == "bfloat16"
     device = torch.device(args.device)
     x = torch.randn(args.batch, 3, args.size, args.size, device=device).to(

@@ -50,6 +50,23 @@ FILES: dict[str, tuple[Any, str]] = {  # content, note
     "EMA": ({"model": EXTRA, "ema": {"module": state(), "updates": 7}}, "under 'ema' > 'module'"),
     "BasicSR": ({"params": EXTRA, "params_ema": state()}, "under 'params_ema'"),
     "DDP": (renamed(lambda n: f"module.{n}"), "prefix 'module.' stripped"),
+    "DDP of a part": (
+        renamed(lambda n: n.replace("body.0", "body.module.0")),
+        "module stripped from names",
+    ),
+    "DDP of some parts": (
+        renamed(lambda n: f"module.{n}" if n.startswith("body") else n),
+        "module stripped from names",
+    ),
+    "an average beside its settings": (
+        {"model": EXTRA, "ema": {"decay": 0.99, "shadow": state()}},
+        "under 'ema' > 'shadow'",
+    ),
+    "an average without names": (
+        {"model": state(), "ema": {"shadow_params": list(state().values())}},
+        "under 'model'",
+    ),
+    "under a name of its own": ({"epoch": 3, "student": state()}, "under 'student'"),
     "FSDP": (
         renamed(lambda n: f"_fsdp_wrapped_module.{n}".replace("body", "body._fsdp_wrapped_module")),
         "prefix '_fsdp_wrapped_module.' stripped, _fsdp_wrapped_module stripped from names",

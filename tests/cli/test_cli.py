@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -24,6 +24,7 @@ import ddqcli
 from ddqcli.checkpoint.torchvision_models import classifier_names
 from ddqcli.cli.app import app
 from ddqcli.cli.completion import recipe_keys, torchvision_names
+from ddqcli.cli.error_handling import ErrorHandlingGroup
 from ddqcli.errors import DDQError, Interrupted, UsageError, VerificationError
 from ddqcli.recipe.schema import Recipe
 from ddqcli.runs.names import MARKER
@@ -235,6 +236,16 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_its_traceback(
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, KeyboardInterrupt())
     assert (ddq("report").code, ddq("report").err) == (130, "Error: Interrupted\n")
+
+
+def test_ctrl_c_before_a_command_begins_has_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ErrorHandlingGroup, "invoke", interrupted)
+    answer = ddq("report", "--json")
+    assert (answer.code, answer.err) == (130, "Error: Interrupted\n")
+    assert answer.envelope["errors"] == ["Interrupted"]
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

@@ -156,3 +156,12 @@ def test_a_signal_in_a_callback_that_cannot_raise_still_ends_the_command(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "then"), [("nonsense", "agg"), ("svg", "svg")])
+def test_an_unknown_backend_of_matplotlib_is_not_needed(name: str, then: str) -> None:
+    code = "import ddqcli.plots, os, matplotlib as m; m.use(m.rcParams['backend'])"
+    code += "; print(m.get_backend(), os.environ['MPLBACKEND'])"
+    env = {**os.environ, "PYTHONPATH": REPOSITORY, "MPLBACKEND": name}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, text=True)
+    assert (done.stdout.split(), done.returncode) == ([then, name], 0), done.stderr

@@ -15,6 +15,8 @@ from tiny_project import Answer, ddq, inside
 
 CODE = """
 from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -50,6 +52,25 @@ class Drawing(nn.Module):  # draws its code as a variational autoencoder does, i
     def forward(self, x):
         mean, log = self.down(x.flatten(1)).chunk(2, 1)
         return self.up(mean + torch.randn_like(mean) * log.exp())
+
+class Inputs(NamedTuple):
+    image: torch.Tensor
+    extra: object
+
+@dataclass
+class Answer:
+    scores: torch.Tensor
+    hidden: object = None
+    steps: int = 1
+
+class Records(nn.Module):  # takes and gives more than tensors; its view needs contiguous memory
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Linear(32, 4)
+    def forward(self, image, extra):
+        assert extra is None
+        x = self.conv(image.sub_(0.1)).relu()
+        return Answer(self.head(x.view(x.size(0), -1)), [], 3)
 
 def plain():
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -97,6 +118,13 @@ def signals():
     psnr = lambda out, y: 30 - 10 * (out - y).square().log10()
     return numbers() | {"metric": {"name": "PSNR", "unit": "dB", "function": psnr}}
 
+def records():
+    made = lambda x, y: [(Inputs(a, None), {"label": b, "path": "a.png"}) for a, b in zip(x, y)]
+    return splits(made) | {
+        "loss": lambda out, y: F.cross_entropy(out.scores, y["label"]),
+        "metric": lambda out, y: (out.scores.argmax(1) == y["label"]).float(),
+    }
+
 def unlabelled():
     return splits(lambda x, y: TensorDataset(x))
 
@@ -128,6 +156,7 @@ TASKS = {  # data -> network and further arguments
     "signals": "Regressor --set train.distill.weight=0.9",
     "unlabelled": "Segmenter --act-bits 8",
     "copies": "Drawing",
+    "records": "Records --act-bits 8",
     "own_distillation": "Segmenter --set train.distill.layers=['body']",
 }
 
@@ -140,7 +169,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     scope: dict[str, Any] = {}
     exec(CODE, scope)
     with inside(path):
-        torch.save(scope["Drawing"]().state_dict(), "Drawing.pt")
+        for name in ("Drawing", "Records"):
+            torch.save(scope[name]().state_dict(), f"{name}.pt")
         for name in ("Two", "Segmenter", "Regressor", "plain"):
             torch.manual_seed(0)
             net = scope[name]()
@@ -207,7 +237,7 @@ def test_a_task_is_trained_reported_exported_and_verified(
     assert f"{metric['name']:<10} float " in answer.out
 
 
-@pytest.mark.parametrize("name", ["mappings", "unlabelled"])
+@pytest.mark.parametrize("name", ["mappings", "unlabelled", "records"])
 def test_a_task_is_exported_to_onnx(trained: Callable[[str], Answer], name: str) -> None:
     """onnxruntime itself gets the inputs by name, and gives the outputs in the network's order."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -222,17 +252,23 @@ def test_a_task_is_exported_to_onnx(trained: Callable[[str], Answer], name: str)
     exec(CODE, scope)
     net = ddqcli.load(f"{name}.safetensors", scope[TASKS[name].split()[0]]()).eval()
     x, _ = scope["images"](5, 3)
-    inputs = {"image": x, "extra": x.flatten(1)[:, :5]} if name == "mappings" else {"input": x}
+    inputs, more = {"input": x}, ()
+    if name == "mappings":
+        inputs = {"image": x, "extra": x.flatten(1)[:, :5]}
+    if name == "records":
+        inputs, more = {"input_0": x}, (None,)
     with torch.no_grad():
-        output = net(*inputs.values())
+        output = net(*(value.clone() for value in inputs.values()), *more)
     wanted = list(output.values()) if isinstance(output, dict) else [output]
+    if name == "records":
+        wanted = [output.scores]
     session = onnxruntime.InferenceSession(f"{name}.onnx")
     given = session.run(None, {key: value.numpy() for key, value in inputs.items()})
     assert len(given) == len(wanted)
     for array, tensor in zip(given, wanted, strict=True):
         difference = (torch.from_numpy(array) - tensor).square().mean().sqrt()
         assert difference < 0.02 * tensor.square().mean().sqrt()
-    names = {"unlabelled": ["out", "size"]}.get(name, ["output"])
+    names = {"unlabelled": ["out", "size"], "records": ["scores"]}.get(name, ["output"])
     assert [value.name for value in session.get_outputs()] == names
 
 

@@ -65,6 +65,19 @@ def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
     assert "differs from what this version of ddq exports" in answer.err
 
 
+@pytest.mark.skipif(compiler() is None, reason="needs a C compiler")
+def test_a_header_with_other_code_is_neither_compiled_nor_run(finished: Path) -> None:
+    assert ddq("export", "--format", "c", "-q").code == 0
+    code = f'fclose(fopen("{Path("ran").resolve()}", "w"));'
+    with FILE.open("a") as header:
+        header.write("#include <stdio.h>\n__attribute__((constructor))\n")
+        header.write(f"static void run(void) {{ {code} }}\n")
+    answer = ddq("export", "--check", FILE)
+    assert answer.code == 4
+    assert "differs from what this version of ddq exports" in answer.err
+    assert not Path("ran").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutations import with_manifest
+from forgeries import with_manifest
 from tiny_project import RECIPE, ddq
 
 from ddqcli.artifact.encode import encode_artifact

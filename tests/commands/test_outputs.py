@@ -58,6 +58,21 @@ def test_an_earlier_export_is_replaced(finished: Path) -> None:
         assert ddq("report", "--html", "a.html").code == 0
 
 
+@pytest.mark.parametrize("source", ["runs/done", "mine.safetensors"])
+def test_a_report_replaces_no_page_of_another(
+    finished: Path, exported_file: Path, source: str
+) -> None:
+    shutil.copy(exported_file, "mine.safetensors")
+    Path("page.html").write_text("<!DOCTYPE html><title>mine</title>")
+    Path("empty.html").touch()
+    before = content()
+    answer = ddq("report", source, "--html", "page.html")
+    assert answer.code == 2
+    assert "page.html cannot be written: the file there is no page of ddq's" in answer.err
+    assert content() == before
+    assert ddq("report", source, "--html", "empty.html").code == 0
+
+
 def test_a_folder_that_holds_a_checkpoint_is_not_made_a_run(project: Path) -> None:
     shutil.copy("model.pt", "final.pt")
     before = content()

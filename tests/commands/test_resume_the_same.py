@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -132,25 +133,29 @@ def test_the_order_on_disk_and_other_files_do_not_count(tmp_path: Path) -> None:
     assert first == second != ""
 
 
-@pytest.mark.parametrize("place", [0, 100_000, 199_999])
-def test_beyond_a_size_the_ends_count(
-    tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+def test_large_data_are_read_whole_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_files, "WHOLE_BYTES", 250_000)
+    monkeypatch.setattr(source_files, "LARGE", 250_000)
     (tmp_path / "train").mkdir()
-    contents = {name: bytearray(200_000) for name in "ab"}
-
-    def fingerprint() -> str:
-        for name, content in contents.items():
-            (tmp_path / "train" / name).write_bytes(content)
-        return fingerprint_of_files(str(tmp_path))
-
-    before = fingerprint()
-    contents["a"][place] = 1
-    assert fingerprint() != before, "the first file is within the size"
-    before = fingerprint()
-    contents["b"][place] = 1
-    assert (fingerprint() != before) == (place != 100_000)
+    contents = {tmp_path / "train" / name: bytearray(200_000) for name in "ab"}
+    for path, content in contents.items():
+        path.write_bytes(content)
+    notes: list[str] = []
+    first = fingerprint_of_files(str(tmp_path), notes.append)
+    assert fingerprint_of_files(str(tmp_path), notes.append) == first
+    assert notes == ["reading 0 GB of data once, so that --resume knows them again"]
+    seen = {first}
+    for path, content in contents.items():
+        for place in (0, 100_000, 199_999):
+            content[place] = 1
+            times = path.stat()
+            path.write_bytes(content)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as some tools do
+            seen.add(fingerprint_of_files(str(tmp_path), notes.append))
+    assert len(seen) == len(notes) == 7
+    monkeypatch.setattr(source_files, "LARGE", 1 << 30)
+    assert fingerprint_of_files(str(tmp_path)) in seen, "which does not depend on the size"
 
 
 @pytest.mark.parametrize("source", [None, "module:factory", "CIFAR10:there", "gone"])

@@ -15,7 +15,7 @@ import siege
 from attacks import FILE, KINDS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind.__name__ for kind in KINDS])
 def test_a_slice_of_the_siege_finds_no_fault(
     finished: Path, exported_file: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -25,7 +25,9 @@ def test_a_slice_of_the_siege_finds_no_fault(
     save_file(torch.load("model.pt", weights_only=True), "model.safetensors")
     shutil.copy(exported_file, FILE)
     target = shutil.copytree(finished, tmp_path / "target")
-    trials = {"damaged": 12, "forged": 12, "odd": 6, "crash": 1, "together": 1}.get(kind, 3)
-    results = siege.siege(target, [kind], trials, seed=1, finished=Counter())
+    trials = {"damaged": 12, "forged": 12, "odd": 6, "crash": 1, "together": 1, "startup": 1}.get(
+        kind, 3
+    )
+    results = list(siege.siege(target, {kind: trials}, range(trials), 1, Counter()))
     assert len(results) == trials
-    assert not [result for result in results if result[2]]
+    assert not [result for result in results if result[3]]

@@ -6,19 +6,25 @@ from collections import OrderedDict, UserDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
 
 from ddqcli.data.trees import (
     all_finite,
     as_float32,
     call,
     concatenated,
+    input_names,
     is_plain,
     map_tensors,
+    plain_arguments,
     shared_length,
     sliced,
+    stacked,
     tensor_names,
     tensors,
     with_tensors,
@@ -137,6 +143,56 @@ class Adds(nn.Module):
 )
 def test_a_network_gets_one_tensor_several_or_named_ones(inputs: Any, factor: float) -> None:
     assert torch.equal(call(Adds(), inputs), factor * X)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_plain_arguments_reach_a_network_alike_under_the_same_names(name: str) -> None:
+    class Takes(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return args, kwargs
+
+    tree = TREES[name]
+    plain = plain_arguments(tree)
+    assert str(call(Takes(), plain)) == str(call(Takes(), tree))
+    assert input_names(plain) == input_names(tree)
+    assert type(plain) in (Tensor, tuple, dict)
+
+
+SAMPLES = {
+    "pair": (torch.ones(2), 3),
+    "mapping": {"x": torch.ones(2), "path": "a.png", "n": [1, 2.5], "empty": []},
+    "named tuple": Pair(np.ones(2, np.float32), (torch.ones(()), True)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_are_stacked_as_torch_does(name: str) -> None:
+    ours, theirs = (collate([SAMPLES[name]] * 3) for collate in (stacked, default_collate))
+    leaves = zip(tree_leaves(ours), tree_leaves(theirs), strict=True)
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in leaves)
+
+
+def test_samples_with_none_and_of_dataclasses_are_stacked_too() -> None:
+    batch = stacked([(Record(torch.tensor(k)), {"a": None, "b": k}) for k in range(3)])
+    assert batch[0].image.tolist() == [0, 1, 2]
+    assert batch[1]["a"] is None
+    assert batch[1]["b"].tolist() == [0, 1, 2]
+    by_key = stacked([{"a": 1, "b": 2}, {"b": 20, "a": 10}])
+    assert {key: value.tolist() for key, value in by_key.items()} == {"a": [1, 10], "b": [2, 20]}
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([{"x": X}, {"x": X, "y": Y}], r"one is {'x': 'Tensor'}, another {.*'y': 'Tensor'}"),
+        ([(X, None), (X, 1)], "None in some of them alone"),
+        ([(1, X), (None, X)], "None in some of them alone"),
+        ([[X], [X, X]], "one is"),
+    ],
+)
+def test_samples_that_do_not_fit_together_are_named(samples: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stacked(samples)
 
 
 def test_of_an_output_with_logits_those_count() -> None:

@@ -29,7 +29,7 @@ EXACT = 2e-6  # float32 sums in another order
 
 
 def written(
-    model: nn.Module, x: Tensor, folder: Path, **options: object
+    model: nn.Module, x: Any, folder: Path, **options: object
 ) -> tuple[Path, nn.Module, Quantized]:
     """Write the ONNX file of the model, quantized and loaded again; return it with both."""
     made = quantize(model, x, folder / "model.safetensors", **options)  # type: ignore[arg-type]
@@ -50,9 +50,9 @@ def both(path: Path, x: Tensor) -> list[Tensor]:
     return [first for first, *_ in outputs(path, x)]
 
 
-def torch_answer(model: nn.Module, x: Tensor) -> Tensor:
+def torch_answer(model: nn.Module, *x: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x)
+        return model(*x)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -486,9 +486,50 @@ def test_a_recurrent_layer_with_a_projection_is_refused(tmp_path: Path) -> None:
         written(model, torch.randn(2, 4), tmp_path)
 
 
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.full((len(x),), 3)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return self.rnn(packed)[1]
+
+
+def test_packed_sequences_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"the layer rnn cannot .* has no packed sequences; give"):
+        written(uneven(Packed()), torch.randn(2, 3, 4), tmp_path)
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(20, 16), nn.Linear(16, 3)
+
+    def forward(self, words: Tensor, offsets: Tensor) -> Tensor:
+        return self.head(self.bag(words, offsets))
+
+
+def test_inputs_may_differ_in_their_first_dimension(tmp_path: Path) -> None:
+    """Texts one after the other and where each begins, as EmbeddingBag takes them."""
+    words, offsets = torch.arange(20) * 7 % 20, torch.tensor([0, 3, 9, 12])
+    path, loaded, _ = written(uneven(Bags()), (words, offsets), tmp_path)
+    for count, starts in ((20, [0, 3, 9, 12]), (7, [0, 5])):
+        feed = {"input_0": words[:count], "input_1": torch.tensor(starts)}
+        expected = torch_answer(loaded, feed["input_0"], feed["input_1"])
+        given = session(path, optimized=True).run(None, {k: v.numpy() for k, v in feed.items()})
+        assert distance(torch.from_numpy(given[0]), expected) < EXACT
+
+
 class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + x.new_ones(len(x), 4)
+
+
+class Complex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x)
 
 
 class OneSize(nn.Module):
@@ -503,7 +544,8 @@ class OneSize(nn.Module):
         (Unknown, r"of the layer 1\.1 .*ONNX has no operator prims\.bessel_j0; compute it with"),
         (Foreign, r"of the layer 1\.1 .*numpy.*; torch\.export must be able to trace"),
         (Counting, r".*works for one batch size alone"),
-        (OneSize, r".*works for one batch size alone; take it from x\.shape\[0\], or -1 in a view"),
+        (OneSize, r".*works for one batch size alone; take it from x\.shape\[0\], .* -1 in a view"),
+        (Complex, r".*its output is torch\.complex64, .* use torch\.view_as_real\(x\)"),
     ],
 )
 def test_what_onnx_cannot_express_is_refused_with_layer_cause_and_remedy(

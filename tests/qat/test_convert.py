@@ -432,14 +432,24 @@ class Complex(nn.Linear):
         self.register_buffer("phase", torch.zeros(3, dtype=torch.complex64))
 
 
+def loaded(model: nn.Module, other: nn.Module) -> nn.Module:
+    model.load_state_dict(other.state_dict())
+    return model
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         pytest.param(
             lambda: nn.Sequential(nn.LazyLinear(3)),
-            "0.weight has no shape yet; run the model",
+            "0 is a LazyLinear, which has no shape yet; run the model",
             id="lazy",
+        ),
+        pytest.param(
+            lambda: loaded(nn.Sequential(nn.LazyLinear(3)), nn.Sequential(nn.Linear(2, 3))),
+            "0 is a LazyLinear, which has no shape yet; run the model",
+            id="lazy with the shape of a state dict",
         ),
         pytest.param(
             lambda: layer_with(weight=torch.full((4, 4), torch.nan)),

@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from quant_cases import normal
+from test_activation import fitted
 from torch import Tensor
 
 from ddqcli.quant import batched as module
+from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.batched import batched
 from ddqcli.quant.quantizer import DDQuantizer
 
+Weights = list[tuple[DDQuantizer, Tensor]]
 
-def model() -> tuple[list[tuple[DDQuantizer, Tensor]], DDQuantizer, Tensor]:
-    """Weights of several sizes and kinds with their quantizers, and an activation's quantizer."""
+
+def model() -> tuple[Weights, list[ActivationQuantizer], Tensor]:
+    """Weights of several sizes and kinds and an input, with their quantizers."""
     xs = [normal(40, 30), normal(7, 3, seed=1), normal(50, seed=2), normal(4, 9, seed=3)]
     quantizers = [
         DDQuantizer.from_tensor(xs[0], 8, 4),
@@ -25,45 +29,46 @@ def model() -> tuple[list[tuple[DDQuantizer, Tensor]], DDQuantizer, Tensor]:
         quantizer.correction = 0.1 * number
     weights = list(zip(quantizers, [x.requires_grad_() for x in xs], strict=True))
     activation = normal(60, seed=4)
-    return weights, DDQuantizer.from_tensor(activation, 4), activation
+    return weights, [fitted(activation, bits) for bits in (4, 8, 5)], activation
 
 
-def results(
-    weights: list[tuple[DDQuantizer, Tensor]], other: DDQuantizer, x: Tensor
-) -> list[Tensor]:
-    outputs = [quantizer(weight) for quantizer, weight in weights] + [other(x)]
-    learned = [p for q in [*(q for q, _ in weights), other] for p in q.parameters()]
+def results(weights: Weights, others: list[ActivationQuantizer], x: Tensor) -> list[Tensor]:
+    outputs = [quantizer(weight) for quantizer, weight in weights] + [q(x) for q in others]
+    learned = [p for q in [*(q for q, _ in weights), *others] for p in q.parameters()]
     inputs = [w for _, w in weights] + [p for p in learned if p.requires_grad]
     loss = sum(output.square().sum() for output in outputs)
-    return [*outputs, *torch.autograd.grad(loss, inputs)]
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return [*outputs, *grads]
 
 
-@pytest.mark.parametrize("compile_from", [100, 2**16], ids=["large and small", "all small"])
-def test_batched_quantizers_give_what_each_gives_alone(compile_from, monkeypatch):
-    monkeypatch.setattr(module, "COMPILE_FROM", compile_from)
-    weights, other, x = model()
-    alone = results(weights, other, x)
-    with batched(weights, [other]):
-        together = results(weights, other, x)
+@pytest.mark.parametrize("small", [100, 2**16], ids=["large and small", "all small"])
+def test_batched_quantizers_give_what_each_gives_alone(small, monkeypatch):
+    monkeypatch.setattr(module, "_SMALL", small)
+    weights, others, x = model()
+    alone = results(weights, others, x)
+    with batched(weights, others):
+        together = results(weights, others, x)
         assert weights[1][0].precomputed_output is not None
-        assert other.precomputed_tables is not None
+        assert others[0].learned.precomputed_tables is not None
+        assert others[1].precomputed_scale is not None
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b)
-    assert all(torch.equal(a, b) for a, b in zip(together[:5], alone[:5], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(together[:7], alone[:7], strict=True))
 
 
 def test_another_tensor_than_the_batched_one_is_quantized_as_usual():
-    weights, other, _ = model()
+    weights, others, _ = model()
     quantizer, _ = weights[1]
     x = normal(5, 5)
     expected = quantizer(x)
-    with batched(weights, [other]):
+    with batched(weights, others):
         assert torch.equal(quantizer(x), expected)
 
 
 def test_nothing_precomputed_outlives_the_step_even_after_an_error():
-    weights, other, _ = model()
-    with pytest.raises(ZeroDivisionError), batched(weights, [other]):
+    weights, others, _ = model()
+    with pytest.raises(ZeroDivisionError), batched(weights, others):
         _ = 1 / 0
-    for quantizer in [*(q for q, _ in weights), other]:
+    for quantizer in [*(q for q, _ in weights), others[0].learned]:
         assert quantizer.precomputed_output is quantizer.precomputed_tables is None
+    assert others[1].precomputed_scale is None

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ddqcli.quant import triton_ops
+from ddqcli.quant import operators
 
 pytestmark = pytest.mark.skipif(
-    triton_ops.INTERPRETED or not triton_ops.installed(), reason="Triton compiles nothing here"
+    operators.INTERPRETED or not operators.installed(), reason="Triton compiles nothing here"
 )
 
 LEVELS = {"ALONE": True, "N": 16}

@@ -96,8 +96,11 @@ def test_two_processes_train_one_model_and_one_process_resumes_it(
     assert again["totals"] == report["totals"]
 
 
+LOST = "Another process of this run ended or is silent, and this one cannot continue alone"
 DYING = """
 import os
+import signal
+import time
 from torch import nn
 
 class Dying(nn.Flatten):
@@ -118,12 +121,25 @@ def test_if_one_process_dies_the_other_stops_and_one_process_resumes_the_run(
     net.write_text(DYING + net.read_text().replace("nn.Flatten()", "Dying()"))
     assert not torchrun("finetune", "--run-dir", "run")
     # torchrun sends the other process a SIGTERM, which may come before it has noticed.
-    reason = "(Another process of this run ended, and this one cannot continue alone|Terminated)"
-    assert re.search(f"Error: {reason}; `ddq finetune --resume", Path("0.err").read_text())
+    assert re.search(
+        f"Error: ({LOST}|Terminated); `ddq finetune --resume", Path("0.err").read_text()
+    )
 
     answer = ddq("finetune", "--resume", "--run-dir", "run")
     assert answer.code == 0, answer.err
     assert "resumed run at step 6 of 12" in answer.err
+
+
+def test_if_one_process_is_silent_the_other_stops(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its patience, which makes the test's seconds."""
+    monkeypatch.setattr(distributed, "_PATIENCE", timedelta(seconds=5))
+    pause = "signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(600)"
+    net, silent = project / "net.py", DYING.replace("os.kill(os.getpid(), 9)", pause)
+    net.write_text(silent + net.read_text().replace("nn.Flatten()", "Dying()"))
+    assert not torchrun("finetune", "--run-dir", "run")
+    assert f"Error: {LOST}; `ddq finetune --resume" in Path("0.err").read_text()
 
 
 def test_a_process_whose_partners_do_not_come_ends_with_a_sentence(

@@ -68,3 +68,13 @@ def test_other_errors_of_an_index_keep_their_message() -> None:
         explain_user_errors("It fails", UsageError, Recipe()),
     ):
         [][0]
+
+
+@pytest.mark.parametrize("inputs", [{"image": 1}, {"x": 1, "path": "a.png"}, {}])
+def test_inputs_that_are_not_the_arguments_say_what_a_sample_is(inputs: dict[str, object]) -> None:
+    message = r"forward\(\) .*; a sample is \(inputs, targets\), .* give exactly those\.$"
+    with (
+        pytest.raises(UsageError, match=message),
+        explain_user_errors("It fails", UsageError, Recipe()),
+    ):
+        Net()(**inputs)

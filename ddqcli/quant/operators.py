@@ -1,7 +1,7 @@
-"""Triton's kernels as PyTorch operators `ddq::...`, where Triton runs: on CUDA.
+"""Kernels as PyTorch operators `ddq::...`: Triton's on CUDA, those in C on a CPU.
 
 Operators, so that eager mode, torch.compile and CUDA graphs all take them. Where a kernel cannot be
-compiled or launched, one warning says so, and PyTorch's own operations serve instead.
+compiled or launched, PyTorch's own operations serve instead; of Triton's, one warning says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ddqcli.quant import cpu_launch
 
 T = TypeVar("T")
 
@@ -45,26 +47,32 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def takes(*tensors: Tensor) -> bool:
+def _triton_takes(*tensors: Tensor) -> bool:
     """True if Triton's kernels take these tensors."""
     return (
-        not _failed
-        and (INTERPRETED or all(x.is_cuda for x in tensors))
+        (INTERPRETED or all(x.is_cuda for x in tensors))
         and all(x.dtype in _TYPES and 0 < x.numel() <= _MOST for x in tensors)
         and installed()
     )
 
 
-def preferred(by_triton: Callable[[], T], by_torch: Callable[[], T], *tensors: Tensor) -> T:
-    """Return `by_triton()` if Triton's kernels take these tensors, `by_torch()` otherwise.
+def preferred(
+    by_operator: Callable[[], T], by_torch: Callable[[], T], use_compiled: bool, *tensors: Tensor
+) -> T:
+    """Return `by_operator()` if there are kernels for these tensors of one type, or `by_torch()`.
 
-    If a kernel cannot be compiled or launched, this warns once, and uses PyTorch from then on.
+    On a CPU there are if `use_compiled`, and if a compiler is found. If a kernel of Triton's cannot
+    be compiled or launched, this warns once, and uses PyTorch from then on.
     """
     global _failed
-    if not takes(*tensors):
+    if _failed:
+        return by_torch()
+    if use_compiled and not INTERPRETED and cpu_launch.takes(*tensors):
+        return by_operator()
+    if not _triton_takes(*tensors):
         return by_torch()
     try:
-        return by_triton()
+        return by_operator()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever Triton raises for a card or a compiler
@@ -104,7 +112,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _implementation(name: str) -> Callable[..., Any]:
+def _by_triton(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from ddqcli.quant import triton_launch
 
@@ -119,8 +127,9 @@ def _register() -> torch.library.Library:
     library = torch.library.Library("ddq", "DEF")  # type: ignore[no-untyped-call]
     for name, schema in _SCHEMAS.items():
         library.define(name + schema)  # type: ignore[no-untyped-call]
-        for device in ("CUDA", "CPU"):  # on a CPU, by the interpreter
-            library.impl(name, _implementation(name), device)  # type: ignore[no-untyped-call]
+        on_cpu = _by_triton(name) if INTERPRETED else getattr(cpu_launch, name)
+        library.impl(name, _by_triton(name), "CUDA")  # type: ignore[no-untyped-call]
+        library.impl(name, on_cpu, "CPU")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"ddq::{name}", _SHAPES[name], lib=library)
     return library
 

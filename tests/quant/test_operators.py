@@ -1,6 +1,7 @@
-"""Triton's kernels against the float64 oracle and PyTorch's kernels: on CUDA, or interpreted.
+"""The operators' kernels against the float64 oracle and PyTorch's kernels.
 
-Values and gradients of x agree bit for bit. Sums are taken in another order than PyTorch's.
+Triton's on CUDA, or interpreted; those in C on a CPU. Values and gradients of x agree bit for bit.
+Sums are taken in another order than PyTorch's.
 """
 
 from __future__ import annotations
@@ -10,33 +11,39 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
-from quant_cases import LEVELS, normal, quantize, seeded
-from test_activation import brute_force, decisions, uniform
+from quant_cases import LEVELS, normal, seeded
+from quant_cases import quantize as quantize_by
+from test_activation import brute_force, decisions
+from test_activation import uniform as uniform_quantizer
 from test_fake_quantize_gradients import literal, separate
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ddqcli.quant import triton_ops
+from ddqcli.quant import cpu_launch, operators
+from ddqcli.quant.activation import ActivationQuantizer
 from ddqcli.quant.fake_quantize import fake_quantize_many
 from ddqcli.quant.grid import representable_scale
 from ddqcli.quant.lookup import make_lookup_tables
 
-# Without the interpreter, a CPU takes PyTorch's kernels; `test_by_the_interpreter` starts it.
-CPU = ["cpu"] if triton_ops.INTERPRETED else []
-on_each_device = pytest.mark.parametrize(
-    "device", [*CPU, pytest.param("cuda", marks=pytest.mark.cuda)]
-)
+# On a CPU the kernels in C, or Triton's in the process of `test_by_the_interpreter`.
+no_compiler = not operators.INTERPRETED and cpu_launch.library() is None
+on_cpu = pytest.param("cpu", marks=pytest.mark.skipif(no_compiler, reason="finds no C compiler"))
+on_cuda = pytest.param("cuda", marks=pytest.mark.cuda)
+on_each_device = pytest.mark.parametrize("device", [on_cpu, on_cuda])
+of_triton = pytest.mark.parametrize("device", [*(["cpu"] * operators.INTERPRETED), on_cuda])
+quantize = partial(quantize_by, use_compiled=True)
 ALL_TYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 
 
-@pytest.mark.skipif(triton_ops.INTERPRETED, reason="this is its run")
-@pytest.mark.skipif(not triton_ops.installed(), reason="Triton is not installed here")
+@pytest.mark.skipif(operators.INTERPRETED, reason="this is its run")
+@pytest.mark.skipif(not operators.installed(), reason="Triton is not installed here")
 def test_by_the_interpreter() -> None:
     """In a process of its own: Triton reads the variable when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
@@ -55,7 +62,7 @@ def test_by_the_interpreter() -> None:
 @pytest.fixture(autouse=True)
 def rounding_as_a_card_does(monkeypatch):
     """Triton's interpreter truncates float32 to bfloat16, where a GPU rounds half to even."""
-    if not triton_ops.INTERPRETED:
+    if not operators.INTERPRETED:
         return
     from triton.runtime import interpreter
 
@@ -72,14 +79,20 @@ def rounding_as_a_card_does(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_failure():
     yield
-    assert not triton_ops._failed
+    assert not operators._failed
 
 
 @contextmanager
 def by_torch():
-    triton_ops._failed = True
+    operators._failed = True
     yield
-    triton_ops._failed = False
+    operators._failed = False
+
+
+def uniform(*args) -> ActivationQuantizer:
+    quantizer = uniform_quantizer(*args)
+    quantizer.use_compiled = True
+    return quantizer
 
 
 def normal_numbers(x, device):
@@ -200,10 +213,10 @@ def test_several_tensors_together_are_those_of_pytorch(device):
         inputs = [t.to(device, copy=True).requires_grad_() for t in (levels, scale, *xs)]
         zero, gates = on(device, torch.full((3,), 100.0), torch.ones(3, 4))
         tables = make_lookup_tables(inputs[0], inputs[1], zero, gates, bits)
-        triton_ops._failed = torch_alone
-        out = fake_quantize_many(inputs[2:], tables, corrections)
+        operators._failed = torch_alone
+        out = fake_quantize_many(inputs[2:], tables, corrections, use_compiled=True)
         found = torch.autograd.grad(out, inputs, [grad.to(device) for grad in grads])
-        triton_ops._failed = False
+        operators._failed = False
         results.append((*out, *found[2:], *found[:2]))
     for number, (a, b) in enumerate(zip(*results, strict=True)):
         if number < 6:
@@ -213,14 +226,16 @@ def test_several_tensors_together_are_those_of_pytorch(device):
 
 @on_each_device
 def test_the_same_values_give_the_same_sums_bit_for_bit(device):
-    """From many programs, which end in any order."""
-    values = 3000 if device == "cpu" else 5_000_000
+    """From many programs, which end in any order; on a CPU with any number of threads."""
+    values = 3000 if operators.INTERPRETED else 5_000_000
     x, grad = normal(values) * 3, normal(values, seed=1)
     levels = torch.rand(1, 256, generator=seeded(3)) * 255
-    first, *others = (
-        gradients(device, x, grad, levels, (4,), gated=False, correction=0.2)
-        for _ in range(2 if device == "cpu" else 5)
-    )
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(gradients(device, x, grad, levels, (4,), gated=False, correction=0.2))
+    torch.set_num_threads(before)
+    first, *others = results
     for other in others:
         assert all(oracle.same_bits(a, b) for a, b in zip(first, other, strict=True))
 
@@ -299,7 +314,7 @@ def test_operators_can_be_traced(device):
             assert torch.equal(a, b)
 
 
-@on_each_device
+@of_triton
 def test_a_kernel_that_cannot_run_is_told_once_and_pytorch_serves(device, monkeypatch):
     from ddqcli.quant import triton_launch
 
@@ -316,7 +331,7 @@ def test_a_kernel_that_cannot_run_is_told_once_and_pytorch_serves(device, monkey
 
     expected = run()
     monkeypatch.setattr(triton_launch, "quantize", fail)
-    monkeypatch.setattr(triton_ops, "_failed", False)
+    monkeypatch.setattr(operators, "_failed", False)
     with pytest.warns(UserWarning, match="slower: RuntimeError: no such card") as warned:
         results = [run() for _ in range(3)]
     assert len(tried) == len(warned) == 1
