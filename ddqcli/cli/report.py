@@ -143,14 +143,17 @@ def report(
 def _closing_lines(result: ReportResult | SweepReport | DiffResult) -> list[str]:
     """Name the source, the page, and what to type next."""
     from ddqcli.commands.report import ReportResult, SweepReport
+    from ddqcli.render.console import sizes_lines
     from ddqcli.render.sweep import next_lines
 
     if not isinstance(result, ReportResult | SweepReport):
         return []
     page = [f"page       {result.page}"] if result.page else []
+    sizes = sizes_lines(result.file_format)
     if isinstance(result, SweepReport):
-        return [f"runs       {result.source}", *page, *next_lines(result.source, result.table)]
-    return [f"{'run' if result.source.is_dir() else 'file':<10} {result.source}", *page]
+        following = next_lines(result.source, result.table, result.file_format)
+        return [*sizes, f"runs       {result.source}", *page, *following]
+    return [*sizes, f"{'run' if result.source.is_dir() else 'file':<10} {result.source}", *page]
 
 
 def _metric_limit(flag: str, text: str) -> tuple[str, float]:

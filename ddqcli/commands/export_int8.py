@@ -48,6 +48,7 @@ class Int8Result(Exported):
     """A verified file of LiteRT or ExecuTorch."""
 
     runtime: str
+    takes: str  # by a call
     file_format: Int8Format
     size: int  # bytes
     layers: tuple[Int8Row, ...]
@@ -159,6 +160,7 @@ def _verified(
         path=name,
         float_bytes=run.report().totals.float_bytes,
         runtime=runtime.name,
+        takes=runtime.takes,
         file_format="tflite" if runtime is LITERT else "pte",
         size=len(raw),
         layers=tuple(_row(weight, value) for weight, value in model.weights.items()),

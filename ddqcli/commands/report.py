@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ddqcli.errors import UsageError
+from ddqcli.errors import DDQError, UsageError
 from ddqcli.inspection.report import read_report
 from ddqcli.recipe.size import parse_size
 from ddqcli.runs.evaluation import Measured, Metric
@@ -102,6 +102,7 @@ class ReportResult:
     report: Report
     unmet: tuple[str, ...] = ()
     page: Path | None = None  # HTML page, if one was written
+    file_format: str = "safetensors"  # that the run's target is for
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
@@ -116,6 +117,7 @@ class SweepReport:
     source: Path
     table: SweepTable
     page: Path | None = None  # HTML page, if one was written
+    file_format: str = "safetensors"  # that the targets are for
 
     def data(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
@@ -137,6 +139,16 @@ def report(
     """
     limits = limits or Limits()
     if target is None and limits == Limits() and (sweep := find_sweep(source)):
-        return SweepReport(sweep, Run(sweep).sweep_table())
+        return SweepReport(sweep, Run(sweep).sweep_table(), file_format=_target_format(sweep))
     path, content = read_report(source, target)
-    return ReportResult(path, content, limits.unmet(content))
+    return ReportResult(path, content, limits.unmet(content), file_format=_target_format(path))
+
+
+def _target_format(source: Path) -> str:
+    """Return the format that a run's target is for; of an exported file, its own."""
+    if not source.is_dir():
+        return "safetensors"
+    try:
+        return Run(source).recipe().budget.target_format
+    except (DDQError, OSError):  # a report needs no recipe
+        return "safetensors"

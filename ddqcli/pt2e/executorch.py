@@ -86,4 +86,5 @@ def _open(file: Path) -> OneAnswer:
     return answer
 
 
-EXECUTORCH = Int8Runtime("ExecuTorch", "pte", require_executorch, _convert, _missing, _open)
+_TAKES = "one sample a call, in float32; XNNPACK quantizes it"
+EXECUTORCH = Int8Runtime("ExecuTorch", "pte", _TAKES, require_executorch, _convert, _missing, _open)

@@ -115,4 +115,5 @@ def _decoded(x: Array, detail: Mapping[str, Any]) -> Array:
     return np.asarray((x.astype(np.float32) - zero_point) * scale, np.float32)
 
 
-LITERT = Int8Runtime("LiteRT", "tflite", require_litert, _convert, _missing, _open)
+_TAKES = "one sample a call; what is quantized is int8, its scale and zero point in the file"
+LITERT = Int8Runtime("LiteRT", "tflite", _TAKES, require_litert, _convert, _missing, _open)

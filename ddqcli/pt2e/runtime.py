@@ -25,6 +25,7 @@ class Int8Runtime:
     Attributes:
         name: for messages.
         file_format: the word after --format, and the ending of files.
+        takes: what a call of the file takes and gives, for messages.
         require: raises UsageError unless its extra is installed.
         convert: returns the bytes of the file. Raises UsageError for what it cannot hold.
         missing: returns the names of the weights that are not in the file's bytes as they should.
@@ -33,6 +34,7 @@ class Int8Runtime:
 
     name: str
     file_format: str
+    takes: str
     require: Callable[[], None]
     convert: Callable[[Int8Model], bytes]
     missing: Callable[[bytes, Mapping[str, Symmetric]], list[str]]

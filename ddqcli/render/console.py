@@ -102,3 +102,13 @@ def export_command(run: str, file_format: str) -> str:
     """Return the command that writes the file of `run`, its words as a shell reads them."""
     flag = "" if file_format == "safetensors" else f" --format {file_format}"
     return f"ddq export {run}{flag}"
+
+
+def sizes_lines(file_format: str) -> list[str]:
+    """Say of which file the sizes of a report are, if the run's target is for another one."""
+    if file_format == "safetensors":
+        return []
+    return [
+        f"sizes      of the safetensors file; the target is for the {file_format} file, whose size "
+        f"`ddq export --format {file_format}` checks and prints"
+    ]

@@ -151,6 +151,7 @@ def _int8_lines(result: Int8Result) -> list[str]:
         f"bits       all {result.values:,} weights of {len(result.layers)} tensors are in the file "
         "as int8",
         f"stored     one byte a weight: {result.runtime} has no tables of fewer bits",
+        f"takes      {result.takes}",
     ]
     if rounded := [row for row in result.layers if row.rounded]:
         count = sum(row.rounded for row in rounded)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddqcli.formatting import duration
-from ddqcli.render.console import export_command, print_lines
+from ddqcli.render.console import export_command, print_lines, sizes_lines
 from ddqcli.render.curve import curve_lines
 from ddqcli.render.data import csv_text, markdown_table
 from ddqcli.render.layer_table import bar, shows_bars
@@ -39,12 +39,13 @@ def show_result(result: SweepResult, console: Console) -> None:
         f"time       {duration(result.seconds)}",
         f"runs       {result.run_dir}",
         f"picture    {result.run_dir}/{SWEEP_PICTURE}.png",
+        *sizes_lines(result.file_format),
         *next_lines(result.run_dir, result.table, result.file_format),
     ):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def next_lines(folder: Path, sweep: SweepTable, file_format: str = "safetensors") -> list[str]:
+def next_lines(folder: Path, sweep: SweepTable, file_format: str) -> list[str]:
     """Return the commands that go on with one run of a sweep."""
     run = f"{shlex.quote(str(folder))} --target {_short(sweep.targets[-1].target)}"
     return [f"next       ddq report {run}", f"           {export_command(run, file_format)}"]

@@ -1,6 +1,7 @@
 """Size, latency and check of every runtime for one network: the README's deployment table.
 
     python tests/benchmarks/deployment.py [--network mobilenet_v2] [--bits 4] [--runs 30]
+        [--only LiteRT]
 
 Weights are random and quantized to W4/A8; batch 1, one thread. Latency stands beside the float
 network's in the same runtime: the best of runs that alternate, and the median ratio of pairs. C is
@@ -20,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -65,20 +67,20 @@ def in_words(times: Sequence[Sequence[float]]) -> str:
     return f"{best}, {ratio:.2f} times"
 
 
-def torch_row(made: Quantized, model: nn.Module, x: torch.Tensor, runs: int) -> Row:
+def torch_rows(made: Quantized, model: nn.Module, x: torch.Tensor, runs: int) -> list[Row]:
     loaded = ddqcli.load(made.path, network(model_name(model))[0])
     with torch.no_grad():
         same = torch.equal(loaded(x), made.model(x))
         latency = alternating(lambda: model(x[:1]), lambda: loaded(x[:1]), runs)
     check = "same output bits as the network that was saved" if same else "OUTPUTS DIFFER"
-    return "PyTorch", f"{made.path.stat().st_size:,}", latency, check
+    return [("PyTorch", f"{made.path.stat().st_size:,}", latency, check)]
 
 
 def model_name(model: nn.Module) -> str:
     return str(model.__dict__["benchmark_name"])
 
 
-def numpy_row(made: Quantized, _model: nn.Module, _x: torch.Tensor, runs: int) -> Row:
+def numpy_rows(made: Quantized, _model: nn.Module, _x: torch.Tensor, runs: int) -> list[Row]:
     tensors = decode(made.path)[0]
     start = time.perf_counter()
     for _ in range(runs):
@@ -86,7 +88,7 @@ def numpy_row(made: Quantized, _model: nn.Module, _x: torch.Tensor, runs: int) -
     seconds = (time.perf_counter() - start) / runs
     weights = all((tensors[n] == t.dequantize()).all() for n, t in made.weights.items())
     check = "weights equal bit for bit" if weights else "WEIGHTS DIFFER"
-    return "numpy", f"{made.path.stat().st_size:,}", f"decodes in {1e3 * seconds:.1f} ms", check
+    return [("numpy", f"{made.path.stat().st_size:,}", f"decodes in {1e3 * seconds:.1f} ms", check)]
 
 
 def onnx_rows(made: Quantized, model: nn.Module, x: torch.Tensor, runs: int) -> list[Row]:
@@ -126,7 +128,7 @@ def onnx_rows(made: Quantized, model: nn.Module, x: torch.Tensor, runs: int) -> 
     return rows
 
 
-def coreml_row(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -> Row:
+def coreml_rows(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -> list[Row]:
     from ddqcli.coreml.package import make_package
     from ddqcli.coreml.readback import require_same_palettes
 
@@ -137,12 +139,12 @@ def coreml_row(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -
     require_same_palettes(path, palettes, {}, path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     check = f"{len(palettes)} tables and their indices read back bit for bit; not run (needs a Mac)"
-    return "Core ML", f"{size:,}", "", check
+    return [("Core ML", f"{size:,}", "", check)]
 
 
-def int8_row(
+def int8_rows(
     runtime: Int8Runtime, made: Quantized, model: nn.Module, x: torch.Tensor, runs: int
-) -> Row:
+) -> list[Row]:
     loaded = ddqcli.load(made.path, network(model_name(model))[0])
     samples = one_by_one(x, runtime.name)
     graph = make_int8(loaded, made.weights, samples, runtime.name)
@@ -162,7 +164,7 @@ def int8_row(
     error = abs(found - expected).max() / abs(expected).max()
     integers = f"WEIGHTS LACK: {missing}" if missing else "integers read back bit for bit"
     check = f"{integers}, outputs {steps:.0f} steps from the graph's, {error:.1e} from torch's"
-    return runtime.name, f"{paths[1].stat().st_size:,}", latency, check
+    return [(runtime.name, f"{paths[1].stat().st_size:,}", latency, check)]
 
 
 def float_file(runtime: Int8Runtime, model: nn.Module, x: torch.Tensor) -> bytes:
@@ -180,7 +182,9 @@ def float_file(runtime: Int8Runtime, model: nn.Module, x: torch.Tensor) -> bytes
         return bytes(edge.to_executorch().buffer)
 
 
-def c_row(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -> Row:
+def c_rows(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -> list[Row]:
+    if not compiler():
+        return []
     artifact = read_artifact(made.path)
     frozen = FrozenModel(
         quantized=list(artifact.quantized.values()),
@@ -200,7 +204,7 @@ def c_row(made: Quantized, model: nn.Module, x: torch.Tensor, _runs: int) -> Row
     done = subprocess.run([folder / "main"], capture_output=True, text=True, check=True)
     flash = sum(row.bytes for row in rows)
     latency = f"{float(done.stdout):.0f} ms (plain loops)"
-    return "C99", f"{flash:,} of flash", latency, "constants decode bit for bit"
+    return [("C99", f"{flash:,} of flash", latency, "constants decode bit for bit")]
 
 
 def program(model: nn.Module, x: torch.Tensor, symbols: dict[str, str]) -> str:
@@ -247,11 +251,23 @@ def program(model: nn.Module, x: torch.Tensor, symbols: dict[str, str]) -> str:
     )
 
 
+RUNTIMES: list[tuple[str, str | None, Callable[..., list[Row]]]] = [  # name, package, work
+    ("PyTorch", None, torch_rows),
+    ("numpy", None, numpy_rows),
+    ("ONNX", "onnxruntime", onnx_rows),
+    ("LiteRT", "litert_torch", partial(int8_rows, LITERT)),
+    ("ExecuTorch", "executorch", partial(int8_rows, EXECUTORCH)),
+    ("CoreML", "coremltools", coreml_rows),
+    ("C99", None, c_rows),
+]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--network", choices=NETWORKS, default="mobilenet_v2")
+    parser.add_argument("--only", nargs="*", choices=[name for name, *_ in RUNTIMES])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--act-bits", type=int, default=8)
     parser.add_argument("--runs", type=int, default=30)
@@ -264,15 +280,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         made = quantize(model, x, path, bits=options.bits, act_bits=options.act_bits or None)
-        rows = [work(made, model, x, options.runs) for work in (torch_row, numpy_row)]
-        rows += onnx_rows(made, model, x, options.runs)
-        if importlib.util.find_spec("coremltools"):
-            rows.append(coreml_row(made, model, x, options.runs))
-        for runtime, package in ((LITERT, "litert_torch"), (EXECUTORCH, "executorch")):
-            if importlib.util.find_spec(package):
-                rows.append(int8_row(runtime, made, model, x, options.runs))
-        if compiler():
-            rows.append(c_row(made, model, x, options.runs))
+        rows = [
+            row
+            for name, package, work in RUNTIMES
+            if not options.only or name in options.only
+            if package is None or importlib.util.find_spec(package)
+            for row in work(made, model, x, options.runs)
+        ]
     floats = 4 * sum(value.numel() for value in model.state_dict().values())
     print(f"{options.network} W{options.bits}/A{options.act_bits}, float {floats:,} bytes\n")
     print("| runtime | bytes | float -> quantized | check |\n|---|---|---|---|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def test_a_verified_file_is_written_the_same_each_time(file_format: str, finishe
     answer = ddq("export", "--format", file_format, "-q")
     assert (answer.code, answer.err) == (0, "")
     assert "stored     one byte a weight" in answer.out
+    assert "takes      one sample a call" in answer.out
     assert "steps      at most " in answer.out
     raw = path.read_bytes()
     data = ddq("export", "--format", file_format, "--json").data
@@ -61,10 +63,7 @@ def test_a_file_with_other_integers_is_exit_code_4_and_not_written(
         calls[1].integers[0, 0] ^= 1  # what was trained is now another
         return raw
 
-    fake = type(runtime)(
-        runtime.name, runtime.file_format, runtime.require, convert, runtime.missing, runtime.open
-    )
-    monkeypatch.setitem(export_int8.RUNTIMES, file_format, fake)
+    monkeypatch.setitem(export_int8.RUNTIMES, file_format, replace(runtime, convert=convert))
     answer = ddq("export", "--format", file_format)
     assert answer.code == 4
     assert "lacks the trained integers of 3.weight." in answer.err

@@ -118,6 +118,9 @@ def test_a_target_may_be_the_size_of_the_onnx_file(project: Path) -> None:
     assert answer.code == 0, answer.err
     assert "target: an ONNX file of 5800; its nodes and floats take up to 4," in answer.err
     assert "ddq export runs/small --format onnx" in answer.out
+    sizes = "sizes      of the safetensors file; the target is for the onnx file, "
+    assert sizes in answer.out
+    assert sizes in ddq("report", "runs/small").out
     data = ddq("export", "runs/small", "--format", "onnx", "--json").data
     assert data["sizes"]["file"] <= 5800
     bits = [layer["bits"] for layer in ddq("report", "runs/small", "--json").data["layers"]]
