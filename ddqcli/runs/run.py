@@ -192,15 +192,17 @@ class Run:
         Raises UsageError if the file is missing, DDQError if it is damaged: then `parse` fails.
         """
         path = self.path / name
+        state = None
         try:
-            return parse(load_torch(path))
+            state = load_torch(path)
+            return parse(state)
         except FileNotFoundError as error:
             raise UsageError(
                 f"{self.path} holds no {name}; the run did not get that far."
             ) from error
-        except DDQError:
-            raise
         except Exception as error:
+            if state is not None and isinstance(error, DDQError):
+                raise  # of `parse`, which knows what is wrong
             raise DDQError(
                 f"{path} is damaged and cannot be read; {self._remedy(name)}."
             ) from error

@@ -336,11 +336,11 @@ def test_a_signal_before_the_first_step_can_be_resumed_too(
 
 def test_a_signal_is_not_taken_for_an_error_of_the_code_it_interrupts(project: Path) -> None:
     def stopped_while_compiling() -> None:
-        from ddqcli.quant import compiled
+        from ddqcli.quant import cpu_launch
         from ddqcli.training import session
 
         session._COMPILE_FROM = 0
-        compiled.compiled = lambda *_: lambda _: signal.raise_signal(signal.SIGTERM)
+        cpu_launch.subprocess.run = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
 
     child = in_child(BEGIN, before=stopped_while_compiling)
     assert exit_code(child) == 143

@@ -72,7 +72,7 @@ def test_a_training_step_adds_the_loss_of_the_features(weight: float) -> None:
         running = trainer(network(), settings, 4, data, teacher)
         x, y = next(iter(data.train.epoch(0)))
         running.model.train()
-        return running._forward(x, y)[2].item(), (running.model, teacher, x)
+        return running.forward(x, y)[2].item(), (running.model, teacher, x)
 
     without, _ = loss([])
     found, (model, teacher, x) = loss(["0", "3"])
