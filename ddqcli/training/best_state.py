@@ -26,7 +26,7 @@ class BestState:
     Attributes:
         looks: all of them. The first is from before training.
         start: the first look at a state within the budget.
-        best: the look at the state that is kept.
+        best: the look at the best state.
     """
 
     def __init__(self, model: nn.Module, gates: Rule, held_out: HeldOut) -> None:
@@ -34,7 +34,7 @@ class BestState:
         self.looks: list[Look] = []
         self.start: Look | None = None
         self.best: Look | None = None
-        self._kept: dict[str, Any] | None = None
+        self._model_and_gates: dict[str, Any] | None = None
 
     def add(self, look: Look) -> None:
         """Take in a look at the present state."""
@@ -46,7 +46,7 @@ class BestState:
         """Keep the present state, at which this is the look, if it is the best so far."""
         if self._fits() and (self.best is None or self._is_better(look, self.best)):
             self.best = look
-            self._kept = {
+            self._model_and_gates = {
                 "model": {k: v.clone() for k, v in self.model.state_dict().items()},
                 "gates": self.gates.state(),
             }
@@ -71,10 +71,10 @@ class BestState:
         metric, least_gain = self.held_out.data.judged_by, self.held_out.least_gain
         return is_better(look, best, self.start or look, metric, least_gain)
 
-    def kept(self) -> dict[str, Any]:
-        """Return the state of `model` and `gates` that is kept."""
-        assert self._kept is not None
-        return self._kept
+    def model_and_gates(self) -> dict[str, Any]:
+        """Return the best states of the model and the gates, by these names."""
+        assert self._model_and_gates is not None
+        return self._model_and_gates
 
     def forget_after(self, step: int) -> None:
         """Forget looks after a step, to which training goes back."""
@@ -86,7 +86,7 @@ class BestState:
             "looks": [asdict(look) for look in self.looks],
             "start": self.start and asdict(self.start),
             "best": self.best and asdict(self.best),
-            "best_state": self._kept,
+            "best_state": self._model_and_gates,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -94,4 +94,4 @@ class BestState:
         self.looks = [Look(**look) for look in state["looks"]]
         self.start = state["start"] and Look(**state["start"])
         self.best = state["best"] and Look(**state["best"])
-        self._kept = state["best_state"]
+        self._model_and_gates = state["best_state"]

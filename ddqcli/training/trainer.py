@@ -195,7 +195,7 @@ class Trainer:
         return True
 
     def _load_best(self) -> None:
-        state = self.best_state.kept()
+        state = self.best_state.model_and_gates()
         self.load_model(state["model"])
         self.gates.load_state(state["gates"])
 

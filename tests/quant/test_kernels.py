@@ -1,4 +1,4 @@
-"""Which backward pass serves."""
+"""The choice of the backward pass."""
 
 from __future__ import annotations
 
