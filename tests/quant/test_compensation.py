@@ -244,5 +244,7 @@ def test_the_error_share_predicts_what_compensation_gains(levels: int) -> None:
 
 
 def test_independent_inputs_leave_the_whole_error() -> None:
-    assert error_share(torch.diag(torch.rand(9, dtype=torch.float64) + 0.1)[None]) == pytest.approx(1, rel=1e-12)
+    assert error_share(torch.diag(torch.rand(9, dtype=torch.float64) + 0.1)[None]) == pytest.approx(
+        1, rel=1e-12
+    )
     assert error_share(torch.zeros(1, 4, 4)) == 1
