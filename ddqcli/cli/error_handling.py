@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from ddqcli.cli.interruption import as_interruption, watch_ctrl_c
 from ddqcli.errors import DDQError, Interrupted
 from ddqcli.formatting import did_you_mean, visible
 
@@ -38,6 +39,7 @@ class ErrorHandlingGroup(TyperGroup):
         **extra: Any,
     ) -> NoReturn:
         """Run a command and exit; `--debug` may stand anywhere, so it can end a failed line."""
+        watch_ctrl_c()
         all_args = list(sys.argv[1:] if args is None else args)
         args = [arg for arg in all_args if arg != "--debug"]
         try:
@@ -54,7 +56,7 @@ class ErrorHandlingGroup(TyperGroup):
             if "--debug" in all_args:
                 traceback.print_exc()
             command = next((arg for arg in args if arg in self.commands), None)
-            code = _report_error(error, command, as_json="--json" in args)
+            code = _report_error(as_interruption(error), command, as_json="--json" in args)
         sys.exit(code if isinstance(code, int) else 0)
 
 

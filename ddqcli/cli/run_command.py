@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import typer
 
 from ddqcli.cli.error_handling import discard_stdout, print_error
+from ddqcli.cli.interruption import watch_sigterm
 from ddqcli.errors import Interrupted, LimitExceeded, UsageError
 
 _SOON = 0.02  # seconds; a callback has returned by then
@@ -34,7 +35,7 @@ def run_command(
     Raises Interrupted on Ctrl-C and SIGTERM, and exits with LimitExceeded's code if the result
     exceeds a limit; the result is printed first.
     """
-    signal.signal(signal.SIGTERM, _raise_interrupted)
+    watch_sigterm()
     try:
         _require_working_folder()
         result = work()
@@ -77,7 +78,3 @@ def interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
     number = stop.exit_code - 128 if isinstance(stop, Interrupted) else signal.SIGINT
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
     signal.setitimer(signal.ITIMER_REAL, _SOON)
-
-
-def _raise_interrupted(number: int, frame: object) -> NoReturn:
-    raise Interrupted("Terminated", number)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ddqcli.artifact.read import Artifact
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]  # bytes or values
+Size = Annotated[int, Field(ge=1, lt=1 << 62)]  # bytes of a whole model, or of a budget
 
 REPORT_VERSION = 1
 SWEEP_VERSION = 1
@@ -69,7 +70,7 @@ class Totals(Record):
 
     bytes: Count  # of the whole file
     float_bytes: Count
-    budget_bytes: Count | None
+    budget_bytes: Size | None
     average_bits: float  # stored bits a quantized weight, level tables included
     quantized_bytes: Count
     kept_bytes: Count  # of unquantized tensors and of inputs' level tables
@@ -152,7 +153,7 @@ class EmbeddedReport(Record):
     kind: tuple[str, ...]  # of each tensor, names ascending
     error: tuple[float, ...]
     learned: tuple[str, ...]  # layers whose inputs have learned levels
-    budget_bytes: Count | None
+    budget_bytes: Size | None
     float_bytes: Count
 
 
@@ -281,7 +282,7 @@ class SweepRow(Record):
 
     target: str
     bytes: Count
-    budget_bytes: Count | None
+    budget_bytes: Size | None
     average_bits: float
     accuracy: float | None
     start: float | None  # of the last stage before training

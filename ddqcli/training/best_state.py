@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import nn
 
 from ddqcli.qat.rules.base import Rule
 from ddqcli.training.held_out import HeldOut, is_better, is_ruined
 from ddqcli.training.metrics import Look
+
+_LOOKS, _LOOK = TypeAdapter(list[Look]), TypeAdapter(Look | None)
 
 
 class BestState:
@@ -90,8 +93,10 @@ class BestState:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self.looks = [Look(**look) for look in state["looks"]]
-        self.start = state["start"] and Look(**state["start"])
-        self.best = state["best"] and Look(**state["best"])
-        self._model_and_gates = state["best_state"]
+        """Continue from a saved state. Raises ValueError or LookupError if that is none."""
+        self.looks = _LOOKS.validate_python(state["looks"])
+        self.start, self.best = (_LOOK.validate_python(state[name]) for name in ("start", "best"))
+        kept = state["best_state"]
+        if (self.best is None) != (kept is None) or not isinstance(kept, dict | None):
+            raise ValueError("the best look and the best state do not belong together")
+        self._model_and_gates = kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ _FLIP_INVARIANT = 0.95
 class DetectedAugmentation:
     """Augmentation that the float model gives away. None where the recipe or nothing decides."""
 
-    fill: str | None = None  # a key of Preprocess.fills
+    fill: Literal["black", "mean"] | None = None
     flip: bool | None = None
 
     def apply(self, data: Data) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from ddqcli.errors import DDQError
 from ddqcli.training.detect_augmentation import DetectedAugmentation
 
+_AUGMENTATION = TypeAdapter(DetectedAugmentation)
 _STATE_FORMAT = 6  # raised when the contents of last.pt change
 
 
@@ -65,7 +67,7 @@ class FloatBaseline:
         try:
             return cls(
                 float(state["float_accuracy"]),
-                DetectedAugmentation(**state["augmentation"]),
+                _AUGMENTATION.validate_python(state["augmentation"]),
                 dict(state["surroundings"]),
                 state["float_inputs"],
                 state["float_outputs"],

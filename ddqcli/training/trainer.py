@@ -40,6 +40,7 @@ from ddqcli.training.step_results import StepResult, StepResults
 
 _LOOKS = 8  # in a run, beside the one before the first step
 _SETTLED_LEVELS_LR = 0.1  # of train.levels_lr
+_UNFIT = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
 class Trainer:
@@ -407,17 +408,21 @@ class Trainer:
         """Continue from a saved state. Raises DDQError if it does not fit this model."""
         self.model.zero_grad(set_to_none=True)
         try:
-            self.step, self.lr_scale = state["step"], state["lr_scale"]
-            self.settled, self.gave_up = state["settled"], state["gave_up"]
+            self.step, self.lr_scale = int(state["step"]), float(state["lr_scale"])
+            if not 0 <= self.step <= self.steps:
+                raise ValueError(self._at(self.step))
+            self.settled, self.gave_up = bool(state["settled"]), bool(state["gave_up"])
+            self.best_state.load(state)
+            if self.best_state.best is not None:
+                self._load_best()  # it has to fit now, not when training returns to it
             self.load_model(state["model"])
             self.weights_optimizer.load_state_dict(state["weights_optimizer"])
             if self.levels_optimizer:
                 self.levels_optimizer.load_state_dict(state["levels_optimizer"])
             self.gates.load_state(state["gates"])
-            self.best_state.load(state)
-            self.stages = state["stages"]
+            self.stages = {str(name): float(value) for name, value in state["stages"].items()}
             self.means = StepMeans(**state["means"])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _UNFIT as error:
             raise DDQError(
                 "The saved state does not fit this model: another version of ddq wrote it."
             ) from error

@@ -7,9 +7,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
@@ -246,6 +248,25 @@ def test_ctrl_c_before_a_command_begins_has_a_message(monkeypatch: pytest.Monkey
     answer = ddq("report", "--json")
     assert (answer.code, answer.err) == (130, "Error: Interrupted\n")
     assert answer.envelope["errors"] == ["Interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "code"),
+    [(signal.SIGINT, "Interrupted", 130), (signal.SIGTERM, "Terminated", 143)],
+)
+def test_a_signal_that_code_in_c_turns_into_another_error_stays_one(
+    monkeypatch: pytest.MonkeyPatch, number: int, message: str, code: int
+) -> None:
+    def schema_error(*_: object, **__: object) -> NoReturn:
+        with suppress(KeyboardInterrupt, Interrupted):
+            signal.raise_signal(number)
+        raise ValueError("Error building `nullable` serializer")
+
+    monkeypatch.setattr("ddqcli.commands.report.report", schema_error)
+    answer = ddq("report")
+    assert (answer.code, answer.err) == (code, f"Error: {message}\n")
+    failing(monkeypatch, ValueError("Another one"))  # the next command is a new one
+    assert ddq("report").code == 1
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

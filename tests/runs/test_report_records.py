@@ -83,6 +83,7 @@ def test_a_file_of_a_version_without_courses_is_read(tmp_path: Path) -> None:
         ("kind", [3, "Linear"], "report.kind.0: input should be a valid string"),
         ("run", {"steps": 1}, "report.run.seed: field required"),
         ("budget_bytes", "x", "report.budget_bytes: input should be a valid integer"),
+        ("budget_bytes", 0, "report.budget_bytes: input should be greater than or equal to 1"),
         ("more", 1, "report.more: extra inputs are not permitted"),
         ("error", [], "carries the report of another file"),
     ],

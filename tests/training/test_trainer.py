@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from ddqcli.errors import DataError, DDQError
 from ddqcli.qat.model import quantizers
 from ddqcli.training import session
+from ddqcli.training.detect_augmentation import DetectedAugmentation
 from ddqcli.training.divergence import Diverged
+from ddqcli.training.run_state import FloatBaseline
 from ddqcli.training.trainer import Trainer
 
 # ---- resuming
@@ -105,6 +107,38 @@ def test_so_does_a_long_run_whose_kernels_are_compiled(name: str, monkeypatch) -
     resumed.load(state)
     finish(resumed)
     assert not differences(resumed.state(), whole.state())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 10**9},
+        {"step": "x"},
+        {"step": math.inf},
+        {"stages": [1]},
+        {"best": None},
+        {"best": {"step": 1e308, "held_out_loss": 1.0, "held_out_accuracy": 50.0}},
+        {"looks": [None]},
+        {"best_state": "x"},
+        {"best_state": {"model": {}, "gates": {}}},
+        {"model": {}},
+        {"gates": True},
+    ],
+    ids=str,
+)
+def test_a_state_of_another_form_is_refused_before_training(change: dict[str, Any]) -> None:
+    running = begin(recipe())
+    state = running.state() | change
+    with pytest.raises(DDQError, match="The saved state does not fit this model"):
+        running.load(state)
+
+
+@pytest.mark.parametrize("augmentation", [{"fill": True}, {"fill": "x"}, {"flip": "x"}, 1])
+def test_a_float_baseline_of_another_form_is_refused(augmentation: Any) -> None:
+    baseline = FloatBaseline(99.0, DetectedAugmentation("mean", True), {"torch": "2"})
+    assert FloatBaseline.from_state(baseline.state()) == baseline
+    with pytest.raises(DDQError, match="not as this version of ddq writes it"):
+        FloatBaseline.from_state(baseline.state() | {"augmentation": augmentation})
 
 
 @pytest.mark.parametrize("method", ["ddq", "sdq"])
