@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ddqcli.data.batches import to_device
 from ddqcli.data.seeding import generator
+
+Fill = Literal["black", "mean"]  # color of the padding
 
 
 def random_crops(images: Tensor, pad: int, tops: Tensor, lefts: Tensor, fill: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class Preprocess:
         *,
         seed: int = 0,
         pad: int = 0,
-        fill: str = "black",
+        fill: Fill = "black",
         flip: bool = False,
     ) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device)
@@ -81,7 +84,7 @@ class Preprocess:
         self.device, self.seed, self.pad, self.fill, self.flip = device, seed, pad, fill, flip
         pixel_mean = torch.tensor(mean, dtype=torch.float32) * 255
         mean_color = pixel_mean.round().clamp(0, 255).to(torch.uint8)
-        self.fills = {"black": torch.zeros_like(mean_color), "mean": mean_color}
+        self.fills: dict[Fill, Tensor] = {"black": torch.zeros_like(mean_color), "mean": mean_color}
 
     def __call__(self, images: Tensor, epoch: int, batch: int) -> Tensor:
         """Return the input for batch number `batch` of epoch `epoch`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ddqcli.data.augment import Fill
 from ddqcli.data.batches import Batches
 from ddqcli.data.load import Data
 from ddqcli.data.trees import call
@@ -24,7 +25,7 @@ _FLIP_INVARIANT = 0.95
 class DetectedAugmentation:
     """Augmentation that the float model gives away. None where the recipe or nothing decides."""
 
-    fill: Literal["black", "mean"] | None = None
+    fill: Fill | None = None
     flip: bool | None = None
 
     def apply(self, data: Data) -> None:
@@ -70,8 +71,8 @@ def is_flip_invariant(model: nn.Module, data: Data, *, labels: bool = True) -> b
 
 
 @torch.no_grad()
-def detect_padding_fill(model: nn.Module, data: Data) -> str | None:
-    """Return the padding color (a key of `Preprocess.fills`) that fits the model's BatchNorm best.
+def detect_padding_fill(model: nn.Module, data: Data) -> Fill | None:
+    """Return the padding color that fits the model's BatchNorm best.
 
     For each color, the channel means of the training images are compared with BatchNorm's running
     means, in running standard deviations. None without padding or BatchNorm, or if all colors fit
