@@ -138,31 +138,37 @@ def test_grids_cover_the_values_of_the_samples() -> None:
 
 
 class SamePool(nn.Module):
-    """Max-pooling over a pad of -inf, as timm's "same" pooling; the second layer's input."""
+    """Max-pooling over a pad of -inf, as timm's "same" pooling; no layer reads its output."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.pad(self.first(x), (0, 1, 0, 1), value=float("-inf"))
-        return self.second(nn.functional.max_pool2d(x, 3, 2))
+        return self.second(nn.functional.max_pool2d(x, 3, 2).mean((2, 3)))
+
+
+class Scaled(nn.Conv2d):
+    """A layer whose bias the graph computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return nn.functional.conv2d(x, self.weight, 20 * self.bias)
 
 
 class ComputedBias(nn.Module):
-    """A layer whose bias the graph computes, between two others."""
+    """Such a layer between two others."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
-        self.scaled = nn.Conv2d(8, 8, 3)
+        self.scaled = Scaled(8, 8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x))
-        x = self.scaled._conv_forward(x, self.scaled.weight, 20 * self.scaled.bias)
-        return self.last(x)
+        return self.last(self.scaled(torch.relu(self.first(x))))
 
 
 @pytest.mark.parametrize(("net", "floats"), [(SamePool, ()), (ComputedBias, ("scaled.weight",))])
