@@ -73,9 +73,9 @@ def try_run(models: Models, recipe: Recipe, introduce: Note) -> tuple[Models, li
     Returns the models with their budget, and a warning of the inputs, if any.
     """
     data = data_with_targets(recipe, models, introduce)
-    fit_memory_format(models, data, introduce)
-    models = with_format_budget(models, recipe, data, introduce)
     with explain_user_errors(CANNOT_RUN, UsageError, recipe):
+        fit_memory_format(models, data, introduce)
+        models = with_format_budget(models, recipe, data, introduce)
         accuracy = try_data(models.float_model, data, recipe.train.distill)
         value = data.judged_by.text(accuracy, " ")
         introduce(f"float {data.judged_by.name} on one batch: {value}")

@@ -60,9 +60,10 @@ def reference_of(run: Run, frozen: FrozenModel, target: str) -> Reference:
     """
     tables = {table.name: table for table in frozen.activations}
     tensors = {name: value for name, value in frozen.expected().items() if name not in tables}
-    model = rebuild_model(run, to_torch(tensors), tables, str(run.path))
+    probe = run.probe()
+    model = rebuild_model(run, to_torch(tensors), tables, str(run.path), probe)
     data, reason = attempt(lambda: load_held_out(run))
-    if probe := run.probe():
+    if probe:
         example = probe["input"]
     elif data is not None:
         example = sliced(next(iter(data.val.epoch(0)))[0], slice(8))

@@ -12,7 +12,7 @@ from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.commands.exported import Exported
 from ddqcli.coreml.package import SUFFIX, Palette, make_package, require_coreml
 from ddqcli.coreml.readback import require_same_palettes
-from ddqcli.data.trees import sliced
+from ddqcli.data.trees import Tree, sliced
 from ddqcli.errors import UsageError
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.qat.load import to_torch
@@ -84,10 +84,12 @@ def _export(run: Run, path: Path, half: bool) -> CoreMLResult:
     frozen, report = run.parsed(FINAL, FrozenModel.from_state), run.report()
     expected = frozen.expected()
     tensors = {n: v for n, v in expected.items() if n not in {t.name for t in frozen.activations}}
-    model = rebuild_model(run, to_torch(tensors), {}, str(run.path))
+    probe = run.probe()
+    model = rebuild_model(run, to_torch(tensors), {}, str(run.path), probe)
     about = {"ddq": report.source.ddq, "source": report.source.sha256}
     weights = {tensor.name: tensor for tensor in frozen.quantized}
-    package, palettes = make_package(model, weights, _example(run), about, half=half)
+    example = probe["input"] if probe else _evaluation_sample(run)
+    package, palettes = make_package(model, weights, example, about, half=half)
     results: list[list[str]] = []
     dtype = np.float16 if half else np.float32
     floats = {
@@ -120,10 +122,8 @@ def _is_own(folder: Path) -> bool:
     return model.is_file() and b"\n\x03ddq\x12" in model.read_bytes()  # a key of a protobuf map
 
 
-def _example(run: Run) -> Any:
-    """Return inputs of some samples. Raises UsageError if there are none."""
-    if probe := run.probe():
-        return probe["input"]
+def _evaluation_sample(run: Run) -> Tree:
+    """Return the inputs of a sample of the evaluation data. Raises UsageError without any."""
     data, reason = attempt(lambda: load_held_out(run))
     if data is None:
         raise UsageError(f"Core ML export needs an example input, and the run holds none: {reason}")

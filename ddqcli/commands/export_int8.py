@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +20,17 @@ from ddqcli.pt2e.executorch import EXECUTORCH
 from ddqcli.pt2e.graph import Int8Model, make_int8, one_by_one, require_int8_inputs
 from ddqcli.pt2e.integers import Symmetric
 from ddqcli.pt2e.litert import LITERT
-from ddqcli.pt2e.runtime import Int8Runtime, OneAnswer, batched
+from ddqcli.pt2e.runtime import Int8Format, Int8Runtime, OneAnswer, sample_by_sample
 from ddqcli.qat.frozen import FrozenModel
 from ddqcli.runs.evaluation import Metric
 from ddqcli.runs.files import write_atomic
 from ddqcli.runs.run import FINAL, Run
 from ddqcli.training.evaluate import OnProgress
 
-Int8Format = Literal["tflite", "pte"]
-RUNTIMES: dict[Int8Format, Int8Runtime] = {"tflite": LITERT, "pte": EXECUTORCH}
+RUNTIMES: dict[Int8Format, Int8Runtime] = {each.file_format: each for each in (LITERT, EXECUTORCH)}
 _CALIBRATION = 128  # samples whose values the untrained grids cover
 _COMPARED = 8  # samples on which runtime and graph are compared step by step
-_MOST_STEPS = 1.5  # a typical output, and float32's last digit
+_MOST_STEPS = 1.5  # of a typical output: one, and float32's last digit
 _MOST_SAMPLES = 10_000  # these runtimes take one sample at a time
 
 
@@ -121,15 +121,18 @@ def _expected(run: Run, runtime: Int8Runtime) -> _Expected:
     frozen = run.parsed(FINAL, FrozenModel.from_state)
     reference = reference_of(run, frozen, runtime.name)
     require_int8_inputs(reference.model, runtime.name)
-    samples = one_by_one(reference.example, runtime.name)
-    if reference.data is not None:
-        for x, _ in islice(reference.data.held_out.epoch(0), _CALIBRATION):
-            samples += one_by_one(x, runtime.name)
-            if len(samples) > _CALIBRATION:
-                break
-    samples = samples[:_CALIBRATION]
+    samples = list(islice(_held_out_samples(reference, runtime), _CALIBRATION))
     model = make_int8(reference.model, frozen.weights(), samples, runtime.name)
     return _Expected(model, reference, samples)
+
+
+def _held_out_samples(reference: Reference, runtime: Int8Runtime) -> Iterator[tuple[Tensor, ...]]:
+    """Yield held-out training samples, or those of the example where there are no data."""
+    if reference.data is None:
+        yield from one_by_one(reference.example, runtime.name)
+        return
+    for x, _ in reference.data.held_out.epoch(0):
+        yield from one_by_one(x, runtime.name)
 
 
 def _verified(
@@ -148,7 +151,7 @@ def _verified(
     steps = _steps(answer, expected, runtime.name, name)
     compared = compare_with(
         reference,
-        batched(answer),
+        sample_by_sample(answer),
         runtime.name,
         name=name,
         on_progress=on_progress,
@@ -161,7 +164,7 @@ def _verified(
         float_bytes=run.report().totals.float_bytes,
         runtime=runtime.name,
         takes=runtime.takes,
-        file_format="tflite" if runtime is LITERT else "pte",
+        file_format=runtime.file_format,
         size=len(raw),
         layers=tuple(_row(weight, value) for weight, value in model.weights.items()),
         floats=model.floats,
@@ -181,7 +184,7 @@ def _row(name: str, value: Symmetric) -> Int8Row:
 def _steps(answer: OneAnswer, expected: _Expected, runtime: str, name: Path) -> float | None:
     """Return the largest difference between runtime and graph, in steps of the outputs' grids.
 
-    Raises VerificationError if a typical output differs by more than one step.
+    Raises VerificationError if a typical output differs by more than 1.5 steps.
     """
     differences = []
     for sample in expected.samples[:_COMPARED]:

@@ -105,8 +105,9 @@ def finetune(
     in_folder = run_folder(run, run_dir, recipe, introduce)
     with distributed.process_group(models.device), in_folder as run:
         data = data_with_targets(recipe, models, introduce)
-        fit_memory_format(models, data, introduce)
-        models = with_format_budget(models, recipe, data, introduce)
+        with explain_user_errors(CANNOT_RUN, UsageError, recipe):
+            fit_memory_format(models, data, introduce)
+            models = with_format_budget(models, recipe, data, introduce)
         record_code(run, recipe, introduce)
         listener.judged_by(data.judged_by)
         identity = RunIdentity(

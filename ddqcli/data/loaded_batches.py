@@ -96,7 +96,7 @@ class _SeededSamples:
                 return self.samples[index]
         except DataError as error:
             return str(error)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return f"Sample {index} of the data cannot be read: {type(error).__name__}: {error}"
 
 

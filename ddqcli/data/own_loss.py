@@ -51,7 +51,7 @@ def call_own(function: Score, kind: str, spec: str, output: Any, target: Any, ne
         return function(output, target)
     except (DDQError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = " ".join(str(error).split())[:200]
         if "allocate memory" in message:
             raise

@@ -144,7 +144,7 @@ class ReadyBatches:
                 with seeded("batch", self.seed, epoch, number):
                     iterator = iter(self.batches) if iterator is None else iterator
                     batch = next(iterator, None)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 raise DataError(f"Batch {number} of the data cannot be read: {reason}") from error
             if batch is None:

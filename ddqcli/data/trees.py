@@ -178,6 +178,17 @@ def answer(output: Tree) -> Tree:
     return output.logits if hasattr(output, "logits") else output
 
 
+def take_tensors_alone(model: nn.Module, example: Tree) -> None:
+    """Let the forward take and give tensors, as a graph does, and no trees such as `example`."""
+    forward = model.forward
+
+    def flat(*values: Tensor) -> list[Tensor]:
+        positional, named = arguments(with_tensors(example, values))
+        return tensors(answer(forward(*positional, **named)))
+
+    model.forward = flat
+
+
 def _key_text(key: Any) -> str:
     """Return an index, a mapping's key or a field's name, as a tree's paths have them."""
     return str(next(getattr(key, a) for a in ("idx", "key", "name") if hasattr(key, a)))

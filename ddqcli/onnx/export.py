@@ -24,17 +24,15 @@ from torch.nn.utils.rnn import PackedSequence
 from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.data.trees import (
     Tree,
-    answer,
-    arguments,
     call,
     copied,
     input_names,
     map_tensors,
     shared_length,
     sliced,
+    take_tensors_alone,
     tensor_names,
     tensors,
-    with_tensors,
 )
 from ddqcli.errors import UsageError
 from ddqcli.onnx.refusal import active_layers, refusal
@@ -222,7 +220,7 @@ def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
             output = _checked_output(model, example)
             _refuse_types(example, output)
             inputs = tuple(tensors(example))
-            _take_tensors_alone(model, example)
+            take_tensors_alone(model, example)
             batch = {0: _first_dimension(example)}
             shapes = tuple(batch if x.ndim else None for x in inputs)
             program = torch.export.export(model, inputs, dynamic_shapes=(shapes,))
@@ -242,17 +240,6 @@ def _export_float(model: nn.Module, example: Tree) -> onnx.ModelProto:
             raise
         except Exception as error:
             raise UsageError(refusal(error, active)) from error
-
-
-def _take_tensors_alone(model: nn.Module, example: Tree) -> None:
-    """Let the forward take and give tensors, as a graph does, and no trees such as `example`."""
-    forward = model.forward
-
-    def flat(*values: Tensor) -> list[Tensor]:
-        positional, named = arguments(with_tensors(example, values))
-        return tensors(answer(forward(*positional, **named)))
-
-    model.forward = flat
 
 
 def _refuse_types(inputs: Tree, output: Tree) -> None:

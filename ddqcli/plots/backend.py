@@ -1,4 +1,4 @@
-"""Import matplotlib also where `MPLBACKEND` names a backend that there is not: none is needed here.
+"""Import matplotlib even if MPLBACKEND names an unknown backend.
 
 A known one holds for the process, as if matplotlib had read it itself.
 """

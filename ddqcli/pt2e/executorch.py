@@ -15,7 +15,7 @@ from ddqcli.pt2e.graph import Int8Model, plain_strides
 from ddqcli.pt2e.grids import decomposed
 from ddqcli.pt2e.integers import Symmetric
 from ddqcli.pt2e.quiet import quiet
-from ddqcli.pt2e.runtime import Int8Runtime, OneAnswer, layouts
+from ddqcli.pt2e.runtime import Int8Runtime, OneAnswer, conversion_error, layouts
 from ddqcli.qat.network_copy import copy_network
 
 Array = NDArray[Any]
@@ -39,10 +39,7 @@ def _convert(model: Int8Model) -> bytes:
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             return bytes(edge.to_executorch().buffer)
         except Exception as error:
-            reason = str(error).strip().splitlines() or [""]
-            raise UsageError(
-                f"ExecuTorch cannot convert the model: {type(error).__name__}: {reason[0][:300]}"
-            ) from error
+            raise conversion_error("ExecuTorch", error) from error
 
 
 def _with_int8_constants(model: Int8Model) -> torch.fx.GraphModule:

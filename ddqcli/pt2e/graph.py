@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ddqcli.artifact.tensors import QuantizedTensor
-from ddqcli.data.trees import Tree
+from ddqcli.data.trees import Tree, take_tensors_alone
 from ddqcli.errors import UsageError
 from ddqcli.onnx.refusal import active_layers, refusal
 from ddqcli.pt2e.grids import DEQUANTIZE, QUANTIZE, Grid, Quantizers, Ranges
@@ -122,7 +122,9 @@ def make_int8(
 
 
 def _traced(model: nn.Module, sample: tuple[Tensor, ...], runtime: str) -> fx.GraphModule:
+    """Return the graph of a copy of a model, whose forward is replaced."""
     with quiet(), active_layers(model) as active:
+        take_tensors_alone(model, sample)
         try:
             program = torch.export.export(model, sample).run_decompositions({})
         except Exception as error:

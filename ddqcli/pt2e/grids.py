@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -104,6 +105,8 @@ class Quantizers:
 
     def _is_integer(self, node: fx.Node) -> bool:
         if node.target not in _CLIPS | _MOVES | _ARITHMETIC or node not in self.ranges:
+            return False
+        if not all(map(math.isfinite, self.ranges[node])):  # as of a pad before max-pooling
             return False
         inputs = self._inputs(node)
         if node.target is aten.add.Tensor and len(inputs) != 2:

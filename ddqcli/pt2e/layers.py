@@ -35,11 +35,13 @@ def with_integers(
     for node in list(module.graph.nodes):
         if node.target not in LAYERS or node.args[0].target is not DEQUANTIZE:
             continue
-        source, *bias = node.args[1:3]
+        source, bias = (*node.args[1:3], None)[:2]
         tensor = weights.get(source.target) if source.op == "get_attr" else None
         if tensor is None or tensor.axis not in (None, 0):
             continue
-        kernel = Kernel.of(tensor, _array(module, bias[0] if bias else None))
+        if bias is not None and bias.op != "get_attr":  # computed from other values
+            continue
+        kernel = Kernel.of(tensor, _array(module, bias))
         kernel = _fold_norm(module, node, kernel)
         value = Symmetric.of(kernel, node.args[0].args[1])
         _set_weights(module, node, value, len(found))

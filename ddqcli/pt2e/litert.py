@@ -15,7 +15,7 @@ from ddqcli.errors import UsageError, VerificationError
 from ddqcli.pt2e.graph import Int8Model
 from ddqcli.pt2e.integers import Symmetric
 from ddqcli.pt2e.quiet import quiet
-from ddqcli.pt2e.runtime import Int8Runtime, OneAnswer, layouts
+from ddqcli.pt2e.runtime import Int8Runtime, OneAnswer, conversion_error, layouts
 
 Array = NDArray[Any]
 _REQUIRED = {"litert_torch": "litert-torch", "ai_edge_litert": "ai-edge-litert"}
@@ -44,10 +44,7 @@ def _convert(model: Int8Model) -> bytes:
             )
             return bytes(converted._exporter.to_bytes())
         except Exception as error:
-            reason = str(error).strip().splitlines() or [""]
-            raise UsageError(
-                f"litert-torch cannot convert the model: {type(error).__name__}: {reason[0][:300]}"
-            ) from error
+            raise conversion_error("litert-torch", error) from error
 
 
 def _missing(raw: bytes, weights: Mapping[str, Symmetric]) -> list[str]:

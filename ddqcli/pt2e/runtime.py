@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddqcli.errors import UsageError
 from ddqcli.onnx.runtime import Answers
 from ddqcli.pt2e.graph import Int8Model
 from ddqcli.pt2e.integers import Symmetric
 
 Array = NDArray[Any]
+Int8Format = Literal["tflite", "pte"]
 OneAnswer = Callable[[Sequence[Array]], Sequence[Array]]  # outputs of the inputs of one sample
 
 
 @dataclass(frozen=True)
 class Int8Runtime:
-    """What a command needs of a runtime.
+    """Functions of a runtime that a command needs.
 
     Attributes:
         name: for messages.
@@ -33,7 +35,7 @@ class Int8Runtime:
     """
 
     name: str
-    file_format: str
+    file_format: Int8Format
     takes: str
     require: Callable[[], None]
     convert: Callable[[Int8Model], bytes]
@@ -41,8 +43,14 @@ class Int8Runtime:
     open: Callable[[Path], OneAnswer]
 
 
-def batched(answer: OneAnswer) -> Answers:
-    """Return answers of whole batches, sample by sample, inputs in the order of the feed."""
+def conversion_error(converter: str, error: Exception) -> UsageError:
+    """Return the error of a converter in one line."""
+    reason = (str(error).strip().splitlines() or [""])[0][:300]
+    return UsageError(f"{converter} cannot convert the model: {type(error).__name__}: {reason}")
+
+
+def sample_by_sample(answer: OneAnswer) -> Answers:
+    """Return answers of whole batches, inputs in the order of the feed."""
 
     def answers(feed: Mapping[str, Array]) -> Sequence[Array]:
         arrays = list(feed.values())

@@ -163,9 +163,8 @@ def _int8_lines(result: Int8Result) -> list[str]:
         lines.append(f"float      four bytes a weight: {', '.join(result.floats)}")
     lines.append(_outputs_line(result.compared, result.runtime, result.metric))
     if result.steps is not None:
-        lines.append(
-            f"steps      at most {result.steps:.0f} of the outputs' grid from the graph in torch"
-        )
+        steps = "1 grid step" if round(result.steps) == 1 else f"{result.steps:.0f} grid steps"
+        lines.append(f"steps      outputs differ from torch's int8 graph by at most {steps}")
     return lines + [f"unchecked  {reason}" for reason in result.unchecked]
 
 

@@ -210,13 +210,15 @@ class Run:
     def probe(self) -> dict[str, Any] | None:
         """Return some inputs and the finished model's outputs, if the run holds any.
 
-        As "input" and "output", of `ddqcli.training.evaluate.probe`. Raises as `parsed`.
+        As "input" and "output", of `ddqcli.training.evaluate.probe`; "contiguous" is True if the
+        network needs tensors in the usual memory format. Raises as `parsed`.
         """
 
         def parse(state: dict[str, Any]) -> dict[str, Any] | None:
             if (probe := state.get("probe")) is None:
                 return None
-            return {name: probe[name] for name in ("input", "output")}
+            outputs = {name: probe[name] for name in ("input", "output")}
+            return {**outputs, "contiguous": bool(state.get("contiguous"))}
 
         return self.parsed(FINAL, parse)
 

@@ -58,7 +58,7 @@ def needs_contiguous(model: nn.Module, data: Data) -> bool:
                 output = call(trial, copied(inputs))
                 data.loss(output, targets)
                 data.metric(output, targets)
-        except Exception as error:  # what else is wrong, the run will say
+        except (Exception, SystemExit) as error:  # what else is wrong, the run will say
             if "view size is not compatible" in str(error):
                 return True
     return False

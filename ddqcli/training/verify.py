@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ddqcli.data.trees import Tree
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.load import fill, to_torch
 from ddqcli.runs.evaluation import Metric
-from ddqcli.runs.run import FINAL, Run
+from ddqcli.runs.run import Run
 from ddqcli.runs.trust import code_of
 from ddqcli.training.device import place_model, resolve_device
 from ddqcli.training.evaluate import OnProgress, evaluate, probe_outputs
@@ -57,13 +57,14 @@ def check_behavior(path: Path, run: Run, on_progress: OnProgress | None = None) 
     expected = accuracy.quantized if accuracy else None
     try:
         tensors, tables, _ = decode_model(path)
-        model = rebuild_model(run, to_torch(tensors), tables, str(path))
+        probe = run.probe()
+        model = rebuild_model(run, to_torch(tensors), tables, str(path), probe)
     except UsageError as error:
         reason = f"outputs and accuracy were not compared: {error}"
         return BehaviorCheck(None, None, expected, (reason,))
     unchecked = []
     outputs = None
-    if (probe := run.probe()) is None:
+    if probe is None:
         unchecked.append("outputs were not compared: the run holds none")
     else:
         outputs = output_difference(model, probe["input"], probe["output"])
@@ -95,9 +96,15 @@ def require_same_behavior(
 
 
 def rebuild_model(
-    run: Run, tensors: dict[str, Tensor], tables: dict[str, ActivationTable], source: str
+    run: Run,
+    tensors: dict[str, Tensor],
+    tables: dict[str, ActivationTable],
+    source: str,
+    probe: Mapping[str, Any] | None,
 ) -> nn.Module:
     """Return the run's network with these tensors, in eval mode on the device of its recipe.
+
+    `probe` is that of the run, which says the memory format.
 
     Raises UsageError, which calls the tensors `source`, if the network cannot be built, or only by
     code that this user neither ran here nor trusts.
@@ -116,7 +123,7 @@ def rebuild_model(
             arch = run.report().source.arch
             built = build_torchvision(checkpoint, arch, recipe.model.kwargs)
     fill(built.model, tensors, tables, source)
-    return place_model(built.model, _device(run), contiguous=_contiguous(run)).eval()
+    return place_model(built.model, _device(run), contiguous=_contiguous(probe)).eval()
 
 
 def load_held_out(run: Run) -> Data:
@@ -138,7 +145,7 @@ def _float_model(run: Run) -> nn.Module:
     section = run.recipe().model
     checkpoint = load_checkpoint(Path(section.checkpoint or ""), pickle=section.pickle)
     model = build_model(checkpoint, section.arch, section.kwargs).model
-    return place_model(model, _device(run), contiguous=_contiguous(run)).eval()
+    return place_model(model, _device(run), contiguous=_contiguous(run.probe())).eval()
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
@@ -161,9 +168,9 @@ def output_difference(model: nn.Module, inputs: Tree, expected: Tree) -> float:
     return float(sample_differences(outputs, expected).median())
 
 
-def _contiguous(run: Run) -> bool:
+def _contiguous(probe: Mapping[str, Any] | None) -> bool:
     """True if the run's network needs tensors in the usual memory format."""
-    return bool(run.load(FINAL).get("contiguous"))
+    return probe is not None and probe["contiguous"] is True
 
 
 def _device(run: Run) -> torch.device:

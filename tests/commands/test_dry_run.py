@@ -13,7 +13,7 @@ from tiny_project import ddq, images
 DATA = """
 import torch
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 def data():
     images, labels = torch.rand(64, 1, 8, 8), torch.arange(64) % 4
@@ -29,6 +29,17 @@ def wrong(output, labels):
 
 def invalid(output, labels):
     return (output.argmax(1) == labels).float() / 0 * 0
+
+def leaves(output, labels):
+    raise SystemExit(3)
+
+class Broken:
+    def __init__(self, error):
+        self.error = error
+    def __len__(self):
+        return 64
+    def __getitem__(self, index):
+        raise self.error
 """
 # What is wrong, and the end of the message of a dry run, as of a real one.
 FAULTS = {
@@ -49,6 +60,26 @@ FAULTS = {
     "a metric that fails": (
         {"more": '{"metric": wrong}'},
         "The metric of task.py:data failed on (output, target) of a batch: AttributeError: ",
+    ),
+    "a loss that exits": (
+        {"more": '{"loss": leaves}'},
+        "The loss of task.py:data failed on (output, target) of a batch: SystemExit: 3; it must",
+    ),
+    "a metric that exits": (
+        {"more": '{"metric": leaves}'},
+        "The metric of task.py:data failed on (output, target) of a batch: SystemExit: 3; ",
+    ),
+    "a data set that fails": (
+        {"more": '{"train": Broken(OSError("no disk"))}'},
+        "of the data cannot be read: OSError: no disk",
+    ),
+    "a data set that exits": (
+        {"more": '{"train": Broken(SystemExit(3))}'},
+        "of the data cannot be read: SystemExit: 3",
+    ),
+    "a DataLoader that exits": (
+        {"more": '{"train": DataLoader(Broken(SystemExit(3)), 16)}'},
+        "Batch 0 of the data cannot be read: SystemExit: 3",
     ),
     "a misspelled loss": (
         {"more": '{"losses": loss}'},
@@ -82,6 +113,19 @@ def test_data_that_a_run_refuses_are_refused_with_the_same_message(
     assert dry.code == real.code == 2
     assert message in dry.err
     assert dry.err.splitlines()[-1] == real.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("options", [(), ("--target-size", "9kB", "--target-format", "onnx")])
+def test_a_network_that_exits_is_named(options: tuple[str, ...], project: Path) -> None:
+    if options:
+        pytest.importorskip("onnxscript")
+    code = Path("net.py").read_text().replace("nn.Linear(16, 4),", "nn.Linear(16, 4), Leaves(),")
+    code += "\nclass Leaves(nn.Module):\n    def forward(self, x):\n        raise SystemExit(3)\n"
+    Path("net.py").write_text(code)
+    command = ["finetune", "model.pt", *options, "--max-steps", "1"]
+    for answer in (ddq(*command, "--dry-run"), ddq(*command)):
+        assert answer.code == 2
+        assert "The model cannot run on these data: SystemExit: 3; " in answer.err
 
 
 def test_files_are_checked_too(project: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_project import ddq
+from torch import Tensor
 
 from ddqcli.commands import export_int8
 from ddqcli.errors import UsageError
@@ -30,7 +32,7 @@ def test_a_verified_file_is_written_the_same_each_time(file_format: str, finishe
     assert (answer.code, answer.err) == (0, "")
     assert "stored     one byte a weight" in answer.out
     assert "takes      one sample a call" in answer.out
-    assert "steps      at most " in answer.out
+    assert "steps      outputs differ from torch's int8 graph by at most " in answer.out
     raw = path.read_bytes()
     data = ddq("export", "--format", file_format, "--json").data
     assert path.read_bytes() == raw
@@ -102,3 +104,29 @@ def test_without_the_package_the_extra_is_named(
     answer = ddq("export", "--format", file_format)
     assert answer.code == 2
     assert message in answer.err
+
+
+@FORMATS
+@pytest.mark.parametrize("data_are_there", [True, False])
+def test_grids_cover_held_out_training_samples_or_what_the_run_holds(
+    file_format: str, data_are_there: bool, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covered: list[bytes] = []
+
+    def make_int8(model: object, weights: object, samples: list[tuple[Tensor]], name: str) -> None:
+        covered.extend(x.numpy().tobytes() for (x,) in samples)
+        raise UsageError("enough")
+
+    runtime = replace(export_int8.RUNTIMES[file_format], require=lambda: None)
+    monkeypatch.setitem(export_int8.RUNTIMES, file_format, runtime)
+    monkeypatch.setattr(export_int8, "make_int8", make_int8)
+    with np.load("images.npz") as arrays:
+        train, evaluation = (
+            {((x / np.float32(255) - 0.5) / 0.5).astype(np.float32).tobytes() for x in arrays[name]}
+            for name in ("x_train", "x_test")
+        )
+    if not data_are_there:
+        Path("images.npz").unlink()
+    assert ddq("export", "--format", file_format).code == 2
+    assert len(covered) == (10 if data_are_there else 8)  # held out of 80; outputs in the run
+    assert set(covered) <= (train if data_are_there else evaluation)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from quantized_net import quantize
-from test_pt2e_graph import Net, answers, made
+from test_pt2e_graph import ComputedBias, Net, SamePool, answers, made
 from torch import Tensor, nn
 
 import ddqcli
@@ -17,7 +17,7 @@ from ddqcli.errors import UsageError, VerificationError
 from ddqcli.pt2e.executorch import EXECUTORCH
 from ddqcli.pt2e.graph import Int8Model, make_int8, one_by_one
 from ddqcli.pt2e.litert import LITERT
-from ddqcli.pt2e.runtime import Int8Runtime, batched
+from ddqcli.pt2e.runtime import Int8Runtime, sample_by_sample
 
 RUNTIMES = pytest.mark.parametrize("runtime", [LITERT, EXECUTORCH], ids=lambda each: each.name)
 
@@ -45,7 +45,7 @@ def test_a_file_holds_the_integers_and_answers_as_the_graph(
     raw = converted(runtime, graph, path)
     (step,) = graph.steps
     assert step is not None
-    (found,) = batched(runtime.open(path))({"input": x.numpy()})
+    (found,) = sample_by_sample(runtime.open(path))({"input": x.numpy()})
     assert np.abs(found - answers(graph, x).numpy()).max() <= 1.001 * step
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
@@ -56,6 +56,22 @@ def test_a_file_holds_the_integers_and_answers_as_the_graph(
     changed[3, 5] ^= 1
     other = graph.weights | {"wide.weight": replace(weight, integers=changed)}
     assert runtime.missing(raw, other) == ["wide.weight"]
+
+
+@RUNTIMES
+@pytest.mark.parametrize("net", [SamePool, ComputedBias])
+def test_what_stays_float_runs_between_integers(
+    net: type[nn.Module], runtime: Int8Runtime, tmp_path: Path
+) -> None:
+    require(runtime)
+    _, graph, x = made(tmp_path, net=net)
+    path = tmp_path / "model"
+    raw = converted(runtime, graph, path)
+    (step,) = graph.steps
+    assert step is not None
+    (found,) = sample_by_sample(runtime.open(path))({"input": x.numpy()})
+    assert np.abs(found - answers(graph, x).numpy()).max() <= 1.001 * step
+    assert runtime.missing(raw, graph.weights) == []
 
 
 @RUNTIMES
@@ -83,7 +99,7 @@ def test_several_inputs_and_outputs_keep_their_order(runtime: Int8Runtime, tmp_p
     path = tmp_path / "model"
     converted(runtime, graph, path)
     feed = {"input_0": inputs[0].numpy().copy(), "input_1": inputs[1].numpy().copy()}
-    found = batched(runtime.open(path))(feed)
+    found = sample_by_sample(runtime.open(path))(feed)
     with torch.no_grad():
         expected = list(model(*inputs).values())
     for theirs, ours in zip(found, expected, strict=True):

@@ -38,10 +38,12 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def made(tmp_path: Path, bits: int = 4, samples: int = 16) -> tuple[nn.Module, Int8Model, Tensor]:
+def made(
+    tmp_path: Path, bits: int = 4, samples: int = 16, net: type[nn.Module] = Net
+) -> tuple[nn.Module, Int8Model, Tensor]:
     x = torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    file = quantize(shake(Net()), x, tmp_path / "m.safetensors", bits=bits)
-    model = ddqcli.load(file.path, Net())
+    file = quantize(shake(net()), x, tmp_path / "m.safetensors", bits=bits)
+    model = ddqcli.load(file.path, net())
     return model, make_int8(model, file.weights, one_by_one(x, "LiteRT"), "LiteRT"), x
 
 
@@ -133,6 +135,66 @@ def test_grids_cover_the_values_of_the_samples() -> None:
         reach = (-128 - grid.zero_point) * grid.scale, (127 - grid.zero_point) * grid.scale
         assert reach[0] <= min(low, 0) + grid.scale / 2 + 1e-6
         assert reach[1] >= max(high, 0) - grid.scale / 2 - 1e-6
+
+
+class SamePool(nn.Module):
+    """Max-pooling over a pad of -inf, as timm's "same" pooling; no layer reads its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.first(x), (0, 1, 0, 1), value=float("-inf"))
+        return self.second(nn.functional.max_pool2d(x, 3, 2).mean((2, 3)))
+
+
+class Scaled(nn.Conv2d):
+    """A layer whose bias the graph computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return nn.functional.conv2d(x, self.weight, 20 * self.bias)
+
+
+class ComputedBias(nn.Module):
+    """Such a layer between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.scaled = Scaled(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.scaled(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize(("net", "floats"), [(SamePool, ()), (ComputedBias, ("scaled.weight",))])
+def test_what_has_no_integers_stays_float(
+    net: type[nn.Module], floats: tuple[str, ...], tmp_path: Path
+) -> None:
+    model, graph, x = made(tmp_path, net=net)
+    assert graph.floats == floats
+    with torch.no_grad():
+        expected = model(x)
+    difference = (answers(graph, x) - expected).abs().max() / expected.abs().max()
+    assert difference < 0.03
+
+
+def test_outputs_that_are_no_tensors_are_left_out(tmp_path: Path) -> None:
+    class Several(Net):
+        def forward(self, x: Tensor) -> tuple[object, ...]:
+            return None, super().forward(x), 3, "text"
+
+    model, graph, x = made(tmp_path, net=Several)
+    with torch.no_grad():
+        expected = model(x)[1]
+    (step,) = graph.steps
+    assert step is not None
+    difference = (answers(graph, x) - expected).abs().max() / expected.abs().max()
+    assert difference < 0.03
 
 
 @pytest.mark.parametrize(("act_bits", "found"), [(None, "are float"), (4, "and 1 has 4")])
