@@ -292,7 +292,7 @@ def test_kernels_that_unpack_other_integers_are_seen() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("body", ["exit 1", 'touch main', "exec g++ \"$@\""])
+@pytest.mark.parametrize("body", ["exit 1", "touch main", 'exec g++ "$@"'])
 def test_a_cc_that_cannot_make_a_program_gives_way_to_the_next_compiler(
     body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,7 +273,7 @@ def test_tables_in_float64_are_read_as_float32(name):
 @pytest.mark.skipif(operators.INTERPRETED, reason="of the kernels in C")
 def test_the_kernels_in_c_refuse_values_that_they_would_misread():
     x, *others = operands("cpu")["quantize"]
-    with pytest.raises(TypeError, match="do not take torch.float64 on cpu"):
+    with pytest.raises(TypeError, match=r"do not take torch\.float64 on cpu"):
         cpu_launch.quantize(x.double(), *others)
 
 
