@@ -99,13 +99,13 @@ class RandomBatches:
         return self.count
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        patterns = torch.randn(
-            self.classes, 3, self.side, self.side, generator=torch.Generator().manual_seed(7)
-        )
+        shape, float32 = (3, self.side, self.side), torch.float32
+        seven = torch.Generator().manual_seed(7)
+        patterns = torch.randn(self.classes, *shape, generator=seven, dtype=float32)
         for number in range(start, self.count):
             random = torch.Generator().manual_seed(1000 * epoch + number)
             y = torch.randint(self.classes, (self.size,), generator=random)
-            noise = torch.randn(self.size, 3, self.side, self.side, generator=random)
+            noise = torch.randn(self.size, *shape, generator=random, dtype=float32)
             yield (patterns[y] + 0.5 * noise).to(self.device), y.to(self.device)
 
 

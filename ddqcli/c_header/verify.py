@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,6 +18,7 @@ from ddqcli.artifact.tensors import QuantizedTensor
 from ddqcli.c_header.header import C_TYPES, is_uniform, symbols_of
 from ddqcli.errors import VerificationError
 from ddqcli.qat.frozen import FrozenModel
+from ddqcli.quant.c_compiler import c_compilers
 
 Array = NDArray[Any]
 
@@ -102,22 +103,16 @@ def _parse(c_type: str, body: str) -> Array:
     return np.array(numbers, _DTYPES[c_type])
 
 
-def compiler() -> str | None:
-    """Return the system's C compiler, if there is one."""
-    return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-
-
-def require_same_integers(text: str, frozen: FrozenModel, name: Path) -> str:
+def require_same_integers(text: str, frozen: FrozenModel, name: Path) -> tuple[str | None, str]:
     """Compile the header and compare every integer that its kernels unpack with the trained ones.
 
-    Returns the reason if this could not be done, or "". Raises VerificationError if an integer
-    differs.
+    Returns the compiler and "", or None and the reason why none could do this. Raises
+    VerificationError if an integer differs, or if no compiler takes the header.
     """
     flash = sum(t.nbytes for t in frozen.quantized)
-    if (cc := compiler()) is None:
-        return "the header was not compiled: this machine has no C compiler (cc)"
     if flash > MAX_COMPILED:
-        return f"the header was not compiled: {flash:,} bytes of constants take a compiler minutes"
+        reason = f"{flash:,} bytes of constants take a compiler minutes"
+        return None, f"the header was not compiled: {reason}"
     tensors = [t for t in frozen.quantized if t.indices.size]
     symbols = symbols_of(frozen)
     most = max((t.indices.size for t in tensors), default=1)
@@ -134,24 +129,47 @@ def require_same_integers(text: str, frozen: FrozenModel, name: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.h").write_text(text, encoding="utf-8")
         (Path(folder) / "main.c").write_text(program, encoding="utf-8")
-        command = [cc, "-std=c99", "-o", "main", "main.c", "-lm"]
-        try:
-            built = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS
-            )
-            if built.returncode:
-                raise VerificationError(f"{cc} does not compile {name}: {built.stderr[:300]}")
-            done = subprocess.run([Path(folder) / "main"], capture_output=True, timeout=_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"the header was not compiled: {cc} took more than {_SECONDS} seconds"
-    found = np.frombuffer(done.stdout, np.int16)
+        cc, output = _compiled_output(Path(folder), name)
+    if cc is None:
+        return None, f"the header was not compiled: {output.decode()}"
+    found = np.frombuffer(output, np.int16)
     for t in tensors:
         mine, found = found[: t.indices.size], found[t.indices.size :]
         if not np.array_equal(mine, _integers(t)):
             raise VerificationError(
                 f"{name}, compiled by {cc}, unpacks other integers of {t.name}."
             )
-    return ""
+    return cc, ""
+
+
+def _compiled_output(folder: Path, name: Path) -> tuple[str | None, bytes]:
+    """Return the first compiler whose program runs, and what main.c prints; or None and why not.
+
+    Raises VerificationError, which calls the header `name`, if it is refused, and never compiled.
+    """
+    refused, reason = "", "this machine has no C compiler (cc)"
+    for command in c_compilers():
+        cc = shlex.join(command)
+        try:
+            built = subprocess.run(
+                [*command, "-std=c99", "-o", "main", "-x", "c", "main.c", "-lm"],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+            if built.returncode:
+                refused = refused or f"{cc} does not compile {name}: {built.stderr[:300]}"
+                continue
+            done = subprocess.run([folder / "main"], capture_output=True, timeout=_SECONDS)
+            return cc, done.stdout
+        except subprocess.TimeoutExpired:
+            reason = f"{cc} took more than {_SECONDS} seconds"
+        except OSError:  # CC compiles for another machine, for one
+            reason = f"what {cc} makes does not run on this machine"
+    if refused:
+        raise VerificationError(refused)
+    return None, reason.encode()
 
 
 def _integers(t: QuantizedTensor) -> Array:

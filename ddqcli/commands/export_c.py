@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddqcli.c_header.header import FlashRow, header_text
-from ddqcli.c_header.verify import compiler, require_same_header, require_same_integers
+from ddqcli.c_header.verify import require_same_header, require_same_integers
 from ddqcli.commands.exported import Exported, require_file, run_of
 from ddqcli.errors import VerificationError
 from ddqcli.qat.frozen import FrozenModel
@@ -94,7 +94,7 @@ def _verified(
             f"{name} differs from what this version of ddq exports of {run.path}."
         )
     # From here on it is our own text: what a stranger wrote is neither compiled nor run.
-    unchecked = require_same_integers(text, frozen, name)
+    compiler, unchecked = require_same_integers(text, frozen, name)
     report = run.report()
     stored = [*frozen.trained.values(), *frozen.floats.values()]
     return CResult(
@@ -106,6 +106,6 @@ def _verified(
         layers=rows,
         tensors=len(stored),
         values=sum(array.size for array in stored),
-        compiler=None if unchecked else compiler(),
+        compiler=compiler,
         unchecked=(unchecked,) if unchecked else (),
     )

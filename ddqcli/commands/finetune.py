@@ -38,12 +38,15 @@ from ddqcli.training.evaluate import evaluate_all, probe
 from ddqcli.training.listener import Listener, SilentListener, main_listener
 from ddqcli.training.network_checks import refuse_written_weights
 from ddqcli.training.report import build_report
+from ddqcli.training.run_kernels import kernels_of, warning_of_kernels, with_kernels
 from ddqcli.training.run_state import FloatBaseline, RunIdentity
-from ddqcli.training.same_run import check_same_model, surroundings
+from ddqcli.training.same_run import changes, check_same_model, surroundings
 from ddqcli.training.session import build_trainer, course, start_accuracy, total_steps, train
 from ddqcli.training.trainer import Trainer
 from ddqcli.training.trial import try_loss
 from ddqcli.training.user_errors import explain_user_errors
+
+_CHANGED = "warning: changed since the run was begun, {}: its last bits may differ"
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,7 @@ def finetune(
             if known_baseline and (
                 change := check_same_model(models.float_model, data, known_baseline, here)
             ):
-                introduce(
-                    f"warning: changed since the run was begun, {change}: its last bits may differ"
-                )
+                introduce(_CHANGED.format(change))
             baseline = known_baseline or measure_baseline(
                 models.float_model, data, recipe, here, listener
             )
@@ -162,9 +163,15 @@ def finetune(
                 listener.progress,
                 models.teacher.model,
             )
+        if warning := warning_of_kernels(trainer.quantized):
+            introduce(f"warning: {warning}")
         if saved:
+            if change := changes(baseline, {"kernels": kernels_of(trainer.quantized)}):
+                listener.note(_CHANGED.format(change))
             listener.note(f"resumed {run.path} at step {trainer.step} of {trainer.steps}")
             run.truncate_metrics(trainer.step)
+        else:
+            baseline = with_kernels(baseline, trainer.quantized)
         with explain_user_errors("Training failed", DDQError, recipe):
             train(trainer, run, identity, baseline, listener)
             accuracy, others = start_accuracy(trainer), []

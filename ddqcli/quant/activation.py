@@ -47,7 +47,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.bits = bits
         self.use_compiled = False
-        self.log2_scale = nn.Parameter(torch.zeros(()))
+        self.log2_scale = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.low_code = 0  # -zero_point, without asking the device
         self.precomputed_scale: Tensor | None = None
@@ -173,7 +173,7 @@ def _fit_step(distribution: Histogram, bits: int) -> tuple[float, int]:
     best, best_error = (1.0, 0), math.inf
     for share in np.linspace(0.1, 1.0, 46):
         step = max(share * (high - low), 1e-30) / steps
-        scale = float(representable_scale(torch.tensor(step)))
+        scale = float(representable_scale(torch.tensor(step, dtype=torch.float32)))
         zero_point = min(round(-share * low / scale), steps)
         error = squared_error(distribution, (np.arange(2**bits) - zero_point) * scale)
         if error < best_error:

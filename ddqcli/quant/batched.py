@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ def batched(
 
     This takes a few calls for all tensors together. It covers quantizers with one group of learned
     levels; the others compute their own as usual. Nothing learned may change inside the context.
+
+    A step size that the step does not use gets no gradient, as on its own, so optimizers skip it.
+    Levels and gates that it does not use may get a gradient of zeros.
 
     Args:
         weights: quantizers with the tensors that they quantize.
@@ -72,9 +77,29 @@ def _precompute_outputs(tensors: Sequence[tuple[DDQuantizer, Tensor]]) -> None:
 
 def _precompute_steps(inputs: Sequence[ActivationQuantizer]) -> None:
     if inputs:
-        scales = step_sizes(torch.stack([each.log2_scale for each in inputs])).unbind()
+        scales = _StepSizes.apply(*(each.log2_scale for each in inputs))
         for each, scale in zip(inputs, scales, strict=True):
             each.precomputed_scale = scale
+
+
+class _StepSizes(torch.autograd.Function):
+    """(*log2_scales) -> for each its step size; one that is not used gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *log2_scales: Tensor) -> tuple[Tensor, ...]:
+        scales = torch.stack(log2_scales)
+        ctx.save_for_backward(scales)
+        ctx.set_materialize_grads(False)
+        return step_sizes(scales).unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (scales,) = ctx.saved_tensors
+        zero = scales.new_zeros(())
+        factors = torch.exp2(scales) * math.log(2)
+        joined = torch.stack([zero if grad is None else grad for grad in grads]) * factors
+        pairs = zip(grads, joined.unbind(), strict=True)
+        return tuple(None if grad is None else product for grad, product in pairs)
 
 
 def _joint_tables(quantizers: Sequence[DDQuantizer]) -> LookupTables:

@@ -3,16 +3,17 @@
    Those of learned levels take G groups of values, one after another: group g begins at starts[g]
    and ends at starts[g + 1]. Values are float32, or bfloat16 if `half` is set; the arithmetic is
    float32, and sums are float64. Each block of values has its own sums, and these are added in the
-   order of the blocks: any number of threads gives the same bytes. */
+   order of the blocks: any number of threads gives the same bytes.
+
+   `cpu_launch.py` compiles this file, and defines BLOCK, the values that one thread takes at a time,
+   and CELLS, the entries of a table and also the most bins of one. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define CELLS 512   /* grid.GRID_CELLS, entries of a table; also the most bins of one */
-#define BLOCK 16384 /* values that one thread takes at a time */
-#define CHUNK 512   /* values whose results between two steps stay in the nearest cache */
-#define LANES 8     /* sums that alternate, since an addition waits for the one before */
+#define CHUNK 512 /* values whose results between two steps stay in the nearest cache */
+#define LANES 8   /* sums that alternate, since an addition waits for the one before */
 
 /* ---- values in memory, and as float32 */
 
@@ -101,8 +102,8 @@ void quantize(const void *x, void *out, int64_t half, const int64_t *starts, int
 
 /* grad where x lies between the outer ones of values [G, n], 0 elsewhere. */
 void straight_through(const void *grad, const void *x, void *out, int64_t half,
-                      const int64_t *starts, int64_t groups, int64_t longest, const float *values,
-                      int64_t n_levels, int64_t threads)
+                      const int64_t *starts, int64_t groups, int64_t longest, int64_t n_levels,
+                      const float *values, int64_t threads)
 {
     int64_t blocks = (longest + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -176,8 +177,8 @@ static void finish_levels(const sums *by_bin, int64_t n, const float *values, fl
    grad * (x - x_q), or grad beyond the outer levels; x_q - x; and grad. `partial` takes them for
    each block of each group. */
 void level_gradients(const void *grad, const void *x, void *grad_x, int64_t half,
-                     const int64_t *starts, int64_t groups, int64_t longest, const float *values,
-                     int64_t n_levels, const float *nearest, const float *bin,
+                     const int64_t *starts, int64_t groups, int64_t longest, int64_t n_levels,
+                     const float *values, const float *nearest, const float *bin,
                      const float *half_step, const float *zero_cell, const float *correction,
                      sums *partial, float *grad_values, float *grad_for_gates, int64_t threads)
 {
@@ -272,8 +273,8 @@ void uniform_gradients(const void *grad, const void *x, void *grad_x, int64_t ha
             for (int i = 0; i < n; i++) {
                 float steps = v[i] / scale, code = rintf(steps);
                 int inside = (steps >= low) & (steps <= high);
-                code = code > low ? code : low;
-                code = code < high ? code : high;
+                code = code < low ? low : code; /* NaN stays NaN, for all to see */
+                code = code > high ? high : code;
                 result[i] = inside ? d[i] : 0.0f;
                 term[i] = d[i] * (code - (inside ? steps : 0.0f));
             }

@@ -7,8 +7,6 @@ kernels serve instead.
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -18,36 +16,58 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddqcli.quant.c_compiler import c_compilers
+from ddqcli.quant.grid import GRID_CELLS
+
+_KERNELS = (
+    "quantize",
+    "straight_through",
+    "level_gradients",
+    "uniform_quantize",
+    "uniform_gradients",
+)
 _TYPES = (torch.float32, torch.bfloat16)
 
-_BLOCK = 16384  # BLOCK of cpu_kernels.c: values that share partial sums
-_SECONDS = 120
+_BLOCK = 16384  # values that one thread takes at a time, and that share partial sums
+_SECONDS = 60
 # Division and sums as IEEE 754 has them, so that each processor gives the same bytes.
 _EXACT = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-_TRIED = [["-march=native", "-fopenmp"], ["-fopenmp"], []]  # what not every compiler knows
+_SIZES = [f"-DBLOCK={_BLOCK}", f"-DCELLS={GRID_CELLS}"]
+_FLAG_SETS = [["-march=native", "-fopenmp"], ["-fopenmp"], []]  # what not every compiler knows
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels; None where they cannot be compiled or loaded."""
-    found = (os.environ.get("CC"), "cc", "gcc", "clang")
-    compiler = next((path for name in found if name and (path := shutil.which(name))), None)
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="ddq-", ignore_cleanup_errors=True) as folder:
-        source, target = Path(folder) / "kernels.c", Path(folder) / "kernels.so"
-        try:
+    return next(filter(None, map(_compiled_by, c_compilers())), None)
+
+
+def _compiled_by(compiler: list[str]) -> ctypes.CDLL | None:
+    """Return the kernels, compiled with the first flags that give a library which loads."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="ddq-", ignore_cleanup_errors=True) as folder:
+            source = Path(folder) / "kernels.c"
             source.write_bytes((files("ddqcli.quant") / "cpu_kernels.c").read_bytes())
-            for flags in _TRIED:
-                command = [compiler, *_EXACT, *flags, "-shared", "-fPIC", "-o", str(target)]
-                done = subprocess.run(
-                    [*command, str(source), "-lm"], capture_output=True, timeout=_SECONDS
-                )
-                if done.returncode == 0:
-                    return ctypes.CDLL(str(target))
-        except (OSError, subprocess.TimeoutExpired):
-            return None
+            for number, flags in enumerate(_FLAG_SETS):
+                target = Path(folder) / f"{number}.so"  # a name is loaded once a process
+                command = [*compiler, *_EXACT, *_SIZES, *flags, "-shared", "-fPIC"]
+                # CC may be a C++ compiler.
+                command += ["-o", str(target), "-x", "c", str(source), "-lm"]
+                done = subprocess.run(command, capture_output=True, timeout=_SECONDS)
+                if done.returncode == 0 and (kernels := _loaded(target)):
+                    return kernels
+    except (OSError, subprocess.TimeoutExpired):
+        pass
     return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    """Return the library if it can be loaded and has all kernels."""
+    try:
+        kernels = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    return kernels if all(hasattr(kernels, name) for name in _KERNELS) else None
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -73,7 +93,7 @@ def quantize(
     `starts` [G + 1] says where the groups begin in x; `longest` is the most values of one of them.
     """
     out = torch.empty_like(x)
-    tables = nearest_value, half_step, zero_cell
+    tables = _float32(nearest_value, half_step, zero_cell)
     _call("quantize", x, out, _half(x), starts, len(nearest_value), longest, *tables)
     return out
 
@@ -83,7 +103,7 @@ def straight_through(
 ) -> Tensor:
     """Return grad where x lies between the outer ones of `values` [G, n], 0 elsewhere."""
     out, (groups, n) = torch.empty_like(grad), values.shape
-    _call("straight_through", grad, x, out, _half(x), starts, groups, longest, values, n)
+    _call("straight_through", grad, x, out, _half(x), starts, groups, longest, n, *_float32(values))
     return out
 
 
@@ -105,18 +125,19 @@ def level_gradients(
     The last is empty without learned gates. `correction` is [G]. See `fake_quantize.py` for the
     formulas.
     """
-    grad_x, grad_values = torch.empty_like(grad), torch.empty_like(values)
-    for_gates = torch.empty_like(values) if learned_gates else values.new_empty(0)
+    tables = _float32(values, nearest_value, bin_, half_step, zero_cell, correction)
     groups, n = values.shape
+    grad_x, grad_values = torch.empty_like(grad), grad.new_empty(groups, n, dtype=torch.float32)
+    for_gates = torch.empty_like(grad_values) if learned_gates else grad_values.new_empty(0)
     blocks = groups * -(-longest // _BLOCK)
-    partial = torch.empty(blocks, 2 * n, 3, dtype=torch.float64)
+    partial = grad.new_empty(blocks, 2 * n, 3, dtype=torch.float64)
     _call(
         "level_gradients",
-        *(grad, x, grad_x, _half(x), starts, groups, longest, values, n),
-        *(nearest_value, bin_, half_step, zero_cell, correction),
-        *(partial, grad_values, for_gates if learned_gates else None),
+        *(grad, x, grad_x, _half(x), starts, groups, longest, n),
+        *tables,
+        *(_address(partial), grad_values, for_gates if learned_gates else None),
     )
-    return grad_x, grad_values, for_gates
+    return grad_x, grad_values.to(values.dtype), for_gates.to(values.dtype)
 
 
 def uniform_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -130,12 +151,13 @@ def uniform_gradients(
     grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x [1, M] and, as LSQ's, of the scalar `scale`."""
-    grad_x, grad_scale, size = torch.empty_like(grad), torch.empty(()), x.numel()
-    partial = torch.empty(-(-size // _BLOCK), dtype=torch.float64)
+    grad_x, grad_scale = torch.empty_like(grad), grad.new_empty((), dtype=torch.float32)
+    size = x.numel()
+    partial = grad.new_empty(-(-size // _BLOCK), dtype=torch.float64)
     numbers = float(scale), float(low), float(high)
     _call(
         "uniform_gradients",
-        *(grad, x, grad_x, _half(x), size, *numbers, partial, grad_scale),
+        *(grad, x, grad_x, _half(x), size, *numbers, _address(partial), grad_scale),
     )
     return grad_x, grad_scale
 
@@ -144,17 +166,30 @@ def _half(x: Tensor) -> int:
     return int(x.dtype == torch.bfloat16)
 
 
-def _call(name: str, *args: Tensor | float | int | None) -> None:
+def _float32(*tables: Tensor | None) -> list[Tensor | None]:
+    """Return the tables as the kernels read them; under another default type they have that."""
+    return [None if table is None else table.float().contiguous() for table in tables]
+
+
+def _address(partial: Tensor) -> ctypes.c_void_p:
+    """Return where the partial sums lie, whose type the kernels alone know."""
+    return ctypes.c_void_p(partial.data_ptr())
+
+
+def _call(name: str, *args: Tensor | ctypes.c_void_p | float | int | None) -> None:
     """Call a kernel with its arguments, and PyTorch's number of threads."""
     kernels = library()
     assert kernels is not None
     getattr(kernels, name)(*map(_as_c, args), _as_c(torch.get_num_threads()))
 
 
-def _as_c(value: Tensor | float | int | None) -> object:
+def _as_c(value: Tensor | ctypes.c_void_p | float | int | None) -> object:
+    """Return an argument for C. Raises TypeError for a tensor that no kernel reads."""
     if isinstance(value, Tensor):
+        if value.dtype not in (*_TYPES, torch.int64) or not value.is_cpu:
+            raise TypeError(f"The kernels in C do not take {value.dtype} on {value.device}.")
         assert value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
+        return _address(value)
     if isinstance(value, float):
         return ctypes.c_float(value)
-    return value if value is None else ctypes.c_int64(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value

@@ -37,7 +37,7 @@ class FrozenInputQuantizer(nn.Module):
         self.uniform = bool((level == torch.arange(len(level))).all())
         self.zero_point = zero_point
         # Not persistent, so that a loaded model has the float model's state dict.
-        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
         self.register_buffer("values", (level - zero_point) * self.scale, persistent=False)
         self.register_buffer("nearest", nearest, persistent=False)
 

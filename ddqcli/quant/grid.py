@@ -28,7 +28,7 @@ def representable_scale(scale: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def cell_starts(device: torch.device) -> Tensor:
     """Lower ends of the 512 cells of `grid_cells`, in half-steps from the lowest grid point."""
-    return torch.arange(-1.0, GRID_CELLS - 1, device=device)
+    return torch.arange(-1, GRID_CELLS - 1, device=device).float()
 
 
 def grid_cells(x: Tensor, half_step: Tensor, zero_cell: Tensor | int) -> Tensor:
@@ -55,6 +55,6 @@ def fit_grid(distribution: Histogram) -> tuple[float, int]:
     """Scale and zero point of the grid over the values' range, with 0 as one of its points."""
     low, high = min(distribution.low, 0.0), max(distribution.high, 0.0)
     step = (high - low) / GRID_STEPS
-    scale = float(representable_scale(torch.tensor(step)))
+    scale = float(representable_scale(torch.tensor(step, dtype=torch.float32)))
     # Near float32's largest values the scale is clamped, and `step` is the larger of the two.
     return scale, round(-low / max(scale, step))

@@ -143,7 +143,7 @@ def _levels_grad(
 def _gates_grad(grad: Tensor, ordered: Tensor, scale: Tensor, bits: tuple[int, ...]) -> Tensor:
     """Finite differences of x_q when gate s closes (index s - 1) or gate s + 1 opens (index s)."""
     max_bits = (ordered.shape[1] - 1).bit_length()
-    out = torch.zeros(len(bits), max_bits, device=ordered.device)
+    out = ordered.new_zeros(len(bits), max_bits)
     for s, rows in _rows_by_bits(bits, ordered.device):
         stored, row_grad, step = ordered[rows], grad[rows], scale[rows][:, None]
         change = _run_means(stored, s, 2**s) - _run_means(stored, s - 1, 2**s)

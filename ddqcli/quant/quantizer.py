@@ -71,11 +71,13 @@ class DDQuantizer(nn.Module):
         self.precomputed_tables: LookupTables | None = None
         self.precomputed_output: tuple[Tensor, Tensor] | None = None
         learned = kind == "learned"
-        self.gate_logits = nn.Parameter(torch.ones(groups, max_bits), requires_grad=False)
-        self.levels = nn.Parameter(torch.zeros(groups, 2**max_bits), requires_grad=learned)
-        self.log2_clip = nn.Parameter(torch.zeros(groups), requires_grad=not learned)
-        self.register_buffer("scale", torch.ones(groups))
-        self.register_buffer("zero_point", torch.zeros(groups))
+        zeros = torch.zeros(groups, dtype=torch.float32)  # whatever torch's default type is
+        of_gates, of_levels = zeros.new_ones(groups, max_bits), zeros.new_zeros(groups, 2**max_bits)
+        self.gate_logits = nn.Parameter(of_gates, requires_grad=False)
+        self.levels = nn.Parameter(of_levels, requires_grad=learned)
+        self.log2_clip = nn.Parameter(zeros.clone(), requires_grad=not learned)
+        self.register_buffer("scale", torch.ones_like(zeros))
+        self.register_buffer("zero_point", zeros)
 
     @classmethod
     def from_tensor(
@@ -198,7 +200,7 @@ class DDQuantizer(nn.Module):
     def _learned_grid(self) -> tuple[Tensor, Tensor, Tensor]:
         if LEVEL_BITS not in self.bits:
             return self.levels, self.scale, self.zero_point
-        identity = torch.arange(GRID_STEPS + 1.0, device=self.levels.device)
+        identity = torch.arange(GRID_STEPS + 1, device=self.levels.device).float()
         if set(self.bits) == {LEVEL_BITS}:
             # 0 * levels, so that the levels get a gradient of zeros.
             return identity + 0 * self.levels, self.scale, self.zero_point

@@ -81,7 +81,7 @@ def sums_by_bin(parts: Sequence[Tensor], bin_: Tensor, bins: int) -> list[Tensor
     index = index.long()
     # Unlike `scatter_add_`, this adds in a fixed order on CUDA.
     return [
-        torch.zeros(bins, device=index.device).index_put_(
+        torch.zeros(bins, device=index.device, dtype=torch.float32).index_put_(
             (index,), part.reshape(-1), accumulate=True
         )
         for part in parts

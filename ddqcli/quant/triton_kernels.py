@@ -257,6 +257,7 @@ def uniform_gradients_kernel(
         grad = tl.load(grad_ptr + index, mask=mask, other=0.0)
         steps = tl.div_rn(x, scale)
         code = _round(tl.minimum(tl.maximum(steps, low), high))
+        code = tl.where(steps == steps, code, steps)  # NaN stays NaN, for all to see
         inside = (steps >= low) & (steps <= high)
         tl.store(grad_x_ptr + index, tl.where(inside, grad, 0.0), mask=mask)
         total += grad.to(tl.float32) * (code - tl.where(inside, steps, 0.0))

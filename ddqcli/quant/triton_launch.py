@@ -76,7 +76,7 @@ def level_gradients(
     programs = max(1, min(_ceil_div(longest, 4 * lanes), _PROGRAMS // groups))
     sums = n + 1 + n * corrected + n * learned_gates
     grad_x = torch.empty_like(grad)
-    partial = torch.empty(groups, programs, sums, device=x.device)
+    partial = torch.empty(groups, programs, sums, device=x.device, dtype=torch.float32)
     kernels.level_sums_kernel[(groups * programs,)](
         *(grad, x, grad_x, partial, starts, values, nearest_value, bin_, half_step, zero_cell),
         values if correction is None else correction,
@@ -119,7 +119,7 @@ def uniform_gradients(
     """Return the gradients of x [1, M] and, as LSQ's, of the scalar `scale`."""
     grad_x, size = torch.empty_like(grad), x.numel()
     programs = max(1, min(_ceil_div(size, 4 * _BLOCK), _PROGRAMS))
-    partial = torch.empty(programs, device=x.device)
+    partial = torch.empty(programs, device=x.device, dtype=torch.float32)
     kernels.uniform_gradients_kernel[(programs,)](
         grad, x, grad_x, partial, scale, low, high, size, programs, BLOCK=_BLOCK
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_KEPT = 2**31 - 1  # free bytes, above which the process returns memory; mallopt takes an int
+_TRIM_ABOVE = 2**31 - 1  # free bytes; the process returns what is more; mallopt takes an int
 _LARGEST = 2**25  # bytes of a block, above which it is returned anyway; glibc allows no more
 
 
@@ -20,4 +20,4 @@ def keep_freed_memory() -> None:
     except (OSError, TypeError, AttributeError):  # TypeError on Windows
         return
     mallopt(_MMAP_THRESHOLD, _LARGEST)
-    mallopt(_TRIM_THRESHOLD, _KEPT)
+    mallopt(_TRIM_THRESHOLD, _TRIM_ABOVE)

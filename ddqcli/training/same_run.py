@@ -78,11 +78,19 @@ def check_same_model(
                 "The model is not the one that this run was begun with: its outputs differ by "
                 f"{100 * difference:.2g}%; go back to its code, or begin a new run."
             )
-    return ", ".join(_changes(baseline.surroundings, here)) or None
+    return changes(baseline, here)
 
 
-def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return what differs. What only one of them has does not count, such as further modules."""
+def changes(baseline: FloatBaseline, here: Mapping[str, str]) -> str | None:
+    """Return what differs in the surroundings, or None.
+
+    What only one of them has does not count, such as further modules.
+    """
+    differences = _differences(baseline.surroundings, here)
+    return ", ".join(differences) or None
+
+
+def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [
         name.removeprefix(_CODE) if name.startswith(_CODE) else f"{name} {now[name]} (then {value})"
         for name, value in then.items()

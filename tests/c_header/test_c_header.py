@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,12 +19,13 @@ from quantized_net import quantize, shake
 from ddqcli.artifact.read import read_artifact
 from ddqcli.artifact.tensors import BFLOAT16, ActivationTable, QuantizedTensor
 from ddqcli.c_header.header import header_text, symbols_of
-from ddqcli.c_header.verify import compiler, require_same_header, require_same_integers
+from ddqcli.c_header.verify import require_same_header, require_same_integers
 from ddqcli.errors import UsageError, VerificationError
 from ddqcli.qat.frozen import FrozenModel
+from ddqcli.quant.c_compiler import c_compilers
 from ddqcli.quant.frozen_input import FrozenInputQuantizer
 
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(not c_compilers(), reason="no C compiler")
 STRICT = ("-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-Wconversion")
 SANITIZED = ("-fsanitize=undefined,address", "-fno-sanitize-recover=all")
 
@@ -66,7 +68,7 @@ def output(folder: Path, text: str, main: str) -> bytes:
     (folder / "main.c").write_text(
         f'#include "model.h"\n#include <stdio.h>\nint main(void)\n{{\n{main}\nreturn 0;\n}}\n'
     )
-    command = [str(compiler()), *STRICT, *SANITIZED, "-o", "main", "main.c", "-lm"]
+    command = [*c_compilers()[0], *STRICT, *SANITIZED, "-o", "main", "main.c", "-lm"]
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return subprocess.run([folder / "main"], capture_output=True, check=True).stdout
@@ -269,7 +271,8 @@ def test_what_is_read_back_is_what_was_trained() -> None:
     frozen = whole()
     text, _ = header_text(frozen, "a title */ of a file")
     require_same_header(text, frozen, Path("model.h"))
-    assert require_same_integers(text, frozen, Path("model.h")) == "" or compiler() is None
+    cc, unchecked = require_same_integers(text, frozen, Path("model.h"))
+    assert (cc is None, unchecked != "") == (not c_compilers(),) * 2
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if line[:1].isdigit() or line.startswith(("const ddq_", "-")):  # constants
@@ -286,6 +289,30 @@ def test_kernels_that_unpack_other_integers_are_seen() -> None:
     text = header_text(frozen, "x")[0].replace("8 - shift", "7 - shift")
     with pytest.raises(VerificationError, match=r"model.h, compiled by .*cc, unpacks other"):
         require_same_integers(text, frozen, Path("model.h"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("body", ["exit 1", "touch main", 'exec g++ "$@"'])
+def test_a_cc_that_cannot_make_a_program_gives_way_to_the_next_compiler(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may fail, or compile for another machine; or it compiles C++."""
+    (tmp_path / "mycc").write_text(f"#!/bin/sh\n{body}\n")
+    (tmp_path / "mycc").chmod(0o755)
+    monkeypatch.setenv("CC", f"{tmp_path / 'mycc'} -O0")
+    frozen = whole()
+    cc, unchecked = require_same_integers(header_text(frozen, "x")[0], frozen, Path("model.h"))
+    assert cc is not None
+    assert unchecked == ""
+    assert ("mycc -O0" in cc) == ("g++" in body and shutil.which("g++") is not None)
+
+
+def test_without_a_compiler_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    frozen = whole()
+    found = require_same_integers(header_text(frozen, "x")[0], frozen, Path("model.h"))
+    assert found == (None, "the header was not compiled: this machine has no C compiler (cc)")
 
 
 def test_what_c_cannot_hold_is_refused() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_project import ddq
 
-from ddqcli.c_header.verify import compiler
+from ddqcli.quant.c_compiler import c_compilers
 
 FILE = Path("runs/done/model.h")
 
@@ -23,7 +23,7 @@ def test_a_run_is_written_compiled_and_confirmed(finished: Path) -> None:
     assert data["sizes"]["file"] == len(raw)
     assert data["sizes"]["flash"] == sum(row["bytes"] for row in data["layers"])
     assert f"{data['sizes']['flash']:,} bytes of constants" in raw.decode()
-    assert (data["compiler"] is None, data["unchecked"] != []) == (compiler() is None,) * 2
+    assert (data["compiler"] is None, data["unchecked"] != []) == (not c_compilers(),) * 2
     # The same tensors, of which the report counts the bytes: without constants of BatchNorm.
     totals = ddq("report", "--json").data["totals"]
     assert data["sizes"]["flash"] == totals["quantized_bytes"] + totals["kept_bytes"]
@@ -80,7 +80,7 @@ def test_a_changed_header_is_exit_code_4(finished: Path) -> None:
     assert "differs from what this version of ddq exports" in answer.err
 
 
-@pytest.mark.skipif(compiler() is None, reason="needs a C compiler")
+@pytest.mark.skipif(not c_compilers(), reason="needs a C compiler")
 def test_a_header_with_other_code_is_neither_compiled_nor_run(finished: Path) -> None:
     assert ddq("export", "--format", "c", "-q").code == 0
     code = f'fclose(fopen("{Path("ran").resolve()}", "w"));'

@@ -16,6 +16,7 @@ from tiny_project import NET, RECIPE, exit_code, folder_of_images, in_child, ins
 
 from ddqcli.data import source_files
 from ddqcli.data.source_files import fingerprint_of_files
+from ddqcli.quant import cpu_launch
 
 RUN = "finetune model.pt --run-dir run -q"
 RESUME = "finetune --resume --run-dir run"
@@ -119,6 +120,45 @@ def test_other_versions_devices_and_comments_are_named_and_the_run_goes_on(
     (line,) = [line for line in messages.splitlines() if "since the run was begun" in line]
     assert f"torch {torch.__version__} (then 2.0.0), device " in line
     assert "(then an old one), net.py: its last bits may differ" in line
+
+
+# ---- the kernels that quantize
+
+
+def as_long_run() -> None:
+    from ddqcli.training import session
+
+    session._COMPILE_FROM = 0
+
+
+def as_long_run_without_compiler() -> None:
+    as_long_run()
+    os.environ["PATH"] = ""
+    os.environ.pop("CC", None)
+    cpu_launch.library.cache_clear()  # of the process that this one was forked from
+
+
+def test_other_kernels_than_the_run_was_begun_with_are_named(killed: Path) -> None:
+    state = torch.load("run/last.pt", weights_only=True)
+    assert state["surroundings"]["kernels"] == "PyTorch"
+    if cpu_launch.library() is None:
+        pytest.skip("no C compiler here")
+    assert exit_code(in_child(RESUME, before=as_long_run)) == 0
+    messages = Path("child.txt").read_text()
+    assert (
+        "changed since the run was begun, kernels C (then PyTorch): its last bits may differ"
+        in messages
+    )
+
+
+def test_a_long_run_without_a_compiler_says_so_once_and_how_to_get_one(killed: Path) -> None:
+    command = "finetune model.pt --run-dir other --epochs 1"
+    assert exit_code(in_child(command, before=as_long_run_without_compiler)) == 0
+    messages = Path("child.txt").read_text()
+    (line,) = [line for line in messages.splitlines() if "kernels in C" in line]
+    assert "training is slower: no C compiler is found; install gcc or clang" in line
+    state = torch.load("other/last.pt", weights_only=True)
+    assert state["surroundings"]["kernels"] == "PyTorch"
 
 
 # ---- the fingerprint of files

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from quant_cases import normal
@@ -54,6 +56,24 @@ def test_batched_quantizers_give_what_each_gives_alone(small, monkeypatch):
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b)
     assert all(torch.equal(a, b) for a, b in zip(together[:7], alone[:7], strict=True))
+
+
+def test_the_step_size_of_an_input_that_is_not_used_gets_no_gradient():
+    """Adam's momentum would go on moving it. Unused levels get zeros: they share their tables."""
+    weights, _, x = model()
+    used, unused, of_levels, unused_levels = (fitted(x, bits) for bits in (8, 5, 4, 4))
+    grads = []
+    for together in (False, True):
+        used.log2_scale.grad = None
+        inputs = [unused, used, unused_levels, of_levels]
+        with batched(weights, inputs) if together else nullcontext():
+            (used(x).square().sum() + of_levels(x).square().sum()).backward()
+        grads.append(used.log2_scale.grad)
+    assert torch.equal(*grads)
+    assert grads[0] != 0
+    assert unused.log2_scale.grad is None
+    assert of_levels.learned.levels.grad.any()
+    assert not unused_levels.learned.levels.grad.any()
 
 
 def test_another_tensor_than_the_batched_one_is_quantized_as_usual():

@@ -252,6 +252,31 @@ def test_levels_that_are_not_learned_pass_the_gradient_between_the_outer_ones(de
     assert torch.equal(found, torch.where(inside, grad, 0.0))
 
 
+@pytest.mark.skipif(no_compiler, reason="finds no C compiler")
+@pytest.mark.skipif(operators.INTERPRETED, reason="of the kernels in C")
+@pytest.mark.parametrize("name", operators._SCHEMAS)
+def test_tables_in_float64_are_read_as_float32(name):
+    args, operator = operands("cpu")[name], getattr(torch.ops.ddq, name)
+    number = 1 + ("gradients" in name or name == "straight_through")  # of x, and grad
+    expected = operator(*args)
+    tables = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in args]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = operator(*args[:number], *tables[number:])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+@pytest.mark.skipif(no_compiler, reason="finds no C compiler")
+@pytest.mark.skipif(operators.INTERPRETED, reason="of the kernels in C")
+def test_the_kernels_in_c_refuse_values_that_they_would_misread():
+    x, *others = operands("cpu")["quantize"]
+    with pytest.raises(TypeError, match=r"do not take torch\.float64 on cpu"):
+        cpu_launch.quantize(x.double(), *others)
+
+
 # ---- a uniform step
 
 
@@ -280,6 +305,24 @@ def test_a_uniform_step_rounds_half_to_even_and_has_the_gradient_of_pytorch(
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-3)
     bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype, device=device)
     assert bool(quantizer(bad).isnan().all())
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_reaches_the_gradient_of_a_uniform_step_and_infinity_counts_as_an_outer_code(
+    dtype, device
+):
+    quantizer = uniform(4, -3.0, 8).to(device)
+    x = normal(600).to(dtype).to(device)
+    for value, expected in ((torch.nan, torch.nan), (torch.inf, 7.0), (-torch.inf, -8.0)):
+        x[-1] = value
+        out = quantizer(x)
+        grad = torch.zeros_like(x)
+        grad[-1] = 2
+        (found,) = torch.autograd.grad(out, quantizer.log2_scale, grad)
+        # The step is 1 / 8; its logarithm's gradient is code * step * ln 2.
+        wanted = torch.tensor(2 * expected / 8).double() * torch.tensor(2.0).double().log()
+        torch.testing.assert_close(found.cpu(), wanted.float(), equal_nan=True)
 
 
 # ---- operators

@@ -19,6 +19,7 @@ from tiny_training import (
     differences,
     finish,
     finish_at_last,
+    network,
     recipe,
     stored,
 )
@@ -109,6 +110,7 @@ def test_so_does_a_long_run_whose_kernels_are_compiled(name: str, monkeypatch) -
     assert not differences(resumed.state(), whole.state())
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     "change",
     [
@@ -139,6 +141,24 @@ def test_a_float_baseline_of_another_form_is_refused(augmentation: Any) -> None:
     assert FloatBaseline.from_state(baseline.state()) == baseline
     with pytest.raises(DDQError, match="not as this version of ddq writes it"):
         FloatBaseline.from_state(baseline.state() | {"augmentation": augmentation})
+=======
+@pytest.mark.parametrize("compile_from", [0, math.inf], ids=["kernels in C", "PyTorch's"])
+@pytest.mark.parametrize("name", ["fisher", "no budget, inputs at 8 bits"])
+def test_torchs_default_type_changes_nothing(name: str, compile_from: float, monkeypatch) -> None:
+    monkeypatch.setattr(session, "_COMPILE_FROM", compile_from)
+    states = []
+    for dtype in (torch.float32, torch.float64):
+        net, teacher = network(), network().eval().requires_grad_(False)
+        torch.set_default_dtype(dtype)
+        try:
+            settings = recipe(**copy.deepcopy(RUNS[name]))
+            running = trainer(net, settings, STEPS, random_data(), teacher)
+            finish(running)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        states.append(running.state())
+    assert not differences(*states)
+>>>>>>> D
 
 
 @pytest.mark.parametrize("method", ["ddq", "sdq"])
