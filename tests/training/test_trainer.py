@@ -110,7 +110,6 @@ def test_so_does_a_long_run_whose_kernels_are_compiled(name: str, monkeypatch) -
     assert not differences(resumed.state(), whole.state())
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     "change",
     [
@@ -141,7 +140,8 @@ def test_a_float_baseline_of_another_form_is_refused(augmentation: Any) -> None:
     assert FloatBaseline.from_state(baseline.state()) == baseline
     with pytest.raises(DDQError, match="not as this version of ddq writes it"):
         FloatBaseline.from_state(baseline.state() | {"augmentation": augmentation})
-=======
+
+
 @pytest.mark.parametrize("compile_from", [0, math.inf], ids=["kernels in C", "PyTorch's"])
 @pytest.mark.parametrize("name", ["fisher", "no budget, inputs at 8 bits"])
 def test_torchs_default_type_changes_nothing(name: str, compile_from: float, monkeypatch) -> None:
@@ -158,7 +158,6 @@ def test_torchs_default_type_changes_nothing(name: str, compile_from: float, mon
             torch.set_default_dtype(torch.float32)
         states.append(running.state())
     assert not differences(*states)
->>>>>>> D
 
 
 @pytest.mark.parametrize("method", ["ddq", "sdq"])
