@@ -34,6 +34,7 @@ _LOST_PEER_MESSAGES = (
     "remote process exit",
     "Timed out waiting",
     "collective operation timeout",
+    "timeout caused pair closure",
 )
 
 

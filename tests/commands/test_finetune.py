@@ -340,6 +340,7 @@ def test_a_signal_is_not_taken_for_an_error_of_the_code_it_interrupts(project: P
         from ddqcli.training import session
 
         session._COMPILE_FROM = 0
+        cpu_launch.library.cache_clear()  # this process may have compiled them
         cpu_launch.subprocess.run = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
 
     child = in_child(BEGIN, before=stopped_while_compiling)

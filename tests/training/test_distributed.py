@@ -198,6 +198,7 @@ def test_processes_with_other_samples_or_labels_are_refused(project: Path, count
         ("Read error [127.0.0.1]:46010: Connection reset by peer", True),
         ("NCCL error: remote process exited or there was a network error", True),
         ("unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete", True),
+        ("Application timeout caused pair closure", True),
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
