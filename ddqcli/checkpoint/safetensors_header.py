@@ -64,6 +64,8 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         header = parse_json(text)
         metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise TypeError(metadata)
         for entry in header.values():
             first, last = entry["data_offsets"]
             numbers = [first, last, *entry["shape"]]

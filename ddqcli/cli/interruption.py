@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import NoReturn
 
-from ddqcli.errors import DDQError, Interrupted
+from ddqcli.errors import Interrupted
 
 _noted: list[int] = []  # signals of this command
 
@@ -24,7 +24,7 @@ def watch_sigterm() -> None:
 
 def as_interruption(error: Exception | Interrupted) -> Exception | Interrupted:
     """Return Interrupted in place of an error that a signal's exception has become."""
-    if not _noted or isinstance(error, DDQError | Interrupted):
+    if not _noted or isinstance(error, Interrupted):
         return error
     number = _noted[0]
     return Interrupted("Terminated" if number == signal.SIGTERM else "Interrupted", number)

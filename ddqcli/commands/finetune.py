@@ -135,6 +135,10 @@ def finetune(
             run.load_resume_state(identity.state()) if distributed.is_main() else None
         )
         known_baseline = FloatBaseline.from_state(saved) if saved else start_baseline
+        if known_baseline and len(known_baseline.others) != len(data.others):
+            raise DDQError(
+                "The data's metrics are not those that the run was begun with; begin a new run."
+            )
         with explain_user_errors(CANNOT_RUN, UsageError, recipe):
             if known_baseline and (
                 change := check_same_model(models.float_model, data, known_baseline, here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,13 +66,16 @@ class FloatBaseline:
     def from_state(cls, state: Mapping[str, Any]) -> FloatBaseline:
         """Read the baseline from a saved state. Raises DDQError if that is not one of ddq's."""
         try:
+            accuracy, *others = map(float, (state["float_accuracy"], *state["float_others"]))
+            if not all(map(math.isfinite, (accuracy, *others))):
+                raise ValueError("a metric is not finite")
             return cls(
-                float(state["float_accuracy"]),
+                accuracy,
                 _AUGMENTATION.validate_python(state["augmentation"]),
                 dict(state["surroundings"]),
                 state["float_inputs"],
                 state["float_outputs"],
-                tuple(state["float_others"]),
+                tuple(others),
             )
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise DDQError(

@@ -421,6 +421,8 @@ class Trainer:
                 self.levels_optimizer.load_state_dict(state["levels_optimizer"])
             self.gates.load_state(state["gates"])
             self.stages = {str(name): float(value) for name, value in state["stages"].items()}
+            if not all(map(math.isfinite, self.stages.values())):
+                raise ValueError("a stage's metric is not finite")
             self.means = StepMeans(**state["means"])
         except _UNFIT as error:
             raise DDQError(

@@ -45,6 +45,10 @@ ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
             safetensors({"__metadata__": {"format": "ddq"}, "w": ENTRY}, bytes(16)),
             "is an exported artifact",
         ),
+        (
+            safetensors({"__metadata__": "x", "w": ENTRY}, bytes(16)),
+            "it is no whole safetensors file",
+        ),
     ],
 )
 def test_a_faulty_safetensors_file_is_refused_with_its_reason(tmp_path, content, message):

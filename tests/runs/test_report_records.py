@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from pydantic import ValidationError
 from ddqcli.artifact.read import read_artifact
 from ddqcli.errors import VerificationError
 from ddqcli.inspection.report import read_report
-from ddqcli.runs.report import Accuracy, ActivationRow, Report, SweepRow, SweepTable, TensorRow
+from ddqcli.runs.report import (
+    Accuracy,
+    ActivationRow,
+    FloatModel,
+    Report,
+    SweepRow,
+    SweepTable,
+    TensorRow,
+)
 
 KEYS = (
     *("version", "layers", "totals", "metric", "accuracy", "other_metrics", "course"),
@@ -97,6 +106,12 @@ def test_a_forged_report_is_refused_and_its_key_named(
     export_made(run, path)
     with pytest.raises(VerificationError, match=fault):
         read_report(path)
+
+
+def test_no_record_holds_a_number_that_json_has_not() -> None:
+    for value in (math.inf, math.nan):
+        with pytest.raises(ValidationError, match="Input should be a finite number"):
+            FloatModel(bytes=1, accuracy=value)
 
 
 @pytest.mark.parametrize(

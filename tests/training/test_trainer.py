@@ -117,6 +117,7 @@ def test_so_does_a_long_run_whose_kernels_are_compiled(name: str, monkeypatch) -
         {"step": "x"},
         {"step": math.inf},
         {"stages": [1]},
+        {"stages": {"quantized": math.inf}},
         {"best": None},
         {"best": {"step": 1e308, "held_out_loss": 1.0, "held_out_accuracy": 50.0}},
         {"looks": [None]},
